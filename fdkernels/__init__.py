@@ -1,0 +1,24 @@
+"""Operators for refining flow policies inside a Fisher trust region.
+
+The maths in plain form is in the sister package ``fdkernels_ref``.
+"""
+
+from fdkernels.decorator import flow_fisher_penalty
+from fdkernels.fisher import fisher_penalty, fisher_spectrum
+from fdkernels.flow import integrate_flow
+from fdkernels.mlp import PackedMLP, VelocityMLP, pack_mlp
+from fdkernels.paths import AffinePath
+from fdkernels.score import velocity_to_score
+
+__all__ = [
+    "AffinePath",
+    "PackedMLP",
+    "VelocityMLP",
+    "fisher_penalty",
+    "fisher_spectrum",
+    "flow_fisher_penalty",
+    "integrate_flow",
+    "pack_mlp",
+    "velocity_to_score",
+]
+__version__ = "0.1.0"

@@ -1,0 +1,254 @@
+"""Velocity fields that are multi-layer perceptrons, in a form whose weights the operators can read in place."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Activation = Literal["gelu_tanh", "gelu", "silu", "relu", "tanh"]
+Input = Literal["cond", "x", "t"]
+
+_ACTIVATIONS: dict[str, tuple[Callable[[], nn.Module], Callable[[Tensor], Tensor]]] = {
+    "gelu_tanh": (lambda: nn.GELU(approximate="tanh"), lambda h: F.gelu(h, approximate="tanh")),
+    "gelu": (nn.GELU, F.gelu),
+    "silu": (nn.SiLU, F.silu),
+    "relu": (nn.ReLU, F.relu),
+    "tanh": (nn.Tanh, torch.tanh),
+}
+
+
+class VelocityMLP(nn.Module):
+    """Velocity field v(x, t, cond) as an MLP on the concatenation [cond, x, t].
+
+    A hidden layer is linear, activation, then (with ``layer_norm``) layer normalisation; the output layer is linear.
+    Weights start Glorot-uniform and biases zero, as in the published flow policies.
+
+    Args:
+        cond_dim: width of the condition (the observation); 0 for an unconditional flow.
+        action_dim: d, width of x and of the velocity.
+        hidden: widths of the hidden layers.
+        activation: ``"gelu_tanh"``, ``"gelu"``, ``"silu"``, ``"relu"`` or ``"tanh"``.
+        layer_norm: normalise after each activation.
+        layer_norm_eps: its ε.
+    """
+
+    def __init__(
+        self,
+        cond_dim: int,
+        action_dim: int,
+        hidden: Sequence[int] = (512,) * 4,
+        activation: Activation = "gelu_tanh",
+        layer_norm: bool = False,
+        layer_norm_eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        if cond_dim < 0 or action_dim < 1 or any(width < 1 for width in hidden):
+            raise ValueError(
+                f"VelocityMLP: cond_dim must be >= 0, action_dim and every hidden width >= 1, got "
+                f"cond_dim={cond_dim}, action_dim={action_dim}, hidden={tuple(hidden)}"
+            )
+        self.net = mlp(cond_dim + action_dim + 1, hidden, action_dim, activation, layer_norm, layer_norm_eps)
+        self.order: Sequence[Input] = ("cond", "x", "t") if cond_dim else ("x", "t")
+
+    def forward(self, x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
+        """Velocity (..., d) at points x (..., d), times t (..., 1) and conditions (..., c). Differentiable."""
+        return self.net(_concatenate(self.order, x, t, cond))
+
+
+def _concatenate(order: Sequence[Input], x: Tensor, t: Tensor, cond: Tensor | None) -> Tensor:
+    lead = x.shape[:-1]
+    inputs = {"x": x, "t": t.expand(*lead, 1)}
+    if cond is not None:
+        inputs["cond"] = cond.expand(*lead, cond.shape[-1])
+    return torch.cat([inputs[name] for name in order], dim=-1)
+
+
+def mlp(
+    inputs: int,
+    hidden: Sequence[int],
+    outputs: int,
+    activation: Activation = "gelu_tanh",
+    layer_norm: bool = False,
+    layer_norm_eps: float = 1e-6,
+) -> nn.Sequential:
+    """Linear, activation, optional layer norm, ...; a last linear. Glorot-uniform weights, zero biases."""
+    if activation not in _ACTIVATIONS:
+        raise ValueError(f"mlp: activation must be one of {', '.join(map(repr, _ACTIVATIONS))}, got {activation!r}")
+    modules: list[nn.Module] = []
+    width = inputs
+    for next_width in hidden:
+        modules += [nn.Linear(width, next_width), _ACTIVATIONS[activation][0]()]
+        if layer_norm:
+            modules.append(nn.LayerNorm(next_width, eps=layer_norm_eps))
+        width = next_width
+    modules.append(nn.Linear(width, outputs))
+    for module in modules:
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    return nn.Sequential(*modules)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One linear map and what follows it, in this order: norm_before, activation, norm_after."""
+
+    linear: nn.Linear
+    norm_before: nn.LayerNorm | None = None
+    activation: str | None = None
+    norm_after: nn.LayerNorm | None = None
+
+    def finish(self, h: Tensor) -> Tensor:
+        """What follows the linear map."""
+        if self.norm_before is not None:
+            h = self.norm_before(h)
+        if self.activation is not None:
+            h = _ACTIVATIONS[self.activation][1](h)
+        return h if self.norm_after is None else self.norm_after(h)
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedMLP:
+    """A stack of layers that are read, never copied. Made by :func:`pack_mlp`; callable as v(x, t, cond)."""
+
+    layers: tuple[Layer, ...]
+    order: tuple[Input, ...]
+
+    @property
+    def action_dim(self) -> int:
+        return self.layers[-1].linear.out_features
+
+    @property
+    def cond_dim(self) -> int:
+        return self.layers[0].linear.in_features - self.action_dim - 1
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
+        h = _concatenate(self.order, x, t, cond)
+        for layer in self.layers:
+            h = layer.finish(layer.linear(h))
+        return h
+
+    def with_cond(self, cond: Tensor | None) -> Callable[[Tensor, float | Tensor], Tensor]:
+        """v(x, t) for a fixed condition, whose share of the first layer is computed once and not at every step.
+
+        ``cond`` broadcasts against x, so that one row can serve many samples; t is a number or a tensor (..., 1).
+        """
+        first = self.layers[0].linear
+        widths = {"x": self.action_dim, "t": 1, "cond": self.cond_dim}
+        columns = first.weight.split([widths[name] for name in self.order], dim=1)
+        weight = dict(zip(self.order, columns))
+        if cond is not None:
+            offset: Tensor | None = F.linear(cond, weight["cond"], first.bias)
+        else:
+            offset = first.bias
+
+        def velocity(x: Tensor, t: float | Tensor) -> Tensor:
+            h = F.linear(x, weight["x"]) + t * weight["t"].squeeze(1)
+            if offset is not None:
+                h = h + offset
+            h = self.layers[0].finish(h)
+            for layer in self.layers[1:]:
+                h = layer.finish(layer.linear(h))
+            return h
+
+        return velocity
+
+
+def pack_mlp(module: nn.Module, order: Sequence[Input] = ("cond", "x", "t")) -> PackedMLP:
+    """Read an existing stack of Linear / activation / LayerNorm as a velocity field, in place.
+
+    Nothing is copied: an optimiser step on ``module`` is seen by the next call. Activations are GELU (either form),
+    SiLU, ReLU and Tanh; a LayerNorm stands after or before the activation. Nested ``nn.Sequential`` and modules that
+    wrap exactly one child are looked through, ``nn.Identity`` and ``nn.Dropout`` in eval mode are passed over.
+
+    Args:
+        module: a :class:`VelocityMLP`, an ``nn.Sequential``, or a module that wraps one.
+        order: how the inputs are concatenated; leave ``"cond"`` out for an unconditional flow. Ignored for a
+            :class:`VelocityMLP`, which knows its own.
+
+    Returns:
+        The packed MLP, callable as v(x, t, cond) and accepted wherever a velocity is.
+
+    Raises:
+        TypeError: the module holds something else than the above.
+        ValueError: widths do not chain, or ``order`` is not a permutation of its names.
+
+    Example:
+        >>> import torch, fdkernels
+        >>> net = torch.nn.Sequential(torch.nn.Linear(3 + 2 + 1, 16), torch.nn.SiLU(), torch.nn.Linear(16, 2))
+        >>> velocity = fdkernels.pack_mlp(net)
+        >>> velocity(torch.zeros(5, 2), torch.zeros(5, 1), torch.zeros(5, 3)).shape
+        torch.Size([5, 2])
+    """
+    if isinstance(module, PackedMLP):
+        return module
+    if isinstance(module, VelocityMLP):
+        order = module.order
+        module = module.net
+    if sorted(order) not in (["cond", "t", "x"], ["t", "x"]):
+        raise ValueError(
+            f"pack_mlp: order must name 'x', 't' and, unless unconditional, 'cond' once, got {tuple(order)}"
+        )
+    layers = tuple(_layers(list(_leaves(module))))
+    packed = PackedMLP(layers, tuple(order))
+    for layer in layers:
+        for norm in (layer.norm_before, layer.norm_after):
+            if norm is not None and norm.normalized_shape != (layer.linear.out_features,):
+                raise ValueError(f"pack_mlp: {norm} must normalise the {layer.linear.out_features} outputs before it")
+    for before, after in itertools.pairwise(layers):
+        if before.linear.out_features != after.linear.in_features:
+            raise ValueError(f"pack_mlp: widths do not chain: {before.linear} is followed by {after.linear}")
+    if packed.cond_dim < 0 or ("cond" in order) != (packed.cond_dim > 0):
+        raise ValueError(
+            f"pack_mlp: with order={tuple(order)} and {packed.action_dim} outputs the first layer must take "
+            f"{'cond_dim + ' if 'cond' in order else ''}{packed.action_dim} + 1 inputs, got "
+            f"{layers[0].linear.in_features}"
+        )
+    return packed
+
+
+def _leaves(module: nn.Module) -> Iterator[nn.Module]:
+    """The modules that compute, in order of execution, as far as that can be known."""
+    if isinstance(module, nn.Sequential):
+        for child in module:
+            yield from _leaves(child)
+    elif isinstance(module, nn.Identity) or (isinstance(module, nn.Dropout) and not module.training):
+        return
+    elif isinstance(module, nn.Linear | nn.LayerNorm) or _activation_name(module) is not None:
+        yield module
+    else:
+        children = list(module.children())
+        if len(children) != 1:
+            raise TypeError(
+                "pack_mlp: module must be a VelocityMLP, an nn.Sequential of Linear, activation (GELU, SiLU, ReLU, "
+                f"Tanh) and LayerNorm, or a module that wraps one; got {type(module).__name__}"
+            )
+        yield from _leaves(children[0])
+
+
+def _activation_name(module: nn.Module) -> str | None:
+    if isinstance(module, nn.GELU):
+        return "gelu_tanh" if module.approximate == "tanh" else "gelu"
+    names = {nn.SiLU: "silu", nn.ReLU: "relu", nn.Tanh: "tanh"}
+    return names.get(type(module))
+
+
+def _layers(leaves: list[nn.Module]) -> Iterator[Layer]:
+    if not leaves or not isinstance(leaves[0], nn.Linear) or not isinstance(leaves[-1], nn.Linear):
+        raise TypeError("pack_mlp: the stack must begin and end with nn.Linear")
+    starts = [i for i, leaf in enumerate(leaves) if isinstance(leaf, nn.Linear)]
+    for start, end in zip(starts, [*starts[1:], len(leaves)]):
+        linear, rest = leaves[start], leaves[start + 1 : end]
+        kinds = "".join("n" if isinstance(leaf, nn.LayerNorm) else "a" for leaf in rest)
+        if kinds not in ("", "a", "n", "na", "an", "nan"):
+            raise TypeError(f"pack_mlp: between two nn.Linear at most norm, activation, norm, got {rest}")
+        before = rest[0] if kinds.startswith("n") else None
+        after = rest[-1] if kinds.endswith("n") and len(kinds) > 1 else None
+        activation = next((_activation_name(leaf) for leaf in rest if not isinstance(leaf, nn.LayerNorm)), None)
+        yield Layer(linear, before, activation, after)  # type: ignore[arg-type]

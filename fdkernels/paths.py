@@ -1,0 +1,74 @@
+"""Affine probability paths x_t = α_t·a + σ_t·x0 between noise x0 and data a."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+Time = TypeVar("Time", float, Tensor)
+
+
+@dataclasses.dataclass(frozen=True)
+class AffinePath:
+    """x_t = α_t·a + σ_t·x0, with the velocity field v(x, t) = E[α̇_t·a + σ̇_t·x0 | x_t = x].
+
+    Attributes:
+        alpha, sigma: coefficients of data and noise, functions of a tensor of times (...,) that return its shape.
+        d_alpha, d_sigma: their time derivatives.
+    """
+
+    alpha: Callable[[Tensor], Tensor]
+    sigma: Callable[[Tensor], Tensor]
+    d_alpha: Callable[[Tensor], Tensor]
+    d_sigma: Callable[[Tensor], Tensor]
+
+
+# The built-in paths also take a Python float, and give one: a constant time then costs no tensor at all.
+def _exp(t: Time) -> Time:
+    return torch.exp(t) if isinstance(t, Tensor) else math.exp(t)
+
+
+def _sin(t: Time) -> Time:
+    return torch.sin(t) if isinstance(t, Tensor) else math.sin(t)
+
+
+def _cos(t: Time) -> Time:
+    return torch.cos(t) if isinstance(t, Tensor) else math.cos(t)
+
+
+_BETA_MIN, _BETA_MAX = 0.1, 20.0  # Ho et al., 2020, in the continuous form of Song et al., 2021
+
+
+def _vp_alpha(t: Time) -> Time:
+    s = 1 - t
+    return _exp(-0.25 * s * s * (_BETA_MAX - _BETA_MIN) - 0.5 * s * _BETA_MIN)
+
+
+def _vp_sigma(t: Time) -> Time:
+    return (1 - _vp_alpha(t) ** 2) ** 0.5
+
+
+def _vp_d_alpha(t: Time) -> Time:
+    return 0.5 * ((1 - t) * (_BETA_MAX - _BETA_MIN) + _BETA_MIN) * _vp_alpha(t)
+
+
+def _vp_d_sigma(t: Time) -> Time:
+    return -_vp_alpha(t) * _vp_d_alpha(t) / _vp_sigma(t)
+
+
+PATHS = {
+    "linear": AffinePath(lambda t: t, lambda t: 1 - t, lambda t: 0 * t + 1, lambda t: 0 * t - 1),
+    "linear_reversed": AffinePath(lambda t: 1 - t, lambda t: t, lambda t: 0 * t - 1, lambda t: 0 * t + 1),
+    "vp": AffinePath(_vp_alpha, _vp_sigma, _vp_d_alpha, _vp_d_sigma),
+    "cosine": AffinePath(
+        lambda t: _sin(0.5 * math.pi * t),
+        lambda t: _cos(0.5 * math.pi * t),
+        lambda t: 0.5 * math.pi * _cos(0.5 * math.pi * t),
+        lambda t: -0.5 * math.pi * _sin(0.5 * math.pi * t),
+    ),
+}
