@@ -6,7 +6,7 @@ The maths in plain form is in the sister package ``fdkernels_ref``.
 from fdkernels.decorator import flow_fisher_penalty
 from fdkernels.fisher import fisher_penalty, fisher_spectrum
 from fdkernels.flow import integrate_flow
-from fdkernels.mlp import PackedMLP, VelocityMLP, pack_mlp
+from fdkernels.mlp import PackedMLP, VelocityMLP, build_mlp, pack_mlp
 from fdkernels.paths import AffinePath
 from fdkernels.score import velocity_to_score
 
@@ -14,6 +14,7 @@ __all__ = [
     "AffinePath",
     "PackedMLP",
     "VelocityMLP",
+    "build_mlp",
     "fisher_penalty",
     "fisher_spectrum",
     "flow_fisher_penalty",

@@ -53,7 +53,7 @@ class VelocityMLP(nn.Module):
                 f"VelocityMLP: cond_dim must be >= 0, action_dim and every hidden width >= 1, got "
                 f"cond_dim={cond_dim}, action_dim={action_dim}, hidden={tuple(hidden)}"
             )
-        self.net = mlp(cond_dim + action_dim + 1, hidden, action_dim, activation, layer_norm, layer_norm_eps)
+        self.net = build_mlp(cond_dim + action_dim + 1, hidden, action_dim, activation, layer_norm, layer_norm_eps)
         self.order: Sequence[Input] = ("cond", "x", "t") if cond_dim else ("x", "t")
 
     def forward(self, x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
@@ -69,7 +69,7 @@ def _concatenate(order: Sequence[Input], x: Tensor, t: Tensor, cond: Tensor | No
     return torch.cat([inputs[name] for name in order], dim=-1)
 
 
-def mlp(
+def build_mlp(
     inputs: int,
     hidden: Sequence[int],
     outputs: int,
@@ -77,9 +77,12 @@ def mlp(
     layer_norm: bool = False,
     layer_norm_eps: float = 1e-6,
 ) -> nn.Sequential:
-    """Linear, activation, optional layer norm, ...; a last linear. Glorot-uniform weights, zero biases."""
+    """The stack inside a :class:`VelocityMLP`: linear, activation, optional layer norm, ...; a last linear.
+
+    Glorot-uniform weights, zero biases. Policies and critics around a flow use the same.
+    """
     if activation not in _ACTIVATIONS:
-        raise ValueError(f"mlp: activation must be one of {', '.join(map(repr, _ACTIVATIONS))}, got {activation!r}")
+        raise ValueError(f"build_mlp: activation must be one of {', '.join(map(repr, _ACTIVATIONS))}, got {activation!r}")
     modules: list[nn.Module] = []
     width = inputs
     for next_width in hidden:

@@ -1,0 +1,43 @@
+"""Our agents are the published ones: every recorded number of the cases in ``--golden-dir``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.published import Replay, mismatches, numeric_keys, spoiled
+
+Case = dict[str, np.ndarray]
+
+
+@pytest.fixture(scope="module")
+def case(golden: Path) -> Case:
+    with np.load(golden) as arrays:
+        return dict(arrays)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+def test_matches_the_published_agent(case: Case, dtype: torch.dtype) -> None:
+    problems = mismatches(case, Replay(case, dtype).results, dtype)
+    assert not problems, "\n".join(problems)
+
+
+def test_a_spoiled_output_is_noticed(case: Case) -> None:
+    inputs = "(?!init/|opt/|batch/|rand/|eval/.*(obs|noise))"
+    for dtype, outputs in ((torch.float64, "x64/"), (torch.float32, f"(?!x64/){inputs}")):
+        results = Replay(case, dtype).results
+        for key in numeric_keys(case, outputs):
+            problems = mismatches(spoiled(case, key), results, dtype, only=key)
+            assert problems, f"{key} off by 0.1 % went unnoticed"
+
+
+def test_a_spoiled_input_is_noticed(case: Case) -> None:
+    # whole arrays: a single number may have no effect at all, such as noise whose action is clipped anyway
+    for key in numeric_keys(
+        case, "batch/|rand/(?!t_fisher)|init/.*(Dense_1|log_alpha)|opt/nu/modules_critic/.*Dense_1"
+    ):
+        results = Replay(spoiled(case, key, whole=True), torch.float64).results
+        assert mismatches(case, results, torch.float64), f"{key} off by 0.1 % went unnoticed"

@@ -1,0 +1,350 @@
+"""The three agents, from a batch to new parameters.
+
+``fidec``   Fisher decorator (arXiv 2604.17919): a flow fitted to the data, and a displacement δ that climbs Q inside
+            the trust region δᵀF̂δ/d ≤ target.
+``deflow``  the same with the isotropic ‖δ‖²/d.
+``fql``     flow Q-learning (arXiv 2502.02538): a one-step policy distilled from the flow while it climbs Q.
+
+They share networks, critic, flow matching and optimiser; `actor_loss` is where they differ. One update is
+`Agent.update`: backward of critic loss + flow-matching loss + actor loss, target network, Adam.
+"""
+
+from __future__ import annotations
+
+import abc
+import copy
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fdkernels
+from train.config import AgentConfig
+from train.data import Batch
+from train.networks import TwinCritic
+
+
+class Draws(NamedTuple):
+    """Every random number that one update uses; B the batch size, d the action width, K the Fisher samples."""
+
+    next_noise: Tensor
+    """Start of the policy's next action in the critic target, (B, d) normal."""
+    flow_x0: Tensor
+    """Noise end of the flow-matching path, (B, d) normal."""
+    flow_t: Tensor
+    """Its time, (B, 1) uniform on [0, 1)."""
+    base_noise: Tensor
+    """Start of the action that is improved, (B, d) normal."""
+    fisher_noise: Tensor | None = None
+    """Start of the Fisher samples, (B, K, d) normal."""
+    bridge_noise: Tensor | None = None
+    """What brings them back to time t, (B, K, d) normal."""
+    fisher_t: Tensor | None = None
+    """That time where it varies, (B, K, 1); None for a constant one."""
+
+
+class Agent(nn.Module, abc.ABC):
+    """What the three agents share."""
+
+    def __init__(self, config: AgentConfig, obs_dim: int, action_dim: int) -> None:
+        super().__init__()
+        self.config = config
+        self.action_dim = action_dim
+        self.flow = fdkernels.VelocityMLP(obs_dim, action_dim, config.actor_hidden, layer_norm=config.actor_layer_norm)
+        # from [observation, base action or noise] to the displacement or the action
+        self.actor = fdkernels.build_mlp(
+            obs_dim + action_dim, config.actor_hidden, action_dim, layer_norm=config.actor_layer_norm
+        )
+        self.critic = TwinCritic(obs_dim, action_dim, config.critic_hidden, config.critic_layer_norm)
+        self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+        # raw observations are standardised with these before the networks see them
+        self.register_buffer("obs_mean", torch.zeros(obs_dim))
+        self.register_buffer("obs_std", torch.ones(obs_dim))
+        self.updates: Tensor
+        self.obs_mean: Tensor
+        self.obs_std: Tensor
+
+    def make_optimizer(self) -> torch.optim.Adam:
+        """One Adam over everything that learns. Call it once the module is on its device."""
+        learning = [p for p in self.parameters() if p.requires_grad]
+        return torch.optim.Adam(learning, lr=self.config.lr, fused=True)
+
+    def draw(self, batch_size: int, generator: torch.Generator | None = None) -> Draws:
+        """Fresh random numbers for one update."""
+        return Draws(
+            next_noise=self._normal(generator, batch_size),
+            flow_x0=self._normal(generator, batch_size),
+            flow_t=torch.rand(batch_size, 1, generator=generator, **self._like()),
+            base_noise=self._normal(generator, batch_size),
+        )
+
+    def _like(self) -> dict[str, Any]:
+        return {"dtype": self.obs_mean.dtype, "device": self.obs_mean.device}
+
+    def _normal(self, generator: torch.Generator | None, *shape: int) -> Tensor:
+        return torch.randn(*shape, self.action_dim, generator=generator, **self._like())
+
+    # -- one update ----------------------------------------------------------------------------------------------
+
+    def update(self, optimizer: torch.optim.Optimizer, batch: Batch, draws: Draws) -> dict[str, Tensor]:
+        """Batch to parameters. Returns what `metrics` reads; nothing is computed for it."""
+        seen = self.backward(batch, draws)
+        self.step(optimizer)
+        return seen
+
+    def backward(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
+        """Gradients of the total loss, into ``.grad``. Returns the intermediate tensors, detached."""
+        self.zero_grad()
+        critic_loss, seen = self.critic_loss(batch, draws)
+        actor_loss, actor_seen = self.actor_loss(batch, draws)
+        total_loss = critic_loss + actor_loss
+        frozen_after = self.config.freeze_flow_after
+        if frozen_after is None or self.updates < frozen_after:
+            flow_loss, flow_seen = self.flow_matching_loss(batch, draws)
+            total_loss = total_loss + flow_loss
+            seen |= flow_seen
+        else:
+            # As in the published code, the loss is gone but Adam's momentum still moves the flow a little.
+            for p in self.flow.parameters():
+                p.grad = torch.zeros_like(p)
+        total_loss.backward()
+        seen |= actor_seen | {"total_loss": total_loss}
+        return {name: tensor.detach() for name, tensor in seen.items()}
+
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Clip the gradients, move the target network, move the parameters."""
+        if self.config.grad_clip is not None:
+            nn.utils.clip_grad_norm_(self.parameters(), self.config.grad_clip)
+        # As in the published code, the target follows the critic from before this step.
+        target: list[Tensor] = list(self.target_critic.parameters())
+        torch._foreach_lerp_(target, [p.detach() for p in self.critic.parameters()], self.config.tau)
+        optimizer.step()
+        self.updates += 1
+
+    # -- the losses ----------------------------------------------------------------------------------------------
+
+    def critic_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
+        """Temporal-difference error of both critics against r + γ·m·Q_target(s', π(s'))."""
+        with torch.no_grad():
+            next_actions = self.act(batch.next_observations, draws.next_noise)
+            next_qs = self.target_critic(batch.next_observations, next_actions)
+            next_q = next_qs.amin(0) if self.config.q_aggregation == "min" else next_qs.mean(0)
+            target_q = batch.rewards + self.config.discount * batch.masks * next_q
+        qs = self.critic(batch.observations, batch.actions)
+        loss = (qs - target_q).square().mean()
+        return loss, {
+            "next_actions": next_actions,
+            "next_qs": next_qs,
+            "target_q": target_q,
+            "critic_q": qs,
+            "critic_loss": loss,
+        }
+
+    def flow_matching_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
+        """E‖v(x_t, t, s) − (a − x0)‖², the only loss that trains the flow (arXiv 2210.02747)."""
+        x_t = (1 - draws.flow_t) * draws.flow_x0 + draws.flow_t * batch.actions
+        velocity = batch.actions - draws.flow_x0
+        predicted = self.flow(x_t, draws.flow_t, batch.observations)
+        loss = F.mse_loss(predicted, velocity)
+        return loss, {"x_t": x_t, "velocity": velocity, "predicted_velocity": predicted, "flow_loss": loss}
+
+    @abc.abstractmethod
+    def actor_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
+        """The agent's own part: climb Q, stay near the data."""
+
+    def q_loss(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """−Q of the actions, critics held constant; in units of mean |Q| with ``normalize_q``."""
+        qs = self.critic(obs, actions, frozen=True)
+        q = qs.mean(0)
+        loss = -q.mean()
+        if self.config.normalize_q:
+            loss = loss / q.detach().abs().mean().clamp(min=self.q_scale_floor)
+        return loss, {"policy_q": qs, "q_loss": loss}
+
+    q_scale_floor = 0.0
+
+    # -- acting --------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def flow_action(self, obs: Tensor, noise: Tensor) -> Tensor:
+        """The behaviour flow's action (..., d) for standardised observations and N(0, I) noise (..., d)."""
+        return fdkernels.integrate_flow(self.flow, noise, obs, num_steps=self.config.flow_steps)
+
+    @abc.abstractmethod
+    def act(self, obs: Tensor, noise: Tensor) -> Tensor:
+        """The policy's action (..., d), in [-1, 1], for standardised observations and N(0, I) noise (..., d)."""
+
+    # -- logging -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def metrics(self, batch: Batch, seen: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The figures worth watching, from the intermediate tensors of an update."""
+        losses = {name: value for name, value in seen.items() if value.ndim == 0}
+        return losses | {
+            "q": seen["critic_q"].mean(),
+            "q_policy": seen["policy_q"].mean(),
+            "action_error": F.mse_loss(seen["policy_actions"], batch.actions),
+        }
+
+
+class DecoratorAgent(Agent):
+    """π(s) = clip(a + δ(s, a)), a the flow's action, with the size of δ held at ``target_divergence``."""
+
+    def __init__(self, config: AgentConfig, obs_dim: int, action_dim: int) -> None:
+        super().__init__(config, obs_dim, action_dim)
+        if config.lagrange:
+            self.log_alpha = nn.Parameter(torch.tensor(float(config.alpha)).log())
+        if config.zero_init_displacement:
+            nn.init.zeros_(self.actor[-1].weight)  # type: ignore[arg-type]
+
+    def displacement(self, obs: Tensor, action: Tensor) -> Tensor:
+        """δ(s, a), (..., d), unclipped."""
+        return self.actor(torch.cat([obs, action], dim=-1))
+
+    @abc.abstractmethod
+    def penalty(self, obs: Tensor, displacement: Tensor, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
+        """Size of each displacement, (B,), and what there is to log. Gradient to the displacement only."""
+
+    def actor_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
+        """α·penalty − Q(s, clip(a + δ)); α rises while the penalty is above its target (dual ascent)."""
+        base_actions = self.flow_action(batch.observations, draws.base_noise)
+        displacement = self.displacement(batch.observations, base_actions)
+        row_penalty, seen = self.penalty(batch.observations, displacement, draws)
+        penalty = row_penalty.mean()
+        policy_actions = (base_actions + displacement).clamp(-1, 1)
+        q_loss, q_seen = self.q_loss(batch.observations, policy_actions)
+
+        if self.config.lagrange:
+            alpha = self.log_alpha.detach().exp()
+            multiplier_loss = -self.log_alpha * (penalty.detach() - self.config.target_divergence)
+            loss = alpha * penalty + q_loss + multiplier_loss
+            seen |= {"alpha": alpha, "multiplier_loss": multiplier_loss}
+        else:
+            loss = self.config.alpha * penalty + q_loss
+        return loss, seen | q_seen | {
+            "base_actions": base_actions,
+            "displacement": displacement,
+            "policy_actions": policy_actions,
+            "row_penalty": row_penalty,
+            "penalty": penalty,
+            "actor_loss": loss,
+        }
+
+    @torch.no_grad()
+    def act(self, obs: Tensor, noise: Tensor) -> Tensor:
+        return self.refine(obs, self.flow_action(obs, noise))
+
+    def refine(self, obs: Tensor, action: Tensor) -> Tensor:
+        return (action + self.displacement(obs, action)).clamp(-1, 1)
+
+    @torch.no_grad()
+    def act_best_of(self, obs: Tensor, noise: Tensor) -> Tensor:
+        """Of M flow actions, noise (B, M, d), the one with the highest mean Q, refined once: (B, d)."""
+        candidates = self.flow_action(obs.unsqueeze(1).expand(-1, noise.shape[1], -1), noise)
+        return self.refine(obs, self._highest_q(obs, candidates))
+
+    @torch.no_grad()
+    def act_iterated(self, obs: Tensor, noise: Tensor, *, num_refinements: int = 5) -> Tensor:
+        """Refine again and again from the flow's action, noise (B, d); the iterate with the highest mean Q."""
+        iterates = [self.flow_action(obs, noise)]
+        for _ in range(num_refinements):
+            iterates.append(self.refine(obs, iterates[-1]))
+        return self._highest_q(obs, torch.stack(iterates, dim=1))
+
+    def _highest_q(self, obs: Tensor, actions: Tensor) -> Tensor:
+        """(B, M, d) to (B, d)."""
+        batch, num, _ = actions.shape
+        rows = obs.unsqueeze(1).expand(-1, num, -1).flatten(0, 1)
+        q = self.critic(rows, actions.flatten(0, 1)).mean(0).view(batch, num)
+        return actions[torch.arange(batch, device=actions.device), q.argmax(1)]
+
+    @torch.no_grad()
+    def metrics(self, batch: Batch, seen: dict[str, Tensor]) -> dict[str, Tensor]:
+        displacement = seen["displacement"]
+        return super().metrics(batch, seen) | {
+            "displacement_norm": displacement.norm(dim=-1).mean(),
+            "displacement_mean_square": displacement.square().mean(),
+        }
+
+
+class FiDec(DecoratorAgent):
+    """Fisher decorator: the size is δᵀF̂δ/d, F̂ the behaviour density's normalised Fisher matrix."""
+
+    q_scale_floor = 1e-6
+
+    def draw(self, batch_size: int, generator: torch.Generator | None = None) -> Draws:
+        k, high = self.config.num_fisher_samples, min(0.999, self.config.fisher_t)
+        low = max(0.001, self.config.fisher_t - self.config.fisher_t_width)
+        draws = (
+            super()
+            .draw(batch_size, generator)
+            ._replace(
+                fisher_noise=self._normal(generator, batch_size, k), bridge_noise=self._normal(generator, batch_size, k)
+            )
+        )
+        if self.config.fisher_t_width == 0:
+            return draws
+        uniform = torch.rand(batch_size, k, 1, generator=generator, **self._like())
+        return draws._replace(fisher_t=low + (high - low) * uniform)
+
+    def penalty(self, obs: Tensor, displacement: Tensor, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
+        """Size of the displacement in the behaviour density's Fisher metric, (B,); gradient to the displacement."""
+        config = self.config
+        penalty, score = fdkernels.flow_fisher_penalty(
+            self.flow,
+            obs,
+            displacement,
+            t=config.fisher_t if draws.fisher_t is None else draws.fisher_t,
+            num_steps=config.flow_steps,
+            damping=config.fisher_damping,
+            eps=config.fisher_trace_eps,
+            convention=config.score_convention,
+            min_sigma=config.min_sigma,
+            noise=draws.fisher_noise,
+            bridge_noise=draws.bridge_noise,
+            return_score=True,
+        )
+        return penalty, {"score": score}
+
+    @torch.no_grad()
+    def metrics(self, batch: Batch, seen: dict[str, Tensor]) -> dict[str, Tensor]:
+        spectrum = fdkernels.fisher_spectrum(seen["score"], damping=self.config.fisher_damping)
+        return super().metrics(batch, seen) | {
+            "fisher_trace_per_dim": spectrum.mean(),
+            "top_eigenvalue_share": (spectrum[..., 0] / spectrum.sum(-1)).mean(),
+        }
+
+
+class DeFlow(DecoratorAgent):
+    """The isotropic trust region: the size is ‖δ‖²/d."""
+
+    def penalty(self, obs: Tensor, displacement: Tensor, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
+        return displacement.square().mean(-1), {}
+
+
+class FQL(Agent):
+    """Flow Q-learning: π(s) = clip(μ(s, noise)), kept near the flow's action from the same noise."""
+
+    def actor_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
+        """α·‖μ(s, noise) − flow(s, noise)‖²/d − Q(s, clip(μ))."""
+        base_actions = self.flow_action(batch.observations, draws.base_noise)
+        actions = self.actor(torch.cat([batch.observations, draws.base_noise], dim=-1))
+        penalty = F.mse_loss(actions, base_actions)
+        policy_actions = actions.clamp(-1, 1)
+        q_loss, seen = self.q_loss(batch.observations, policy_actions)
+        loss = self.config.alpha * penalty + q_loss
+        return loss, seen | {
+            "base_actions": base_actions,
+            "policy_actions": policy_actions,
+            "penalty": penalty,
+            "actor_loss": loss,
+        }
+
+    @torch.no_grad()
+    def act(self, obs: Tensor, noise: Tensor) -> Tensor:
+        return self.actor(torch.cat([obs, noise], dim=-1)).clamp(-1, 1)
+
+
+AGENTS: dict[str, type[Agent]] = {"fidec": FiDec, "deflow": DeFlow, "fql": FQL}

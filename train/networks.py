@@ -1,0 +1,49 @@
+"""Networks around the flow: the twin critic, its weights stacked so that both run as one batched product."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class TwinCritic(nn.Module):
+    """Two independent Q networks on [observation, action]: linear, GELU (tanh form), layer norm; a last linear.
+
+    Parameters are stacked on a leading axis of two, ``weights[i]`` (2, inputs, outputs); Glorot-uniform, biases zero.
+
+    Args:
+        obs_dim, action_dim: widths of the inputs.
+        hidden: widths of the hidden layers.
+        layer_norm: normalise after each activation (ε = 1e-6).
+    """
+
+    def __init__(self, obs_dim: int, action_dim: int, hidden: Sequence[int], layer_norm: bool = True) -> None:
+        super().__init__()
+        widths = [obs_dim + action_dim, *hidden, 1]
+        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
+        self.scales, self.shifts = nn.ParameterList(), nn.ParameterList()
+        for fan_in, fan_out in itertools.pairwise(widths):
+            bound = (6 / (fan_in + fan_out)) ** 0.5
+            self.weights.append(nn.Parameter(torch.empty(2, fan_in, fan_out).uniform_(-bound, bound)))
+            self.biases.append(nn.Parameter(torch.zeros(2, 1, fan_out)))
+        if layer_norm:
+            for width in hidden:
+                self.scales.append(nn.Parameter(torch.ones(2, 1, width)))
+                self.shifts.append(nn.Parameter(torch.zeros(2, 1, width)))
+
+    def forward(self, obs: Tensor, action: Tensor, *, frozen: bool = False) -> Tensor:
+        """Q values (2, batch). ``frozen`` holds the parameters constant, so that only the action gets a gradient."""
+        constant = (lambda p: p.detach()) if frozen else (lambda p: p)
+        h = torch.cat([obs, action], dim=-1).expand(2, -1, -1)
+        for i, (weight, bias) in enumerate(zip(self.weights, self.biases)):
+            h = torch.baddbmm(constant(bias), h, constant(weight))
+            if i < len(self.weights) - 1:
+                h = F.gelu(h, approximate="tanh")
+                if self.scales:
+                    h = F.layer_norm(h, h.shape[-1:], eps=1e-6)
+                    h = torch.addcmul(constant(self.shifts[i]), h, constant(self.scales[i]))
+        return h.squeeze(-1)
