@@ -82,7 +82,9 @@ def build_mlp(
     Glorot-uniform weights, zero biases. Policies and critics around a flow use the same.
     """
     if activation not in _ACTIVATIONS:
-        raise ValueError(f"build_mlp: activation must be one of {', '.join(map(repr, _ACTIVATIONS))}, got {activation!r}")
+        raise ValueError(
+            f"build_mlp: activation must be one of {', '.join(map(repr, _ACTIVATIONS))}, got {activation!r}"
+        )
     modules: list[nn.Module] = []
     width = inputs
     for next_width in hidden:

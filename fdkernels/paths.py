@@ -33,6 +33,10 @@ def _exp(t: Time) -> Time:
     return torch.exp(t) if isinstance(t, Tensor) else math.exp(t)
 
 
+def _expm1(t: Time) -> Time:
+    return torch.expm1(t) if isinstance(t, Tensor) else math.expm1(t)
+
+
 def _sin(t: Time) -> Time:
     return torch.sin(t) if isinstance(t, Tensor) else math.sin(t)
 
@@ -44,13 +48,18 @@ def _cos(t: Time) -> Time:
 _BETA_MIN, _BETA_MAX = 0.1, 20.0  # Ho et al., 2020, in the continuous form of Song et al., 2021
 
 
-def _vp_alpha(t: Time) -> Time:
+def _vp_log_alpha(t: Time) -> Time:
     s = 1 - t
-    return _exp(-0.25 * s * s * (_BETA_MAX - _BETA_MIN) - 0.5 * s * _BETA_MIN)
+    return -0.25 * s * s * (_BETA_MAX - _BETA_MIN) - 0.5 * s * _BETA_MIN
+
+
+def _vp_alpha(t: Time) -> Time:
+    return _exp(_vp_log_alpha(t))
 
 
 def _vp_sigma(t: Time) -> Time:
-    return (1 - _vp_alpha(t) ** 2) ** 0.5
+    # 1 − α² cancels near t = 1
+    return (-_expm1(2 * _vp_log_alpha(t))) ** 0.5
 
 
 def _vp_d_alpha(t: Time) -> Time:

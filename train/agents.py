@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import abc
 import copy
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,21 @@ import fdkernels
 from train.config import AgentConfig
 from train.data import Batch
 from train.networks import TwinCritic
+
+METRICS = {
+    "flow_loss": "flow-matching loss",
+    "critic_loss": "temporal-difference error",
+    "actor_loss": "weighted penalty + Q term + multiplier's loss",
+    "q_data": "mean Q of dataset actions",
+    "q_policy": "mean Q of the policy's actions",
+    "penalty": "size of the displacement in the trust region's metric (fql: distillation error)",
+    "alpha": "multiplier of the penalty",
+    "displacement_norm": "mean ‖δ‖",
+    "displacement_mean_square": "mean ‖δ‖²/d",
+    "top_eigenvalue_share": "share of F's largest eigenvalue (isotropic: 1/d)",
+    "fisher_trace_per_dim": "mean tr F / d",
+    "action_error": "mean squared difference of the policy's and the dataset's actions",
+}
 
 
 class Draws(NamedTuple):
@@ -42,6 +58,10 @@ class Draws(NamedTuple):
     """What brings them back to time t, (B, K, d) normal."""
     fisher_t: Tensor | None = None
     """That time where it varies, (B, K, 1); None for a constant one."""
+
+
+Part = Literal["critic", "flow", "actor"]
+ALL_PARTS: tuple[Part, ...] = ("critic", "flow", "actor")
 
 
 class Agent(nn.Module, abc.ABC):
@@ -88,30 +108,32 @@ class Agent(nn.Module, abc.ABC):
 
     # -- one update ----------------------------------------------------------------------------------------------
 
-    def update(self, optimizer: torch.optim.Optimizer, batch: Batch, draws: Draws) -> dict[str, Tensor]:
+    def update(
+        self, optimizer: torch.optim.Optimizer, batch: Batch, draws: Draws, parts: Sequence[Part] = ALL_PARTS
+    ) -> dict[str, Tensor]:
         """Batch to parameters. Returns what `metrics` reads; nothing is computed for it."""
-        seen = self.backward(batch, draws)
+        seen = self.backward(batch, draws, parts)
         self.step(optimizer)
         return seen
 
-    def backward(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
-        """Gradients of the total loss, into ``.grad``. Returns the intermediate tensors, detached."""
+    def backward(self, batch: Batch, draws: Draws, parts: Sequence[Part] = ALL_PARTS) -> dict[str, Tensor]:
+        """Gradients of the sum of the losses, into ``.grad``. Returns the intermediate tensors, detached."""
         self.zero_grad()
-        critic_loss, seen = self.critic_loss(batch, draws)
-        actor_loss, actor_seen = self.actor_loss(batch, draws)
-        total_loss = critic_loss + actor_loss
-        frozen_after = self.config.freeze_flow_after
-        if frozen_after is None or self.updates < frozen_after:
-            flow_loss, flow_seen = self.flow_matching_loss(batch, draws)
-            total_loss = total_loss + flow_loss
-            seen |= flow_seen
-        else:
+        losses = {"critic": self.critic_loss, "flow": self.flow_matching_loss, "actor": self.actor_loss}
+        freeze_after = self.config.freeze_flow_after
+        if freeze_after is not None and self.updates >= freeze_after:
+            parts = [part for part in parts if part != "flow"]
             # As in the published code, the loss is gone but Adam's momentum still moves the flow a little.
             for p in self.flow.parameters():
                 p.grad = torch.zeros_like(p)
+        total_loss = torch.zeros_like(self.obs_mean[0])
+        seen: dict[str, Tensor] = {}
+        for part in parts:
+            loss, part_seen = losses[part](batch, draws)
+            total_loss = total_loss + loss
+            seen |= part_seen
         total_loss.backward()
-        seen |= actor_seen | {"total_loss": total_loss}
-        return {name: tensor.detach() for name, tensor in seen.items()}
+        return {name: tensor.detach() for name, tensor in seen.items()} | {"total_loss": total_loss.detach()}
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clip the gradients, move the target network, move the parameters."""
@@ -180,13 +202,21 @@ class Agent(nn.Module, abc.ABC):
 
     @torch.no_grad()
     def metrics(self, batch: Batch, seen: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The figures worth watching, from the intermediate tensors of an update."""
-        losses = {name: value for name, value in seen.items() if value.ndim == 0}
-        return losses | {
-            "q": seen["critic_q"].mean(),
-            "q_policy": seen["policy_q"].mean(),
-            "action_error": F.mse_loss(seen["policy_actions"], batch.actions),
-        }
+        """The figures worth watching, named in `METRICS`, as far as an update's intermediate tensors give them."""
+        figures = {name: tensor for name, tensor in seen.items() if name in METRICS}
+        if "critic_q" in seen:
+            figures["q_data"] = seen["critic_q"].mean()
+        if "policy_q" in seen:
+            figures["q_policy"] = seen["policy_q"].mean()
+            figures["action_error"] = F.mse_loss(seen["policy_actions"], batch.actions)
+        if "displacement" in seen:
+            figures["displacement_norm"] = seen["displacement"].norm(dim=-1).mean()
+            figures["displacement_mean_square"] = seen["displacement"].square().mean()
+        if "score" in seen:
+            spectrum = fdkernels.fisher_spectrum(seen["score"], damping=self.config.fisher_damping)
+            figures["fisher_trace_per_dim"] = spectrum.mean()
+            figures["top_eigenvalue_share"] = (spectrum[..., 0] / spectrum.sum(-1)).mean()
+        return figures
 
 
 class DecoratorAgent(Agent):
@@ -260,14 +290,6 @@ class DecoratorAgent(Agent):
         q = self.critic(rows, actions.flatten(0, 1)).mean(0).view(batch, num)
         return actions[torch.arange(batch, device=actions.device), q.argmax(1)]
 
-    @torch.no_grad()
-    def metrics(self, batch: Batch, seen: dict[str, Tensor]) -> dict[str, Tensor]:
-        displacement = seen["displacement"]
-        return super().metrics(batch, seen) | {
-            "displacement_norm": displacement.norm(dim=-1).mean(),
-            "displacement_mean_square": displacement.square().mean(),
-        }
-
 
 class FiDec(DecoratorAgent):
     """Fisher decorator: the size is δᵀF̂δ/d, F̂ the behaviour density's normalised Fisher matrix."""
@@ -307,14 +329,6 @@ class FiDec(DecoratorAgent):
             return_score=True,
         )
         return penalty, {"score": score}
-
-    @torch.no_grad()
-    def metrics(self, batch: Batch, seen: dict[str, Tensor]) -> dict[str, Tensor]:
-        spectrum = fdkernels.fisher_spectrum(seen["score"], damping=self.config.fisher_damping)
-        return super().metrics(batch, seen) | {
-            "fisher_trace_per_dim": spectrum.mean(),
-            "top_eigenvalue_share": (spectrum[..., 0] / spectrum.sum(-1)).mean(),
-        }
 
 
 class DeFlow(DecoratorAgent):

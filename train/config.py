@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,3 +63,111 @@ class AgentConfig:
     """Lower bound of 1 − t in the score."""
     score_convention: Literal["exact", "velocity"] = "exact"
     """exact: (t·v − x)/(1 − t), the score. velocity: v/(1 − t), what the published code uses."""
+
+
+MAY_CHANGE_ON_RESUME = {
+    *("steps", "preset", "device", "out", "resume", "overwrite"),
+    *("eval_every", "eval_episodes", "log_every", "checkpoint_every"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Train an offline RL agent on Minari data and evaluate it in MuJoCo."""
+
+    env: str
+    """What to learn, such as halfcheetah-medium-expert; `python train/environments.py` lists the names."""
+    agent: Literal["fidec", "deflow", "fql"] = "fidec"
+    """fidec: Fisher trust region; deflow: isotropic trust region; fql: one-step distillation."""
+    preset: Literal["auto", "quick", "full"] = "auto"
+    """full: the published setting. quick: minutes on a laptop's CPU. auto: quick where there is no GPU. Any other flag
+    given beside it wins."""
+    steps: int = 1_000_000
+    """Updates of the agent, after the warm-ups."""
+    flow_warmup: int = 0
+    """Updates before that of the flow alone. Not in the published schedule."""
+    critic_warmup: int = 0
+    """Updates between the two of the critics alone, on the flow's actions. Not in the published schedule."""
+    batch_size: int = 256
+    """Transitions per update."""
+    seed: int = 0
+    """Of everything drawn: parameters, batches, noise, evaluation."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, ..."""
+    out: Path | None = None
+    """Folder of the run; runs/ENV/AGENT-seedN when not given."""
+    resume: bool = False
+    """Go on from the last checkpoint in the folder, if there is one."""
+    overwrite: bool = False
+    """Delete what another run left in the folder."""
+    eval_every: int = 100_000
+    """Updates between evaluations; also evaluated at the end."""
+    eval_episodes: int = 50
+    """Episodes per evaluation, played side by side."""
+    log_every: int = 5_000
+    """Updates between rows of metrics."""
+    checkpoint_every: int = 50_000
+    """Updates between checkpoints; also written at the end and on Ctrl-C."""
+    dataset_size: Literal["default", "full"] = "default"
+    """Size of generated data: 100 or 1,000 episodes per behaviour policy. Downloaded data is always whole."""
+    standardize_observations: bool = False
+    """Shift and scale observations by the dataset's mean and standard deviation."""
+    scale_rewards: bool = False
+    """Divide rewards by the dataset's standard deviation."""
+    hyper: AgentConfig = AgentConfig()
+    """Hyper-parameters."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "eval_every", "eval_episodes", "log_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        for name in ("flow_warmup", "critic_warmup"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name.replace('_', '-')} must not be negative, got {getattr(self, name)}")
+
+    @property
+    def folder(self) -> Path:
+        return self.out or Path("runs") / self.env / f"{self.agent}-seed{self.seed}"
+
+    def as_json(self) -> dict[str, Any]:
+        """As JSON gives it back: lists for tuples, text for paths."""
+        return json.loads(json.dumps(dataclasses.asdict(self), default=str))
+
+
+def choose_preset(name: str) -> str:
+    """What ``auto`` stands for on this machine."""
+    if name == "auto":
+        return "full" if torch.cuda.is_available() else "quick"
+    return name
+
+
+def preset_config(name: str, agent: str) -> RunConfig:
+    """The settings behind ``--preset quick`` and ``full``."""
+    hyper = AgentConfig(grad_clip=None if agent == "fql" else 5.0)
+    if name != "quick":
+        return RunConfig(env=tyro.MISSING, hyper=hyper)
+    # Sizes measured on two CPU cores: the flow is trained before the refinement begins, because jointly from scratch
+    # a few thousand updates leave it far from the data.
+    return RunConfig(
+        env=tyro.MISSING,
+        steps=1_500,
+        flow_warmup=20_000,
+        critic_warmup=3_000,
+        eval_every=500,
+        eval_episodes=20,
+        log_every=250,
+        checkpoint_every=1_000,
+        standardize_observations=True,
+        scale_rewards=True,
+        hyper=dataclasses.replace(
+            hyper,
+            actor_hidden=(256,) * 3,
+            critic_hidden=(256,) * 2,
+            lr=1e-3,
+            discount=0.95,
+            normalize_q=True,
+            flow_steps=5,
+            num_fisher_samples=2,
+            zero_init_displacement=True,
+        ),
+    )

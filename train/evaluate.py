@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from train.agents import Agent
 from train.environments import make_vector_env
 
 
-def run_episodes(
-    env_id: str, policy: Callable[[np.ndarray], np.ndarray], *, episodes: int, seed: int
-) -> np.ndarray:
-    """Play ``episodes`` whole episodes at once, each from a seed of its own.
+def run_episodes(env_id: str, policy: Callable[[np.ndarray], np.ndarray], *, episodes: int, seed: int) -> np.ndarray:
+    """Play whole episodes side by side, each from a seed of its own.
 
     Args:
         env_id: gymnasium environment id.
@@ -34,3 +35,24 @@ def run_episodes(
     finally:
         envs.close()
     return returns
+
+
+def evaluate(agent: Agent, env_id: str, *, episodes: int, seed: int) -> dict[str, np.ndarray]:
+    """Returns of the policy and of the behaviour flow alone (δ = 0), from the same initial states and noise."""
+    roles = {"policy": agent.act, "flow": agent.flow_action}
+    return {
+        role: run_episodes(env_id, _acting(agent, act, seed), episodes=episodes, seed=seed)
+        for role, act in roles.items()
+    }
+
+
+def _acting(agent: Agent, act: Callable[[Tensor, Tensor], Tensor], seed: int) -> Callable[[np.ndarray], np.ndarray]:
+    device = agent.obs_mean.device
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def policy(obs: np.ndarray) -> np.ndarray:
+        noise = torch.randn(len(obs), agent.action_dim, generator=generator, device=device)
+        standardized = (torch.from_numpy(obs).to(device).float() - agent.obs_mean) / agent.obs_std
+        return act(standardized, noise).cpu().numpy()
+
+    return policy

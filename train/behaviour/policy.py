@@ -43,7 +43,7 @@ class BehaviourPolicy:
     @classmethod
     def load(cls, path: Path) -> BehaviourPolicy:
         with safe_open(path, framework="numpy") as f:
-            return cls({name: f.get_tensor(name) for name in f.keys()})
+            return cls({name: f.get_tensor(name) for name in f.keys()})  # noqa: SIM118 (not a dict)
 
 
 def policy_note(path: Path) -> dict[str, str]:

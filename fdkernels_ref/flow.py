@@ -1,0 +1,81 @@
+"""Noise to action: the flow's ordinary differential equation, one explicit step after another."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Velocity = Callable[[Tensor, Tensor, Any], Tensor]  # v(x, t, cond): x (..., d), t (..., 1), cond as given -> (..., d)
+Field = Callable[[Tensor, float], Tensor]  # the same, with cond fixed and t a number
+
+
+def _euler(v: Field, x: Tensor, t: float, h: float) -> Tensor:
+    return x + h * v(x, t)
+
+
+def _midpoint(v: Field, x: Tensor, t: float, h: float) -> Tensor:
+    return x + h * v(x + h / 2 * v(x, t), t + h / 2)
+
+
+def _heun(v: Field, x: Tensor, t: float, h: float) -> Tensor:
+    k1 = v(x, t)
+    k2 = v(x + h * k1, t + h)
+    return x + h / 2 * (k1 + k2)
+
+
+def _rk4(v: Field, x: Tensor, t: float, h: float) -> Tensor:
+    k1 = v(x, t)
+    k2 = v(x + h / 2 * k1, t + h / 2)
+    k3 = v(x + h / 2 * k2, t + h / 2)
+    k4 = v(x + h * k3, t + h)
+    return x + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+
+
+_METHODS = {"euler": _euler, "midpoint": _midpoint, "heun": _heun, "rk4": _rk4}
+
+
+def integrate_flow(
+    velocity: Velocity,
+    x0: Tensor,
+    cond: Tensor | None = None,
+    *,
+    num_steps: int = 10,
+    method: str = "euler",
+    time_grid: Sequence[float] | Tensor | None = None,
+    clip: tuple[float, float] | None = (-1.0, 1.0),
+    return_path: bool = False,
+) -> Tensor:
+    """Behaviour action a = clip(x_S) from x_{i+1} = x_i + h_i·v(x_i, t_i, s), h_i = t_{i+1} − t_i.
+
+    The paper's sampler is "euler" with t_i = i/S, S = 10; "midpoint", "heun" (order 2) and "rk4" (order 4) are the
+    explicit Runge-Kutta steps of the textbooks. Only the end is clipped, never a step on the way.
+
+    Args:
+        velocity: any v(x, t, cond) -> (..., d), called with t of shape (..., 1) in the dtype of x0 and cond as given.
+        x0: base noise, (..., d).
+        cond: the state s, (..., c), handed to the velocity untouched.
+        num_steps: S.
+        method: "euler", "midpoint", "heun" or "rk4".
+        time_grid: the S + 1 node times, in either direction, in place of i/S; `num_steps` then plays no part.
+        clip: bounds of the result, None for none.
+        return_path: also return how it came there.
+
+    Returns:
+        (..., d) in the dtype of x0; with `return_path` (S + 1, ..., d), the states at the nodes, x0 first, the last one
+        clipped. Differentiable in x0, cond and the velocity's parameters, through every step.
+    """
+    nodes = [i / num_steps for i in range(num_steps + 1)] if time_grid is None else [float(t) for t in time_grid]
+
+    def field(x: Tensor, t: float) -> Tensor:
+        return velocity(x, torch.full_like(x[..., :1], t), cond)
+
+    path = [x0]
+    for t, t_next in itertools.pairwise(nodes):
+        path.append(_METHODS[method](field, path[-1], t, t_next - t))
+    if clip is not None:
+        path[-1] = path[-1].clamp(*clip)
+    return torch.stack(path) if return_path else path[-1]

@@ -1,0 +1,450 @@
+"""Rollouts, the dataset made of them, and the places it comes from. No test reaches the network."""
+
+import http.server
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import gymnasium as gym
+import huggingface_hub
+import minari
+import numpy as np
+import pytest
+import torch
+from minari import EpisodeData
+from minari.data_collector import EpisodeBuffer
+
+from train import data
+from train.behaviour import rollout
+from train.behaviour.policy import BehaviourPolicy
+from train.data import Batch, DatasetUnavailable, OfflineDataset, load_dataset
+from train.environments import resolve
+
+HOPPER = resolve("hopper-medium")
+HOPPER_BOTH = resolve("hopper-medium-expert")
+OBS, ACTIONS = 11, 3  # Hopper's
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> Path:
+    """An empty Minari cache, tiny datasets, and a hub that refuses the connection."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    monkeypatch.setattr(data, "EPISODES", {"default": 5, "full": 9})
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        set_hub(monkeypatch, f"http://127.0.0.1:{unused.getsockname()[1]}")
+    yield tmp_path / "minari"
+    huggingface_hub.close_session()  # which may have learned this test's proxy
+
+
+def set_hub(monkeypatch, url: str) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    huggingface_hub.close_session()
+
+
+@pytest.fixture
+def policies(tmp_path) -> Path:
+    """Randomly initialised behaviour policies for Hopper, which soon falls over: episodes of tens of steps."""
+    folder = tmp_path / "policies"
+    folder.mkdir()
+    for i, name in enumerate(HOPPER_BOTH.policies):
+        rng = np.random.default_rng(i)
+        shapes = {"trunk.0": (8, OBS), "trunk.2": (8, 8), "mean": (ACTIONS, 8), "log_std": (ACTIONS, 8)}
+        weights = {f"{layer}.weight": 0.3 * rng.standard_normal(shape) for layer, shape in shapes.items()}
+        weights |= {f"{layer}.bias": np.zeros(shape[0]) for layer, shape in shapes.items()}
+        policy = BehaviourPolicy({key: value.astype(np.float16) for key, value in weights.items()})
+        policy.save(folder / f"{name}.safetensors", {"return_mean": "1.0"})
+    return folder
+
+
+def random_policy(obs: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return rng.uniform(-1, 1, (len(obs), 6 if obs.shape[1] == 17 else ACTIONS)).astype(np.float32)
+
+
+def episode(steps: int, *, terminated: bool, first: float = 0.0) -> EpisodeBuffer:
+    """An episode whose every number says where it stands: o_i = first + i, r_i = 10 (first + i)."""
+    last = np.arange(steps) == steps - 1
+    return EpisodeBuffer(
+        observations=first + np.arange(steps + 1.0)[:, None],
+        actions=np.full((steps, 1), 0.5),
+        rewards=10 * (first + np.arange(steps)),
+        terminations=last & terminated,
+        truncations=last & (not terminated),
+    )
+
+
+# --- rollouts ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("env_id", "episodes", "num_envs"), [("Hopper-v5", 7, 3), ("Hopper-v5", 2, 4), ("HalfCheetah-v5", 3, 2)]
+)
+def test_stored_seed_and_actions_replay_the_episode(env_id: str, episodes: int, num_envs: int) -> None:
+    played = list(rollout.collect(env_id, random_policy, episodes=episodes, seed=3, num_envs=num_envs))
+    assert len(played) == episodes
+    env = gym.make(env_id)
+    for e in played:
+        obs, _ = env.reset(seed=e.seed)
+        for t, action in enumerate(e.actions):
+            np.testing.assert_array_equal(e.observations[t], obs.astype(np.float32), f"observation {t}")
+            obs, reward, terminated, truncated, _ = env.step(action)
+            assert e.rewards[t] == reward, f"reward {t}"
+            assert (e.terminations[t], e.truncations[t]) == (terminated, truncated), f"flags {t}"
+        assert terminated or truncated, "the episode was cut short"
+        np.testing.assert_array_equal(e.observations[-1], obs.astype(np.float32), "final observation")
+        assert len(e.observations) == len(e.actions) + 1
+    env.close()
+
+
+def test_rollouts_keep_the_episodes_that_start_first() -> None:
+    # keeping those that end first would leave out long ones
+    played = list(rollout.collect("Hopper-v5", random_policy, episodes=9, seed=5, num_envs=4))
+    assert sorted(e.seed for e in played) == sorted(np.random.default_rng(5).integers(2**31, size=9))
+
+
+def test_rollouts_are_deterministic() -> None:
+    def returns(seed: int) -> list[float]:
+        return [e.rewards.sum() for e in rollout.collect("Hopper-v5", random_policy, episodes=5, seed=seed)]
+
+    assert returns(1) == returns(1)
+    assert returns(1) != returns(2)
+
+
+# --- transitions ------------------------------------------------------------------------------------------------------
+
+
+def test_transitions_stay_within_their_episode() -> None:
+    dataset = OfflineDataset.from_episodes([episode(3, terminated=True), episode(2, terminated=False, first=100)])
+    assert dataset.observations.squeeze(1).tolist() == [0, 1, 2, 100, 101]
+    assert dataset.next_observations.squeeze(1).tolist() == [1, 2, 3, 101, 102]
+    assert dataset.rewards.tolist() == [0, 10, 20, 1000, 1010]
+    assert dataset.masks.tolist() == [1, 1, 0, 1, 1], "only a true termination masks the next value"
+    assert dataset.episode_returns.tolist() == [30, 2010]
+    assert {column.dtype for column in dataset.sample(2)} == {torch.float32}
+
+
+def test_masks_of_a_terminating_environment() -> None:
+    played = list(rollout.collect("Hopper-v5", random_policy, episodes=6, seed=0))
+    dataset = OfflineDataset.from_episodes(played)
+    ends = np.cumsum([len(e) for e in played]) - 1
+    assert np.flatnonzero(dataset.masks.numpy() == 0).tolist() == ends.tolist()
+    for end, e in zip(ends, played):
+        np.testing.assert_array_equal(dataset.next_observations[end], e.observations[-1])
+
+
+def test_actions_are_clipped_into_the_open_interval() -> None:
+    e = EpisodeBuffer(
+        observations=np.zeros((4, 1)),
+        actions=np.array([[-1.0], [0.25], [1.0]]),
+        rewards=np.zeros(3),
+        terminations=np.zeros(3, bool),
+        truncations=np.zeros(3, bool),
+    )
+    actions = OfflineDataset.from_episodes([e]).actions
+    torch.testing.assert_close(actions, torch.tensor([[-1 + 1e-5], [0.25], [1 - 1e-5]]), rtol=0, atol=1e-7)
+    assert torch.atanh(actions).isfinite().all()
+
+
+def test_sample_draws_whole_rows_and_repeats_with_its_generator() -> None:
+    dataset = OfflineDataset.from_episodes([episode(50, terminated=True)])
+
+    def draw(seed: int) -> Batch:
+        return dataset.sample(400, torch.Generator().manual_seed(seed))
+
+    batch = draw(0)
+    assert batch.observations.shape == (400, 1)
+    torch.testing.assert_close(batch.rewards, 10 * batch.observations.squeeze(1))
+    torch.testing.assert_close(batch.next_observations, batch.observations + 1)
+    torch.testing.assert_close(batch.masks, (batch.observations.squeeze(1) != 49).float())
+    assert len(batch.rewards.unique()) == 50, "some transitions are never drawn"
+    assert all(torch.equal(a, b) for a, b in zip(batch, draw(0)))
+    assert not torch.equal(batch.rewards, draw(1).rewards)
+
+
+def test_to_moves_every_column() -> None:
+    moved = OfflineDataset.from_episodes([episode(3, terminated=True)], ("id",), ("line",)).to("meta")
+    assert {column.device.type for column in moved.sample(2)} == {"meta"}
+    assert (moved.dataset_ids, moved.source) == (("id",), ("line",))
+
+
+# --- where the data comes from ----------------------------------------------------------------------------------------
+
+
+def forbid_generation(monkeypatch) -> None:
+    def fail(*args, **kwargs):
+        raise AssertionError("generated instead of read")
+
+    monkeypatch.setattr(data, "store_rollouts", fail)
+
+
+def host(monkeypatch, policies: Path, episodes: dict[str, int]) -> list[str]:
+    """Stand in for Minari's server: downloads put these datasets into the cache. Returns the ids asked for."""
+    asked = []
+
+    def download(dataset_id: str, force_download: bool = False) -> None:
+        asked.append(dataset_id)
+        folder = data.get_dataset_path(dataset_id)
+        if folder.exists() and not force_download:
+            return  # as Minari does
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        policy = policies / f"{HOPPER.policies[0]}.safetensors"
+        rollout.store_rollouts(folder, dataset_id, HOPPER, policy, episodes[dataset_id])
+
+    monkeypatch.setattr(minari, "download_dataset", download)
+    monkeypatch.setattr(data, "_hub_problem", lambda: None)
+    return asked
+
+
+def test_generated_once_then_read_from_the_cache(cache, policies, monkeypatch) -> None:
+    first = load_dataset(HOPPER, policies=policies)
+    assert first.dataset_ids == ("fdkernels/hopper/medium-5ep-v0",)
+    assert "cannot be reached" in first.source[0]
+    assert "generated now" in first.source[1]
+    forbid_generation(monkeypatch)
+    again = load_dataset(HOPPER, policies=policies)
+    assert "local cache" in again.source[1]
+    assert str(cache) in again.source[0], "does not say where the rollouts are"
+    for column in Batch._fields:
+        assert torch.equal(getattr(first, column), getattr(again, column)), column
+
+
+def test_generated_data_does_not_depend_on_where_it_is(tmp_path, policies, monkeypatch) -> None:
+    first = load_dataset(HOPPER, policies=policies, download=False)
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "other"))
+    second = load_dataset(HOPPER, policies=policies, download=False)
+    assert "generated now" in second.source[1]
+    assert torch.equal(first.rewards, second.rewards)
+
+
+def test_generated_dataset_is_a_minari_dataset_with_its_history(policies) -> None:
+    dataset = load_dataset(HOPPER, policies=policies, download=False)
+    stored = minari.load_dataset("fdkernels/hopper/medium-5ep-v0")
+    assert list(minari.list_local_datasets()) == [stored.id]
+    assert (stored.total_episodes, stored.total_steps) == (5, len(dataset))
+    assert stored.env_spec.id == "Hopper-v5"
+    metadata = stored.storage.metadata
+    assert metadata["policy"] == {"return_mean": "1.0"}
+    assert any(requirement.startswith("mujoco==") for requirement in metadata["requirements"])
+    seeds = [e["seed"] for e in stored.storage.get_episode_metadata(range(5))]
+    assert len(set(seeds)) == 5
+    scores = minari.get_normalized_score(stored, dataset.episode_returns)
+    np.testing.assert_allclose(100 * scores, data.normalized_score(HOPPER, dataset.episode_returns))
+
+
+def test_sizes_do_not_clash(policies) -> None:
+    default = load_dataset(HOPPER, policies=policies, download=False)
+    full = load_dataset(HOPPER, policies=policies, download=False, size="full")
+    assert (len(default.episode_returns), len(full.episode_returns)) == (5, 9)
+
+
+def test_medium_expert_is_both(policies) -> None:
+    medium = load_dataset(HOPPER, policies=policies, download=False)
+    expert = load_dataset(resolve("hopper-expert"), policies=policies, download=False)
+    both = load_dataset(HOPPER_BOTH, policies=policies, download=False)
+    assert len(both.episode_returns) == 10
+    for column in Batch._fields:
+        assert torch.equal(getattr(both, column), torch.cat([getattr(medium, column), getattr(expert, column)])), column
+    assert len(both.source) == 3
+    assert f"{len(medium):,} transitions, mean return {medium.episode_returns.mean():,.0f}" in both.source[1]
+    assert f"{len(expert):,} transitions, mean return {expert.episode_returns.mean():,.0f}" in both.source[2]
+
+
+def test_hosted_data_is_downloaded_then_cached(policies, monkeypatch) -> None:
+    asked = host(monkeypatch, policies, dict(zip(HOPPER_BOTH.dataset_ids, (4, 6))))
+    both = load_dataset(HOPPER_BOTH)
+    assert asked == list(HOPPER_BOTH.dataset_ids) == list(both.dataset_ids)
+    assert len(both.episode_returns) == 10
+    assert all("downloaded now" in line for line in both.source)
+    again = load_dataset(HOPPER_BOTH)
+    assert asked == list(HOPPER_BOTH.dataset_ids), "downloaded twice"
+    assert all("local cache" in line for line in again.source)
+
+
+def test_hosted_and_generated_parts_are_not_mixed(policies, monkeypatch) -> None:
+    host(monkeypatch, policies, {HOPPER.dataset_ids[0]: 4})
+    assert len(load_dataset(HOPPER).episode_returns) == 4
+    both = load_dataset(HOPPER_BOTH, policies=policies)  # the expert part is not hosted: KeyError
+    assert all(dataset_id.startswith("fdkernels/") for dataset_id in both.dataset_ids)
+    assert "failed (KeyError" in both.source[0]
+
+
+def test_interrupted_download_is_completed(cache, policies, monkeypatch) -> None:
+    asked = host(monkeypatch, policies, {HOPPER.dataset_ids[0]: 4})
+    partial = cache / HOPPER.dataset_ids[0] / "data"
+    partial.mkdir(parents=True)
+    (partial / "metadata.json").write_text(json.dumps({"total_episodes": 4}))
+    assert len(load_dataset(HOPPER).episode_returns) == 4
+    assert asked == list(HOPPER.dataset_ids)
+
+
+# --- no network -------------------------------------------------------------------------------------------------------
+
+
+def check_unavailable(tmp_path: Path, reason: str) -> None:
+    started = time.monotonic()
+    with pytest.raises(DatasetUnavailable) as error:
+        load_dataset(HOPPER, policies=tmp_path)
+    assert time.monotonic() - started < 15
+    message = str(error.value)
+    for part in (HOPPER.name, reason, os.environ["MINARI_DATASETS_PATH"], "minari download mujoco/hopper/medium-v0"):
+        assert part in message, f"{part!r} not in {message!r}"
+    assert "ships no behaviour policy for it" in message
+
+
+def test_offline_error_is_quick_and_says_what_to_do(tmp_path) -> None:
+    check_unavailable(tmp_path, "cannot be reached")
+
+
+def test_offline_error_names_what_can_be_had(policies) -> None:
+    with pytest.raises(DatasetUnavailable, match="only for hopper-medium, hopper-expert, hopper-medium-expert\n"):
+        load_dataset(resolve("walker2d-medium"), policies=policies, download=False)
+
+
+def test_a_hub_that_never_answers_costs_seconds(tmp_path, monkeypatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # connects, then says nothing
+        set_hub(monkeypatch, f"http://127.0.0.1:{silent.getsockname()[1]}")
+        check_unavailable(tmp_path, "http://127.0.0.1")
+
+
+def test_a_name_look_up_that_hangs_costs_seconds(tmp_path, monkeypatch) -> None:
+    release = threading.Event()
+
+    def getaddrinfo(*args, **kwargs):
+        release.wait(30)
+        raise socket.gaierror("gave up")
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    monkeypatch.setattr(data, "PROBE_SECONDS", 0.5)
+    set_hub(monkeypatch, "http://hub.invalid")
+    check_unavailable(tmp_path, "did not answer within 0.5 s")
+    release.set()
+
+
+def test_offline_mode_of_the_hub_is_respected(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    check_unavailable(tmp_path, "HF_HUB_OFFLINE")
+
+
+def test_hub_behind_a_proxy_is_reachable(monkeypatch) -> None:
+    seen = []
+
+    class Proxy(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            seen.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *args) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Proxy) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{server.server_port}")
+        set_hub(monkeypatch, "http://hub.invalid")
+        assert data._hub_problem() is None
+        server.shutdown()
+    assert seen == ["http://hub.invalid/"]
+
+
+# --- faults -----------------------------------------------------------------------------------------------------------
+
+
+def truncate(cache: Path, dataset_id: str) -> Path:
+    file = cache / dataset_id / "data" / "main_data.hdf5"
+    os.truncate(file, file.stat().st_size // 2)
+    return file
+
+
+def test_damaged_generated_data_is_made_again(cache, policies) -> None:
+    before = load_dataset(HOPPER, policies=policies, download=False)
+    truncate(cache, before.dataset_ids[0])
+    after = load_dataset(HOPPER, policies=policies, download=False)
+    assert "generated again because the copy in the cache was damaged" in after.source[1]
+    assert torch.equal(before.rewards, after.rewards)
+
+
+def test_damaged_hosted_data_is_refused_by_its_folder(cache, policies, monkeypatch) -> None:
+    host(monkeypatch, policies, {HOPPER.dataset_ids[0]: 4})
+    load_dataset(HOPPER)
+    folder = truncate(cache, HOPPER.dataset_ids[0]).parent.parent
+    with pytest.raises(DatasetUnavailable, match=r"truncated file[\s\S]*delete the folder") as error:
+        load_dataset(HOPPER, policies=policies)
+    assert str(folder) in str(error.value)
+
+
+def test_episode_without_its_last_observation_is_refused(policies, monkeypatch) -> None:
+    load_dataset(HOPPER, policies=policies, download=False)
+    monkeypatch.setattr(EpisodeData, "__len__", lambda e: len(e.rewards) + 1)
+    with pytest.raises(data._Unreadable, match="last observation"):
+        data._read("fdkernels/hopper/medium-5ep-v0")
+
+
+KILLED_HALF_WAY = """
+import sys, time
+from pathlib import Path
+from train import data, environments
+from train.behaviour import rollout
+
+def collect(*args, collect=rollout.collect, **kwargs):
+    yield next(collect(*args, **kwargs))
+    print("half way", flush=True)
+    time.sleep(60)
+
+rollout.collect = collect
+data.EPISODES["default"] = 5
+data.load_dataset(environments.resolve("hopper-medium"), download=False, policies=Path(sys.argv[1]))
+"""
+
+
+def test_a_kill_while_generating_leaves_nothing_behind(cache, policies) -> None:
+    child = subprocess.Popen([sys.executable, "-c", KILLED_HALF_WAY, policies], stdout=subprocess.PIPE, text=True)
+    try:
+        assert child.stdout.readline() == "half way\n"
+        assert len(list(cache.rglob("main_data.hdf5"))) == 1, "not killed in the middle of anything"
+    finally:
+        child.send_signal(signal.SIGKILL)
+        child.communicate()
+    assert minari.list_local_datasets() == {}
+    dataset = load_dataset(HOPPER, policies=policies, download=False)
+    assert "generated now" in dataset.source[1]
+    assert len(dataset.episode_returns) == 5
+    assert len(list(cache.rglob("main_data.hdf5"))) == 1, "the killed run's half is still there"
+
+
+def test_two_runs_at_once_generate_once(policies, monkeypatch) -> None:
+    calls = []
+
+    def counted(*args, store=data.store_rollouts):
+        calls.append(args)
+        time.sleep(0.3)  # long enough for the other to arrive
+        store(*args)
+
+    monkeypatch.setattr(data, "store_rollouts", counted)
+    with ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(load_dataset, HOPPER, policies=policies, download=False) for _ in range(2)]
+        first, second = (run.result() for run in runs)
+    assert len(calls) == 1
+    assert torch.equal(first.rewards, second.rewards)
+
+
+def test_failed_generation_leaves_nothing_behind(cache, policies, monkeypatch) -> None:
+    def broken(*args, **kwargs):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(rollout, "collect", broken)
+    with pytest.raises(OSError, match="no space left"):
+        load_dataset(HOPPER, policies=policies, download=False)
+    assert [path for path in cache.rglob("*") if path.is_file() and path.suffix != ".lock"] == []

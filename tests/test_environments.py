@@ -1,0 +1,78 @@
+"""Names of environments, their scores, and quiet MuJoCo."""
+
+import subprocess
+import sys
+
+import gymnasium as gym
+import numpy as np
+import pytest
+
+from train import environments
+from train.environments import ENVIRONMENTS, UnknownEnvironment, make_vector_env, normalized_score, resolve
+
+
+@pytest.mark.parametrize("family", ["halfcheetah", "hopper", "walker2d"])
+@pytest.mark.parametrize(
+    ("quality", "parts"),
+    [
+        ("simple", ["simple"]),
+        ("medium", ["medium"]),
+        ("expert", ["expert"]),
+        ("medium-expert", ["medium", "expert"]),
+    ],
+)
+def test_names_give_environment_and_minari_ids(family: str, quality: str, parts: list[str]) -> None:
+    spec = resolve(f"{family}-{quality}")
+    assert spec.name == f"{family}-{quality}"
+    assert spec.dataset_ids == tuple(f"mujoco/{family}/{part}-v0" for part in parts)
+    assert len(spec.policies) == len(parts)
+    assert spec.env_id.lower() == f"{family}-v5"
+    assert gym.spec(spec.env_id).max_episode_steps == 1000
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("halfcheetah-medum", "halfcheetah-medium"),
+        ("halfcheetah-medium-expert-v2", "halfcheetah-medium-expert"),
+        ("HALFCHEETAH-EXPERT", "halfcheetah-expert"),
+        ("hoper-expert", "hopper-expert"),
+        ("walker-medium", "walker2d-medium"),
+    ],
+)
+def test_unknown_name_suggests_the_nearest(typed: str, meant: str) -> None:
+    with pytest.raises(UnknownEnvironment, match=f"Nearest: .*{meant}[,.]") as error:
+        resolve(typed)
+    assert repr(typed) in str(error.value)
+
+
+def test_unknown_name_says_how_to_list_all() -> None:
+    with pytest.raises(ValueError, match=r"`python train/environments.py` lists all 12") as error:
+        resolve("zzz")
+    assert "Nearest" not in str(error.value)
+    listing = subprocess.run([sys.executable, environments.__file__], capture_output=True, text=True, check=True)
+    assert listing.stdout.split() == list(ENVIRONMENTS)
+
+
+@pytest.mark.parametrize(
+    ("name", "random", "expert"),
+    [
+        ("halfcheetah-medium", -280.178953, 12135.0),
+        ("hopper-simple", -20.272305, 3234.3),
+        ("walker2d-medium-expert", 1.629008, 4592.3),
+    ],
+)
+def test_normalized_score_is_d4rls(name: str, random: float, expert: float) -> None:
+    spec = resolve(name)
+    assert normalized_score(spec, random) == pytest.approx(0, abs=1e-9)
+    assert normalized_score(spec, expert) == pytest.approx(100)
+    half = normalized_score(spec, np.array([random, (random + expert) / 2, 2 * expert - random]))
+    np.testing.assert_allclose(half, [0, 50, 200], atol=1e-9)
+
+
+def test_mujoco_is_quiet(tmp_path, monkeypatch, capfd, recwarn) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_vector_env("HalfCheetah-v5", 1).close()
+    assert list(tmp_path.iterdir()) == [], "MuJoCo wrote its log into the working folder"
+    assert capfd.readouterr() == ("", "")
+    assert [str(w.message) for w in recwarn] == []

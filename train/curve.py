@@ -1,0 +1,92 @@
+"""The learning curve of a run, as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+from train.config import RunConfig
+from train.record import read_table
+
+BLUE, ORANGE, GREY = "#1f5fa8", "#d9822b", "#8a8f98"
+
+
+def draw_curve(folder: Path, config: RunConfig, dataset_score: float, label: str) -> Path:
+    """Draw ``folder/curve.png`` from the run's tables: the score against updates, and what happened inside.
+
+    Args:
+        folder: of the run, with metrics.csv and evaluations.csv.
+        config: of the run.
+        dataset_score: normalised score of the dataset's own mean return.
+        label: what the score is, for the axis.
+    """
+    evaluations = [row for row in read_table(folder / "evaluations.csv")]
+    metrics = [row for row in read_table(folder / "metrics.csv") if row["penalty"]]
+    warmup = config.flow_warmup + config.critic_warmup
+
+    style = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 11, "axes.titlesize": 11}
+    with plt.rc_context(style):
+        figure, axes = plt.subplot_mosaic(
+            [["score"] * 3, ["trust", "q", "fisher"]], figsize=(10, 6.4), height_ratios=[1.6, 1], layout="constrained"
+        )
+        _draw_score(axes["score"], evaluations, warmup, config, dataset_score, label)
+        for name, lines in _panels(config).items():
+            ax = axes[name]
+            ax.set_title(lines.pop("title"), loc="left")
+            for column, (text, colour) in lines.items():
+                points = [(int(row["step"]) - warmup, float(row[column])) for row in metrics if row[column]]
+                ax.plot(*zip(*points), color=colour, label=text, linewidth=1.6) if points else None
+            if name == "trust" and config.agent != "fql":
+                ax.axhline(config.hyper.target_divergence, color=GREY, linestyle="--", linewidth=1, label="target")
+            if name == "trust":
+                ax.set_yscale("log")
+            ax.set_xlabel("updates of the agent")
+            if ax.lines:
+                ax.legend(frameon=False, fontsize=9)
+        path = folder / "curve.png"
+        figure.savefig(path, dpi=150)
+        plt.close(figure)
+    return path
+
+
+def _panels(config: RunConfig) -> dict[str, dict]:
+    panels: dict[str, dict] = {
+        "trust": {"title": "size of the displacement", "penalty": ("penalty", BLUE)},
+        "q": {"title": "mean Q", "q_policy": ("policy", BLUE), "q_data": ("dataset", ORANGE)},
+        "fisher": {"title": "action error", "action_error": ("policy − dataset, squared", BLUE)},
+    }
+    if config.agent != "fql":
+        panels["trust"]["displacement_mean_square"] = ("mean ‖δ‖²/d", ORANGE)
+    if config.agent == "fidec":
+        panels["fisher"] = {"title": "anisotropy of F", "top_eigenvalue_share": ("top eigenvalue share", BLUE)}
+    return panels
+
+
+def _draw_score(
+    ax: Axes, evaluations: list[dict[str, str]], warmup: int, config: RunConfig, dataset_score: float, label: str
+) -> None:
+    for role, colour, text in (("policy", BLUE, config.agent), ("flow", ORANGE, "behaviour flow alone (δ = 0)")):
+        rows = [row for row in evaluations if row["role"] == role and int(row["step"]) >= warmup]
+        steps = [int(row["step"]) - warmup for row in rows]
+        mean, sem = ([float(row[c]) for row in rows] for c in ("score_mean", "score_sem"))
+        ax.plot(steps, mean, color=colour, marker="o", markersize=4, linewidth=2, label=text)
+        ax.fill_between(
+            steps,
+            [m - s for m, s in zip(mean, sem)],
+            [m + s for m, s in zip(mean, sem)],
+            color=colour,
+            alpha=0.18,
+            lw=0,
+        )
+    ax.axhline(dataset_score, color=GREY, linestyle="--", linewidth=1.2, label="dataset's mean return")
+    ax.set_title(f"{config.agent} on {config.env}, seed {config.seed}", loc="left", fontsize=14)
+    ax.set_ylabel(label)
+    ax.set_xlabel("updates of the agent" + (f" (after {warmup:,} of warm-up)" if warmup else ""))
+    ax.margins(x=0.02)
+    ax.grid(axis="y", alpha=0.25)
+    ax.legend(frameon=False, loc="best")
