@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 DATA = Path(__file__).parent / "data"
 
@@ -23,3 +24,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         if not files:
             raise pytest.UsageError(f"--golden-dir: no .npz file in {folder}")
         metafunc.parametrize("golden", files, ids=lambda f: f.stem, scope="module")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 
@@ -29,7 +30,12 @@ def draw_curve(folder: Path, config: RunConfig, dataset_score: float, label: str
     metrics = [row for row in read_table(folder / "metrics.csv") if row["penalty"]]
     warmup = config.flow_warmup + config.critic_warmup
 
-    style = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 11, "axes.titlesize": 11}
+    style: dict[Any, Any] = {
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "font.size": 11,
+        "axes.titlesize": 11,
+    }
     with plt.rc_context(style):
         figure, axes = plt.subplot_mosaic(
             [["score"] * 3, ["trust", "q", "fisher"]], figsize=(10, 6.4), height_ratios=[1.6, 1], layout="constrained"
@@ -54,8 +60,8 @@ def draw_curve(folder: Path, config: RunConfig, dataset_score: float, label: str
     return path
 
 
-def _panels(config: RunConfig) -> dict[str, dict]:
-    panels: dict[str, dict] = {
+def _panels(config: RunConfig) -> dict[str, dict[str, Any]]:
+    panels: dict[str, dict[str, Any]] = {
         "trust": {"title": "size of the displacement", "penalty": ("penalty", BLUE)},
         "q": {"title": "mean Q", "q_policy": ("policy", BLUE), "q_data": ("dataset", ORANGE)},
         "fisher": {"title": "action error", "action_error": ("policy − dataset, squared", BLUE)},
@@ -75,14 +81,8 @@ def _draw_score(
         steps = [int(row["step"]) - warmup for row in rows]
         mean, sem = ([float(row[c]) for row in rows] for c in ("score_mean", "score_sem"))
         ax.plot(steps, mean, color=colour, marker="o", markersize=4, linewidth=2, label=text)
-        ax.fill_between(
-            steps,
-            [m - s for m, s in zip(mean, sem)],
-            [m + s for m, s in zip(mean, sem)],
-            color=colour,
-            alpha=0.18,
-            lw=0,
-        )
+        low, high = [m - s for m, s in zip(mean, sem)], [m + s for m, s in zip(mean, sem)]
+        ax.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
     ax.axhline(dataset_score, color=GREY, linestyle="--", linewidth=1.2, label="dataset's mean return")
     ax.set_title(f"{config.agent} on {config.env}, seed {config.seed}", loc="left", fontsize=14)
     ax.set_ylabel(label)

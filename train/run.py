@@ -253,12 +253,13 @@ def parse(argv: Sequence[str]) -> RunConfig:
 
 def preset_line(config: RunConfig) -> str:
     name = choose_preset(config.preset)
-    why = {"full": " (there is a GPU)", "quick": " (no GPU here; --preset full is the published setting)"}[name]
+    if config.preset == "auto":
+        name += " (there is a GPU)" if name == "full" else " (no GPU here; --preset full is the published setting)"
     hyper = config.hyper
     return (
-        f"{name}{why if config.preset == 'auto' else ''}: {config.flow_warmup:,} + {config.critic_warmup:,} warm-up and "
-        f"{config.steps:,} agent updates, batch {config.batch_size}, actors {'-'.join(map(str, hyper.actor_hidden))}, "
-        f"critics {'-'.join(map(str, hyper.critic_hidden))}, {hyper.flow_steps} flow steps"
+        f"{name}: {config.flow_warmup:,} + {config.critic_warmup:,} warm-up and {config.steps:,} agent updates, batch "
+        f"{config.batch_size}, actors {'-'.join(map(str, hyper.actor_hidden))}, critics "
+        f"{'-'.join(map(str, hyper.critic_hidden))}, {hyper.flow_steps} flow steps"
     )
 
 

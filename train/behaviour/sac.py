@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
+import itertools
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -94,7 +96,7 @@ class TwinCritic(nn.Module):
         widths = [obs_dim + action_dim, hidden, hidden, 1]
         self.weights = nn.ParameterList()
         self.biases = nn.ParameterList()
-        for fan_in, fan_out in zip(widths[:-1], widths[1:], strict=True):
+        for fan_in, fan_out in itertools.pairwise(widths):
             bound = fan_in**-0.5
             self.weights.append(nn.Parameter(torch.empty(2, fan_in, fan_out).uniform_(-bound, bound)))
             self.biases.append(nn.Parameter(torch.empty(2, 1, fan_out).uniform_(-bound, bound)))
@@ -188,7 +190,7 @@ def main(config: SACConfig) -> None:
     config.out.mkdir(parents=True, exist_ok=True)
     envs = make_vector_env(config.env_id, config.num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
     envs.action_space.seed(config.seed)
-    obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
+    (obs_dim,), (action_dim,) = envs.single_observation_space.shape or (), envs.single_action_space.shape or ()
     agent = SAC(config, obs_dim, action_dim)
     buffer = ReplayBuffer(config.env_steps + config.num_envs, obs_dim, action_dim)
 
@@ -208,9 +210,9 @@ def main(config: SACConfig) -> None:
         policy = agent.actor.behaviour_policy()
         # a fresh seed for every snapshot, far from the training seeds
         rng = np.random.default_rng(10_000 + buffer.size)
-        returns = run_episodes(
-            config.env_id, lambda o: policy(o, rng), episodes=config.eval_episodes, seed=int(rng.integers(2**31))
-        )
+        act = functools.partial(policy, rng=rng)
+        seed = int(rng.integers(2**31))
+        returns = run_episodes(config.env_id, act, episodes=config.eval_episodes, seed=seed)
         mean, sem = returns.mean(), returns.std(ddof=1) / len(returns) ** 0.5
         note = {
             "env_id": config.env_id,

@@ -1,0 +1,100 @@
+"""Checkpoints: everything comes back, a damaged one is refused, nothing half-written counts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from train.agents import AGENTS, Agent
+from train.checkpoint import DamagedCheckpoint, find_checkpoint, load_checkpoint, save_checkpoint
+from train.config import AgentConfig
+from train.data import Batch
+
+CONFIG = AgentConfig(actor_hidden=(8,), critic_hidden=(8,), flow_steps=2, num_fisher_samples=2)
+
+
+class Trainer:
+    def __init__(self, name: str = "fidec", seed: int = 0) -> None:
+        torch.manual_seed(seed)
+        self.agent: Agent = AGENTS[name](CONFIG, 3, 2)
+        self.optimizer = self.agent.make_optimizer()
+        self.generator = torch.Generator().manual_seed(seed)
+        self.parts = (self.agent, self.optimizer, self.generator)
+
+    def update(self, times: int) -> None:
+        for _ in range(times):
+            obs, actions, rewards, next_obs, masks = (
+                torch.randn(16, width, generator=self.generator) for width in (3, 2, 1, 3, 1)
+            )
+            batch = Batch(obs, actions.clamp(-1, 1), rewards.squeeze(-1), next_obs, masks.squeeze(-1).gt(0).float())
+            self.agent.update(self.optimizer, batch, self.agent.draw(16, self.generator))
+
+
+def weights(agent: Agent) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in agent.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", AGENTS)
+def test_continues_bit_for_bit(tmp_path: Path, name: str) -> None:
+    straight = Trainer(name)
+    straight.update(3)
+    path = save_checkpoint(tmp_path, 3, *straight.parts, {"note": [1, 2.5]})
+    straight.update(4)
+
+    resumed = Trainer(name, seed=1)  # everything different until it is loaded
+    assert load_checkpoint(path, *resumed.parts) == (3, {"note": [1, 2.5]})
+    resumed.update(4)
+    for key, tensor in weights(straight.agent).items():
+        assert torch.equal(tensor, weights(resumed.agent)[key]), key
+
+
+def damage(path: Path, how: str) -> None:
+    content = bytearray(path.read_bytes())
+    if how == "cut short":
+        content = content[: len(content) // 2]
+    elif how == "one bit flipped":
+        content[-100] ^= 1
+    elif how == "empty":
+        content = bytearray()
+    elif how == "header gone":
+        content[:8] = b"\xff" * 8
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("how", ["cut short", "one bit flipped", "empty", "header gone"])
+def test_a_damaged_checkpoint_is_refused_for_the_one_before(tmp_path: Path, how: str) -> None:
+    trainer = Trainer()
+    before = save_checkpoint(tmp_path, 1, *trainer.parts, {})
+    newest = save_checkpoint(tmp_path, 2, *trainer.parts, {})
+    assert find_checkpoint(tmp_path) == (newest, [])
+    damage(newest, how)
+    found, problems = find_checkpoint(tmp_path)
+    assert found == before
+    assert len(problems) == 1
+    assert str(newest) in problems[0]
+    untouched = weights(trainer.agent)
+    with pytest.raises(DamagedCheckpoint, match=newest.name):
+        load_checkpoint(newest, *trainer.parts)
+    assert all(torch.equal(tensor, untouched[key]) for key, tensor in weights(trainer.agent).items())
+
+
+def test_only_the_newest_two_stay(tmp_path: Path) -> None:
+    trainer = Trainer()
+    for step in (1, 5, 10, 20):
+        save_checkpoint(tmp_path, step, *trainer.parts, {})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000000010.safetensors", "step-000000020.safetensors"]
+
+
+def test_a_half_written_checkpoint_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = Trainer()
+    first = save_checkpoint(tmp_path, 1, *trainer.parts, {})
+    monkeypatch.setattr(Path, "replace", lambda self, target: pytest.fail("killed here"))
+    with pytest.raises(pytest.fail.Exception):
+        save_checkpoint(tmp_path, 2, *trainer.parts, {})
+    assert find_checkpoint(tmp_path) == (first, [])
+
+
+def test_nothing_to_find(tmp_path: Path) -> None:
+    assert find_checkpoint(tmp_path / "nowhere") == (None, [])
