@@ -11,6 +11,11 @@ import torch
 import tyro
 
 
+def _require(name: str, value: object, holds: bool, wants: str) -> None:
+    if not holds:
+        raise ValueError(f"--{name.replace('_', '-')} must be {wants}, got {value}")
+
+
 @dataclasses.dataclass(frozen=True)
 class AgentConfig:
     """Hyper-parameters of an agent; the defaults are the published ones, but for the score convention."""
@@ -64,6 +69,18 @@ class AgentConfig:
     score_convention: Literal["exact", "velocity"] = "exact"
     """exact: (t·v − x)/(1 − t), the score. velocity: v/(1 − t), what the published code uses."""
 
+    def __post_init__(self) -> None:
+        for name in ("lr", "alpha", "flow_steps", "num_fisher_samples", "fisher_trace_eps"):
+            _require(name, getattr(self, name), getattr(self, name) > 0, "positive")
+        for name in ("target_divergence", "fisher_damping", "fisher_t_width", "min_sigma"):
+            _require(name, getattr(self, name), getattr(self, name) >= 0, "zero or more")
+        for name in ("discount", "tau"):
+            _require(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "between 0 and 1")
+        _require("fisher_t", self.fisher_t, 0 <= self.fisher_t < 1, "at least 0 and below 1")
+        for name in ("actor_hidden", "critic_hidden"):
+            _require(name, getattr(self, name), all(width > 0 for width in getattr(self, name)), "positive widths")
+        _require("grad_clip", self.grad_clip, self.grad_clip is None or self.grad_clip > 0, "positive")
+
 
 MAY_CHANGE_ON_RESUME = {
     *("steps", "preset", "device", "out", "resume", "overwrite"),
@@ -80,8 +97,8 @@ class RunConfig:
     agent: Literal["fidec", "deflow", "fql"] = "fidec"
     """fidec: Fisher trust region; deflow: isotropic trust region; fql: one-step distillation."""
     preset: Literal["auto", "quick", "full"] = "auto"
-    """full: the published setting. quick: minutes on a laptop's CPU. auto: quick where there is no GPU. Any other flag
-    given beside it wins."""
+    """full: the published setting. quick: minutes on a laptop's CPU. auto: quick where there is no GPU.
+    Flags given beside it win."""
     steps: int = 1_000_000
     """Updates of the agent, after the warm-ups."""
     flow_warmup: int = 0
@@ -119,11 +136,9 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "eval_every", "eval_episodes", "log_every", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+            _require(name, getattr(self, name), getattr(self, name) > 0, "positive")
         for name in ("flow_warmup", "critic_warmup"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name.replace('_', '-')} must not be negative, got {getattr(self, name)}")
+            _require(name, getattr(self, name), getattr(self, name) >= 0, "zero or more")
 
     @property
     def folder(self) -> Path:

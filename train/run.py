@@ -78,12 +78,15 @@ class Run:
         """Go through the stages from the step reached so far; a checkpoint holds whatever was done when it returns."""
         self.record = Record(self.config.folder, self.step)
         self.clock = time.perf_counter() - self.seconds
+        handlers = {signum: signal.signal(signum, self.request_stop) for signum in (signal.SIGINT, signal.SIGTERM)}
         try:
             for stage in self.stages:
                 if stage.start <= self.step < stage.end and not self.stop_requested:
                     self._train(stage)
         finally:
             self.record.close()
+            for signum, handler in handlers.items():
+                signal.signal(signum, handler)
 
     def _train(self, stage: Stage) -> None:
         config, last = self.config, stage is self.stages[-1]
@@ -272,23 +275,32 @@ def choose_device(name: str) -> torch.device:
         raise RunError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
 
 
-def prepare_folder(config: RunConfig) -> None:
-    """Make the run's folder, and never mix two runs in it or lose one."""
-    folder: Path = config.folder
-    if folder.exists() and any(folder.iterdir()) and not config.resume:
-        if not config.overwrite:
-            raise RunError(f"{folder} already holds a run: --resume continues it, --overwrite deletes it, --out DIR")
-        if not (folder / "config.json").exists():
-            raise RunError(f"--overwrite deletes runs only, and {folder} does not look like one (no config.json)")
-        shutil.rmtree(folder)
+def check_folder(folder: Path, config: RunConfig) -> None:
+    """Never mix two runs in one folder, never lose one."""
     saved = folder / "config.json"
-    if saved.exists():
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not saved.exists():
+        raise RunError(f"{folder} is not empty and no run made it (no config.json): choose another with --out")
+    if not config.resume and not config.overwrite:
+        raise RunError(
+            f"{folder} already holds a run: --resume continues it, --overwrite deletes it, --out DIR avoids it"
+        )
+    if config.resume:
         before, now = json.loads(saved.read_text()), config.as_json()
+        before, now = before | before.pop("hyper"), now | now.pop("hyper")
         changed = [name for name in now if name not in MAY_CHANGE_ON_RESUME and now[name] != before.get(name)]
         if changed:
-            raise RunError(f"--resume: {folder} was started with other settings: {', '.join(changed)}")
+            was = ", ".join(f"--{name.replace('_', '-')} {before.get(name)}" for name in changed)
+            raise RunError(f"--resume: the run in {folder} was started with {was}")
+
+
+def prepare_folder(folder: Path, config: RunConfig) -> None:
+    """Make the folder of the run and write its settings there."""
+    if config.overwrite and not config.resume and folder.exists():
+        shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    saved.write_text(json.dumps(config.as_json(), indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(config.as_json(), indent=2) + "\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -296,18 +308,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         spec = resolve(config.env)
         device = choose_device(config.device)
-        prepare_folder(config)
+        check_folder(config.folder, config)
         print(f"run        {config.agent} on {config.env} ({spec.env_id}), seed {config.seed}, {device}")
         print(f"preset     {preset_line(config)}")
         print(f"folder     {config.folder}", flush=True)
         dataset = load_dataset(spec, size=config.dataset_size)
         for line in dataset.source:
             print(f"data       {line}")
+        prepare_folder(config.folder, config)
         run = Run(config, spec, dataset, device)
         if config.resume:
             run.resume()
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, run.request_stop)
         sys.stdout.flush()
         run.train()
     except (UnknownEnvironment, DatasetUnavailable, RunError) as error:

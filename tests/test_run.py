@@ -1,0 +1,217 @@
+"""The command people type, on real data and the real simulator, with tiny networks."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from train.agents import METRICS
+from train.evaluate import run_episodes
+from train.run import main
+
+REPOSITORY = Path(__file__).parents[1]
+TINY = (  # noqa: SIM905 (reads as typed)
+    "--env halfcheetah-medium --actor-hidden 16 16 --critic-hidden 16 --flow-steps 2 --batch-size 32 --flow-warmup 6 "
+    "--critic-warmup 4 --steps 20 --log-every 5 --eval-every 10 --eval-episodes 2 --checkpoint-every 5"
+).split()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def datasets(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """One folder of generated data for all tests here; made by the first run."""
+    folder = tmp_path_factory.mktemp("minari")
+    previous = os.environ.get("MINARI_DATASETS_PATH")
+    os.environ["MINARI_DATASETS_PATH"] = str(folder)
+    yield
+    if previous is None:
+        del os.environ["MINARI_DATASETS_PATH"]
+    else:
+        os.environ["MINARI_DATASETS_PATH"] = previous
+
+
+def command(*args: str) -> list[str]:
+    return [sys.executable, str(REPOSITORY / "train" / "run.py"), *TINY, *args]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """An uninterrupted run from the shell, and what it printed."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    done = subprocess.run(command("--out", str(out)), capture_output=True, text=True, timeout=300, cwd=out.parent)
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_first_lines_say_what_is_trained_on_what(finished: tuple[Path, str]) -> None:
+    out, printed = finished
+    lines = printed.splitlines()
+    assert lines[0] == "run        fidec on halfcheetah-medium (HalfCheetah-v5), seed 0, cpu"
+    assert lines[1].startswith("preset     quick (no GPU here") or torch.cuda.is_available()
+    data = [line for line in lines if line.startswith("data ")]
+    assert any("mujoco/halfcheetah/medium-v0" in line for line in data)
+    assert any("fdkernels/halfcheetah/medium-100ep-v0" in line and "100,000 transitions" in line for line in data)
+    assert sorted(p.name for p in out.parent.iterdir()) == ["run"], "a run leaves files only in its own folder"
+
+
+def test_what_a_run_leaves_behind(finished: tuple[Path, str]) -> None:
+    out, printed = finished
+    assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert any((out / "tensorboard").iterdir())
+    metrics, evaluations = read(out / "metrics.csv"), read(out / "evaluations.csv")
+    assert [row["stage"] for row in metrics] == ["flow warm-up"] * 2 + ["critic warm-up"] + ["fidec"] * 4
+    assert all(np.isfinite(float(metrics[-1][name])) for name in METRICS)
+    assert [(row["step"], row["role"]) for row in evaluations] == [
+        (step, role) for step in ("10", "20", "30") for role in ("policy", "flow")
+    ]
+    result = json.loads((out / "result.json").read_text())
+    last = result["results"]["policy"]["last"]
+    assert last["return_mean"] == pytest.approx(float(evaluations[-2]["return_mean"]), rel=1e-6)
+    assert last["score_mean"] == pytest.approx(100 * (last["return_mean"] + 280.178953) / (12135.0 + 280.178953))
+    table = printed[printed.index("D4RL-normalised score (HalfCheetah-v5)") :]
+    for text in ("fidec", "behaviour flow (δ = 0)", "dataset", "curve.png", f"{last['return_mean']:,.0f}"):
+        assert text in table
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_ends_where_it_would_have(finished: tuple[Path, str], tmp_path: Path, how: int) -> None:
+    straight, _ = finished
+    out = tmp_path / "run"
+    slow = ["--eval-episodes", "2"]
+    process = subprocess.Popen(command("--out", str(out), *slow), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    deadline = time.time() + 120
+    while not list(out.glob("checkpoints/step-*.safetensors")):
+        assert time.time() < deadline, "no checkpoint was written"
+        assert process.poll() is None, process.stderr.read().decode()
+        time.sleep(0.01)
+    process.send_signal(how)
+    assert process.wait(timeout=60) == (-signal.SIGKILL if how == signal.SIGKILL else 130)
+    process.communicate()
+
+    assert main([*TINY, "--out", str(out), "--resume"]) == 0
+    ours, theirs = load_file(out / "policy.safetensors"), load_file(straight / "policy.safetensors")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert (out / "evaluations.csv").read_text() == (straight / "evaluations.csv").read_text()
+    numbers = [[{k: v for k, v in row.items() if k != "updates_per_second"} for row in read(p / "metrics.csv")]
+               for p in (out, straight)]  # fmt: skip
+    assert numbers[0] == numbers[1]
+
+
+def test_a_finished_run_only_shows_its_table_again(
+    finished: tuple[Path, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, printed = finished
+    assert main([*TINY, "--out", str(out), "--resume"]) == 0
+    again = capsys.readouterr().out
+    assert (
+        again.split("D4RL-normalised")[1].split("minutes")[0] == printed.split("D4RL-normalised")[1].split("minutes")[0]
+    )
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
+    finished: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    straight, _ = finished
+    out = tmp_path / "run"
+    assert main([*TINY, "--out", str(out), "--steps", "10"]) == 0
+    newest = max(out.glob("checkpoints/*.safetensors"))
+    newest.write_bytes(newest.read_bytes()[:1000])
+    assert main([*TINY, "--out", str(out), "--resume"]) == 0
+    printed = capsys.readouterr().out
+    assert f"refused    checkpoint {newest}" in printed
+    assert "step-000000015.safetensors, step 15" in printed
+    ours, theirs = load_file(out / "policy.safetensors"), load_file(straight / "policy.safetensors")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_run_is_not_lost_or_mixed(finished: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
+    out, _ = finished
+    before = (out / "policy.safetensors").read_bytes()
+    assert main([*TINY, "--out", str(out)]) == 2
+    assert "already holds a run: --resume continues it" in capsys.readouterr().err
+    assert main([*TINY, "--out", str(out), "--resume", "--lr", "0.5"]) == 2
+    assert "was started with --lr 0.001" in capsys.readouterr().err
+    assert main([*TINY, "--out", str(out.parent), "--overwrite"]) == 2
+    assert "no run made it" in capsys.readouterr().err
+    assert (out / "policy.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("agent", ["deflow", "fql"])
+def test_the_other_agents_run(tmp_path: Path, agent: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [*TINY, "--agent", agent, "--steps", "5", "--out", str(tmp_path / "run")]
+    assert main([*arguments, "--no-standardize-observations"]) == 0
+    assert f"{agent} " in capsys.readouterr().out.split("score, best")[1]
+    assert (tmp_path / "run" / "curve.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--env", "halfcheeta-medum-expert"], "Nearest: halfcheetah-medium-expert"),
+        (["--env", "halfcheetah-simple"], "no data for halfcheetah-simple"),
+        (["--env", "halfcheetah-medium", "--device", "cuda:99"], "--device cuda:99 cannot be used"),
+    ],
+)
+def test_errors_are_for_people(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*arguments, "--out", str(tmp_path / "run")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--steps", "0"], "--steps must be positive, got 0"),
+        (["--fisher-t", "1.0"], "--fisher-t must be at least 0 and below 1, got 1.0"),
+        (["--num-fisher-samples", "0"], "--num-fisher-samples must be positive"),
+        (["--tau", "1.5"], "--tau must be between 0 and 1"),
+        (["--actor-hidden", "16", "0"], "--actor-hidden must be positive widths"),
+        (["--preset", "fast"], "preset"),
+        (["--agent", "sac"], "agent"),
+    ],
+)
+def test_bad_settings_are_refused_at_once(
+    flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        main(["--env", "halfcheetah-medium", "--out", str(tmp_path / "run"), *flags])
+    assert exit_info.value.code == 2
+    captured = capsys.readouterr()
+    assert message in " ".join((captured.err + captured.out).replace("│", " ").split())
+
+
+def test_flags_beat_the_preset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--preset", "quick", "--help"])
+    assert "(default: 1500)" in capsys.readouterr().out  # --steps
+    with pytest.raises(SystemExit):
+        main(["--preset", "full", "--help"])
+    assert "(default: 1000000)" in capsys.readouterr().out
+
+
+def test_returns_are_those_of_whole_episodes() -> None:
+    def still(obs: np.ndarray) -> np.ndarray:
+        return np.zeros((len(obs), 3))
+
+    # Hopper falls over; whatever happens after that must not count
+    returns = run_episodes("Hopper-v5", still, episodes=3, seed=5)
+    alone = [run_episodes("Hopper-v5", still, episodes=1, seed=5 + i)[0] for i in range(3)]
+    np.testing.assert_allclose(returns, alone)
+    assert len(set(returns)) == 3
