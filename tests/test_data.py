@@ -74,11 +74,11 @@ def random_policy(obs: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def episode(steps: int, *, terminated: bool, first: float = 0.0) -> EpisodeBuffer:
-    """An episode whose every number says where it stands: o_i = first + i, r_i = 10 (first + i)."""
+    """An episode whose every number says where it stands: o_i = first + i, r_i = 10 o_i, a_i = o_i / 1000."""
     last = np.arange(steps) == steps - 1
     return EpisodeBuffer(
         observations=first + np.arange(steps + 1.0)[:, None],
-        actions=np.full((steps, 1), 0.5),
+        actions=(first + np.arange(steps))[:, None] / 1000,
         rewards=10 * (first + np.arange(steps)),
         terminations=last & terminated,
         truncations=last & (not terminated),
@@ -130,6 +130,8 @@ def test_transitions_stay_within_their_episode() -> None:
     assert dataset.observations.squeeze(1).tolist() == [0, 1, 2, 100, 101]
     assert dataset.next_observations.squeeze(1).tolist() == [1, 2, 3, 101, 102]
     assert dataset.rewards.tolist() == [0, 10, 20, 1000, 1010]
+    torch.testing.assert_close(dataset.actions.squeeze(1), torch.tensor([0, 1, 2, 100, 101]) / 1000)
+    torch.testing.assert_close(dataset.next_actions.squeeze(1), torch.tensor([1, 2, 2, 101, 101]) / 1000)
     assert dataset.masks.tolist() == [1, 1, 0, 1, 1], "only a true termination masks the next value"
     assert dataset.episode_returns.tolist() == [30, 2010]
     assert {column.dtype for column in dataset.sample(2)} == {torch.float32}

@@ -60,7 +60,7 @@ class Draws(NamedTuple):
     """That time where it varies, (B, K, 1); None for a constant one."""
 
 
-Part = Literal["critic", "flow", "actor"]
+Part = Literal["critic", "data_critic", "flow", "actor"]
 ALL_PARTS: tuple[Part, ...] = ("critic", "flow", "actor")
 
 
@@ -91,6 +91,12 @@ class Agent(nn.Module, abc.ABC):
         learning = [p for p in self.parameters() if p.requires_grad]
         return torch.optim.Adam(learning, lr=self.config.lr, fused=True)
 
+    @torch.no_grad()
+    def center_critics(self, mean_reward: float) -> None:
+        """Let both critics start at r̄/(1 − γ), the value of earning the mean reward for ever."""
+        for critic in (self.critic, self.target_critic):
+            critic.biases[-1].fill_(mean_reward / (1 - self.config.discount))
+
     def draw(self, batch_size: int, generator: torch.Generator | None = None) -> Draws:
         """Fresh random numbers for one update."""
         return Draws(
@@ -119,7 +125,12 @@ class Agent(nn.Module, abc.ABC):
     def backward(self, batch: Batch, draws: Draws, parts: Sequence[Part] = ALL_PARTS) -> dict[str, Tensor]:
         """Gradients of the sum of the losses, into ``.grad``. Returns the intermediate tensors, detached."""
         self.zero_grad()
-        losses = {"critic": self.critic_loss, "flow": self.flow_matching_loss, "actor": self.actor_loss}
+        losses = {
+            "critic": self.critic_loss,
+            "data_critic": self.data_critic_loss,
+            "flow": self.flow_matching_loss,
+            "actor": self.actor_loss,
+        }
         freeze_after = self.config.freeze_flow_after
         if freeze_after is not None and self.updates >= freeze_after:
             parts = [part for part in parts if part != "flow"]
@@ -149,8 +160,15 @@ class Agent(nn.Module, abc.ABC):
 
     def critic_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         """Temporal-difference error of both critics against r + γ·m·Q_target(s', π(s'))."""
+        return self._temporal_difference(batch, self.act(batch.next_observations, draws.next_noise))
+
+    def data_critic_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
+        """The same with the action that the data took next (SARSA): the value of the behaviour, not of the policy."""
+        assert batch.next_actions is not None
+        return self._temporal_difference(batch, batch.next_actions)
+
+    def _temporal_difference(self, batch: Batch, next_actions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.no_grad():
-            next_actions = self.act(batch.next_observations, draws.next_noise)
             next_qs = self.target_critic(batch.next_observations, next_actions)
             next_q = next_qs.amin(0) if self.config.q_aggregation == "min" else next_qs.mean(0)
             target_q = batch.rewards + self.config.discount * batch.masks * next_q

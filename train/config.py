@@ -104,7 +104,7 @@ class RunConfig:
     flow_warmup: int = 0
     """Updates before that of the flow alone. Not in the published schedule."""
     critic_warmup: int = 0
-    """Updates between the two of the critics alone, on the flow's actions. Not in the published schedule."""
+    """Updates between the two of the critics alone, on the data's own next actions. Not in the published schedule."""
     batch_size: int = 256
     """Transitions per update."""
     seed: int = 0
@@ -131,12 +131,15 @@ class RunConfig:
     """Shift and scale observations by the dataset's mean and standard deviation."""
     scale_rewards: bool = False
     """Divide rewards by the dataset's standard deviation."""
+    center_critics: bool = False
+    """Start both critics at the dataset's mean reward / (1 − γ) instead of near 0, so that they need not climb."""
     hyper: AgentConfig = AgentConfig()
     """Hyper-parameters."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "eval_every", "eval_episodes", "log_every", "checkpoint_every"):
             _require(name, getattr(self, name), getattr(self, name) > 0, "positive")
+        _require("discount", self.hyper.discount, self.hyper.discount < 1 or not self.center_critics, "below 1 here")
         for name in ("flow_warmup", "critic_warmup"):
             _require(name, getattr(self, name), getattr(self, name) >= 0, "zero or more")
 
@@ -174,6 +177,7 @@ def preset_config(name: str, agent: str) -> RunConfig:
         checkpoint_every=1_000,
         standardize_observations=True,
         scale_rewards=True,
+        center_critics=True,
         hyper=dataclasses.replace(
             hyper,
             actor_hidden=(256,) * 3,

@@ -51,6 +51,7 @@ class Batch(NamedTuple):
     rewards: Tensor
     next_observations: Tensor
     masks: Tensor
+    next_actions: Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -76,6 +77,8 @@ class OfflineDataset:
     """(N, obs_dim)"""
     masks: Tensor
     """(N,): 0 where the environment terminated, else 1"""
+    next_actions: Tensor
+    """(N, action_dim), what the data did next; at the end of an episode, where nothing followed, its last action"""
     episode_returns: np.ndarray
     """(episodes,) float64, undiscounted"""
     dataset_ids: tuple[str, ...] = ()
@@ -92,9 +95,13 @@ class OfflineDataset:
         def column(parts: list[np.ndarray]) -> Tensor:
             return torch.from_numpy(np.concatenate(parts, dtype=np.float32))
 
+        def actions(parts: list[np.ndarray]) -> Tensor:
+            return column(parts).clamp_(-ACTION_BOUND, ACTION_BOUND)
+
         return cls(
             observations=column([e.observations[:-1] for e in episodes]),
-            actions=column([e.actions for e in episodes]).clamp_(-ACTION_BOUND, ACTION_BOUND),
+            actions=actions([e.actions for e in episodes]),
+            next_actions=actions([np.concatenate([e.actions[1:], e.actions[-1:]]) for e in episodes]),
             rewards=column([e.rewards for e in episodes]),
             next_observations=column([e.observations[1:] for e in episodes]),
             masks=column([np.logical_not(e.terminations) for e in episodes]),

@@ -56,6 +56,8 @@ class Run:
             next_observations=(dataset.next_observations - agent.obs_mean) / agent.obs_std,
             rewards=dataset.rewards / dataset.rewards.std() if config.scale_rewards else dataset.rewards,
         ).to(device)
+        if config.center_critics:
+            agent.center_critics(float(self.dataset.rewards.mean()))
         self.agent: Agent = agent.to(device)
         self.optimizer = self.agent.make_optimizer()
         self.generator = torch.Generator(device).manual_seed(config.seed)
@@ -68,7 +70,7 @@ class Run:
         critic_end = flow_end + config.critic_warmup
         self.stages = [
             Stage("flow warm-up", 0, flow_end, ("flow",)),
-            Stage("critic warm-up", flow_end, critic_end, ("critic",)),
+            Stage("critic warm-up", flow_end, critic_end, ("data_critic",)),
             Stage(config.agent, critic_end, critic_end + config.steps, ALL_PARTS),
         ]
 
