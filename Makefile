@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 .PHONY: train test check bench clean
 
 train: $(STAMP)
-	$(BIN)/python train/run.py --env halfcheetah-medium-expert
+	$(BIN)/python train/run.py --env halfcheetah-medium-expert --resume
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

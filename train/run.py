@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import shutil
 import signal
 import sys
@@ -107,6 +108,7 @@ class Run:
             while self.step < stage.end and not self.stop_requested:
                 batch = self.dataset.sample(config.batch_size, self.generator)
                 draws = self.agent.draw(config.batch_size, self.generator)
+                self.set_learning_rate(stage)
                 seen = self.agent.update(self.optimizer, batch, draws, stage.parts)
                 self.step += 1
                 bar.update()
@@ -124,6 +126,15 @@ class Run:
                     self.save()
         if self.stop_requested:
             self.save()
+
+    def set_learning_rate(self, stage: Stage) -> None:
+        """Constant for the agent, annealed in each warm-up, which a noisy last iterate would spoil."""
+        lr = self.config.hyper.lr
+        if stage is not self.stages[-1]:
+            progress = (self.step - stage.start) / (stage.end - stage.start)
+            lr = self.config.warmup_lr * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
 
     def request_stop(self, signum: int, frame: FrameType | None) -> None:
         """Signal handler: finish the update, write a checkpoint, leave. A second signal acts at once."""
