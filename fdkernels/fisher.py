@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fdkernels.backend import Backend, choose_backend
-from fdkernels.operators import penalty_formula, penalty_operator, seen_through
+from fdkernels.operators import penalty_formula, penalty_operator, plain_is_better
 from fdkernels.validation import check_at_least, check_choice, check_floating
 
 Normalize = Literal["trace", "none"]
@@ -66,12 +66,17 @@ def fisher_penalty(
     check_displacement(op, displacement, "score", score)
     check_penalty_settings(op, damping, normalize, eps, reduction)
     triton = choose_backend(op, backend, displacement, score) == "triton"
+    return reduce(penalty_from_score(displacement, score, damping, normalize, eps, triton), reduction)
+
+
+def penalty_from_score(
+    displacement: Tensor, score: Tensor, damping: float, normalize: Normalize, eps: float, triton: bool
+) -> Tensor:
+    """The penalty, on checked arguments."""
     settings = (float(damping), normalize == "trace", float(eps))
-    if not triton and seen_through():
-        penalty = penalty_formula(displacement, score, *settings)[0]
-    else:
-        penalty = penalty_operator(displacement, score, *settings, False, False, triton)[0]
-    return reduce(penalty, reduction)
+    if not triton and plain_is_better(displacement, score):
+        return penalty_formula(displacement, score, *settings)[0]
+    return penalty_operator(displacement, score, *settings, False, False, triton)[0]
 
 
 def check_displacement(op: str, displacement: Tensor, name: str, samples: Tensor) -> None:

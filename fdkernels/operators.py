@@ -18,9 +18,15 @@ _below_autograd = torch._C._AutoDispatchBelowAutograd
 _after_autograd = torch._C._after_autograd_keyset
 
 
-def seen_through() -> bool:
-    """Whether a compiler or a ``torch.func`` transform looks on: it does more with a plain formula than an operator."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+def plain_is_better(*tensors: Tensor | None) -> bool:
+    """On the PyTorch path, whether a plain formula serves better than an operator around it.
+
+    It does where a compiler or a ``torch.func`` transform looks on, which make more of it, and where no gradient is
+    wanted: sparing autograd's work is what the operator is for.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return True
+    return not (torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors))
 
 
 def accumulate_dtype(*tensors: Tensor) -> torch.dtype:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fdkernels.backend import Backend, choose_backend
-from fdkernels.operators import accumulate_dtype, score_formula, score_operator, seen_through
+from fdkernels.operators import accumulate_dtype, plain_is_better, score_formula, score_operator
 from fdkernels.paths import PATHS, AffinePath, Time
 from fdkernels.validation import check_at_least, check_broadcast, check_choice, check_floating, check_shape
 
@@ -86,7 +86,7 @@ def score_from_velocity(
 ) -> Tensor:
     """The conversion, on checked arguments."""
     arguments = (velocity, x, *score_coefficients(velocity, x, t, path, convention, min_sigma))
-    if not triton and seen_through():
+    if not triton and plain_is_better(*arguments[:3]):
         return score_formula(*arguments)
     return score_operator(*arguments, triton)
 

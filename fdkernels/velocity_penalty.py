@@ -6,7 +6,14 @@ import torch
 from torch import Tensor
 
 from fdkernels.backend import Backend, choose_backend
-from fdkernels.fisher import Normalize, Reduction, check_displacement, check_penalty_settings, fisher_penalty, reduce
+from fdkernels.fisher import (
+    Normalize,
+    Reduction,
+    check_displacement,
+    check_penalty_settings,
+    penalty_from_score,
+    reduce,
+)
 from fdkernels.operators import accumulate_dtype, velocity_penalty_operator
 from fdkernels.paths import AffinePath
 from fdkernels.score import (
@@ -75,22 +82,18 @@ def velocity_fisher_penalty(
     check_floating(op, displacement=displacement, velocity=velocity, x=x)
     check_displacement(op, displacement, "velocity", velocity)
     check_shape(op, "x", x, velocity.shape, "velocity's shape (..., K, d)")
-    affine = check_score_settings(op, path, convention, min_sigma)
-    check_time(op, t, affine, velocity, torch.Size((*velocity.shape[:-1], 1)))
+    resolved = check_score_settings(op, path, convention, min_sigma)
+    check_time(op, t, resolved, velocity, torch.Size((*velocity.shape[:-1], 1)))
     check_penalty_settings(op, damping, normalize, eps, reduction)
-    chosen = choose_backend(op, backend, displacement, velocity, x)
+    triton = choose_backend(op, backend, displacement, velocity, x) == "triton"
     constants = (velocity, x, t) if isinstance(t, Tensor) else (velocity, x)
     wants_more = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in constants)
-    if chosen == "torch" or wants_more:
+    if triton and not wants_more:
+        affine = score_coefficients(velocity, x, t, resolved, convention, min_sigma)
+        settings = (float(damping), normalize == "trace", float(eps))
+        penalty = velocity_penalty_operator(displacement, velocity, x, *affine, *settings, False)[0]
+    else:
         dtype = accumulate_dtype(velocity, x)  # the scores in between are not rounded to half precision
-        score = score_from_velocity(
-            velocity.to(dtype), x.to(dtype), t, affine, convention, min_sigma, chosen == "triton"
-        )
-        return fisher_penalty(
-            displacement, score, damping=damping, normalize=normalize, eps=eps, reduction=reduction, backend=chosen
-        )
-    coefficients, p, q, use_x = score_coefficients(velocity, x, t, affine, convention, min_sigma)
-    penalty, _ = velocity_penalty_operator(
-        displacement, velocity, x, coefficients, p, q, use_x, float(damping), normalize == "trace", float(eps), False
-    )
+        score = score_from_velocity(velocity.to(dtype), x.to(dtype), t, resolved, convention, min_sigma, triton)
+        penalty = penalty_from_score(displacement, score, damping, normalize, eps, triton)
     return reduce(penalty, reduction)

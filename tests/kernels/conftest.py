@@ -20,7 +20,7 @@ if DEVICE.type != "cuda" and not INTERPRETED:
     collect_ignore_glob = ["test_*.py"]
 
 # On a GPU each new size is a compilation of a second or so.
-settings.register_profile("kernels", max_examples=40 if INTERPRETED else 15, deadline=None, derandomize=True)
+settings.register_profile("kernels", max_examples=40 if INTERPRETED else 10, deadline=None, derandomize=True)
 settings.load_profile("kernels")
 
 
