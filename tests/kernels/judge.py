@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -69,3 +72,43 @@ def assert_close(name: str, out: Tensor, truth: Tensor, reference: Tensor, backe
     # The plain maths may overflow where ours does not; and it may be exact by chance, so a few roundings are free.
     assert not error > max(2 * plain, 4 * number.eps), f"{name}: error {error:.2e}, plain maths {plain:.2e}"
     assert error <= bar, f"{name}: error {error:.2e} above the bar {bar:.0e}"
+
+
+@contextlib.contextmanager
+def guarded_memory() -> Iterator[None]:
+    """Under the interpreter, every element that a kernel reads or writes lies in one of its arguments.
+
+    NaN bands show only what reaches a result; this shows what is read and thrown away, and what is written.
+    """
+    from triton.runtime import interpreter
+
+    spans: list[tuple[int, int]] = []
+    to_host = interpreter.GridExecutor._init_args_hst
+    load, store = interpreter.InterpreterBuilder.create_masked_load, interpreter.InterpreterBuilder.create_masked_store
+
+    def noted(self: Any, args: Any, kwargs: Any) -> Any:
+        host = to_host(self, args, kwargs)
+        tensors = [arg for arg in (*host[0], *host[1].values()) if isinstance(arg, Tensor)]
+        spans[:] = [(arg.data_ptr(), arg.data_ptr() + arg.numel() * arg.element_size()) for arg in tensors]
+        return host
+
+    def check(what: str, pointers: Any, mask: Any) -> None:
+        size = pointers.get_element_ty().primitive_bitwidth // 8
+        addresses = pointers.data[mask.data].astype("int64")
+        inside = sum(((low <= addresses) & (addresses + size <= high) for low, high in spans), start=addresses < 0)
+        assert inside.all(), f"{what} outside of the kernel's arguments: {(~inside).sum()} elements"
+
+    def checked_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        check("read", pointers, mask)
+        return load(self, pointers, mask, *rest)
+
+    def checked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        check("write", pointers, mask)
+        return store(self, pointers, value, mask, *rest)
+
+    with (
+        mock.patch.object(interpreter.GridExecutor, "_init_args_hst", noted),
+        mock.patch.object(interpreter.InterpreterBuilder, "create_masked_load", checked_load),
+        mock.patch.object(interpreter.InterpreterBuilder, "create_masked_store", checked_store),
+    ):
+        yield
