@@ -1,21 +1,13 @@
-"""What ``torch.library`` knows of the maths: each operator's bodies, its shapes without data, gradient and vmap rule.
-
-The operators sit on a bare ``torch.library.Library`` with an autograd function of their own, which is what
-``torch.library.custom_op`` builds as well, less half of its host time; that counts at a batch of 256. Under autocast
-they run as they are: every floating dtype is read as it comes, and computed in float32 at least.
-"""
+"""The three operators: each with a PyTorch and a Triton body or a Triton body alone, and the gradients of both."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-_LIBRARY = torch.library.Library("fdkernels", "DEF")
-_below_autograd = torch._C._AutoDispatchBelowAutograd
-_after_autograd = torch._C._after_autograd_keyset
+from fdkernels.registration import call_below_autograd, register, register_autograd
 
 
 def plain_is_better(*tensors: Tensor | None) -> bool:
@@ -34,41 +26,6 @@ def accumulate_dtype(*tensors: Tensor) -> torch.dtype:
     for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype)
     return dtype
-
-
-def _register(name: str, signature: str, body: Callable, fake: Callable) -> torch._ops.OpOverload:
-    _LIBRARY.define(name + signature, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, body, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fdkernels::{name}", fake, lib=_LIBRARY)
-    operator = getattr(torch.ops.fdkernels, name).default
-
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-        """Every operator takes any leading shape: the mapped dimension becomes the first of it."""
-        out = operator(*(_leading(arg, dim, info.batch_size) for arg, dim in zip(args, in_dims)))
-        if isinstance(out, Tensor):
-            return out, 0
-        return out, tuple(None if part.shape == (0,) else 0 for part in out)  # what was not wanted is empty
-
-    torch.library.register_vmap(f"fdkernels::{name}", vmap, lib=_LIBRARY)
-    return operator
-
-
-def _leading(arg: Any, dim: int | None, batch_size: int) -> Any:
-    if not isinstance(arg, Tensor):
-        return arg
-    return arg.expand(batch_size, *arg.shape) if dim is None else arg.movedim(dim, 0)
-
-
-def _register_autograd(operator: torch._ops.OpOverload, function: type[torch.autograd.Function]) -> None:
-    def dispatch(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            if torch._C._are_functorch_transforms_active():
-                raise RuntimeError(f"{operator._opname}: torch.func gradients need backend='torch'")
-            return function.apply(keyset, *args)
-        with _below_autograd():
-            return operator.redispatch(keyset & _after_autograd, *args)
-
-    _LIBRARY.impl(operator._opname, dispatch, "Autograd", with_keyset=True)
 
 
 # ---- fisher_penalty: displacement (..., d), score (..., K, d) -> penalty (...), its gradient to δ, the trace
@@ -151,7 +108,7 @@ def _penalty_fake(
     )
 
 
-penalty_operator = _register(
+penalty_operator = register(
     "fisher_penalty",
     "(Tensor displacement, Tensor score, float damping, bool normalize, float eps, bool want_gradient, "
     "bool want_trace, bool triton) -> (Tensor, Tensor, Tensor)",
@@ -168,7 +125,7 @@ def _score_gradient(
     return launch.penalty_score_gradient(upstream, displacement, score, penalty, trace, normalize, eps)
 
 
-_score_gradient_operator = _register(
+_score_gradient_operator = register(
     "fisher_penalty_score_gradient",
     "(Tensor upstream, Tensor displacement, Tensor score, Tensor penalty, Tensor trace, bool normalize, float eps) "
     "-> Tensor",
@@ -196,10 +153,9 @@ class _Penalty(torch.autograd.Function):
         _, to_displacement, to_score, *_ = ctx.needs_input_grad
         settings = damping, normalize, eps
         wanted = want_gradient or to_displacement, want_trace or to_score
-        with _below_autograd():
-            penalty, gradient, trace = penalty_operator.redispatch(
-                keyset & _after_autograd, displacement, score, *settings, *wanted, triton
-            )
+        penalty, gradient, trace = call_below_autograd(
+            penalty_operator, keyset, displacement, score, *settings, *wanted, triton
+        )
         ctx.mark_non_differentiable(gradient, trace)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(displacement, score, penalty, gradient, trace)
@@ -233,7 +189,7 @@ def _differentiable(upstream: Tensor, wrt: tuple[Tensor | None, ...], *arguments
     return tuple(None if tensor is None else next(found) for tensor in wrt)
 
 
-_register_autograd(penalty_operator, _Penalty)
+register_autograd(penalty_operator, _Penalty)
 
 
 # ---- velocity_to_score: velocity, x (..., d), coefficients (p, q) as (..., 2) or numbers -> p·v + q·x (..., d)
@@ -259,7 +215,7 @@ def _score(
     return score_formula(velocity, x, coefficients, p, q, use_x).contiguous()
 
 
-score_operator = _register(
+score_operator = register(
     "velocity_to_score",
     "(Tensor velocity, Tensor x, Tensor? coefficients, float p, float q, bool use_x, bool triton) -> Tensor",
     _score,
@@ -285,8 +241,7 @@ class _Score(torch.autograd.Function):
         needs_coefficients = ctx.needs_input_grad[3]
         ctx.save_for_backward(coefficients, *((velocity, x) if needs_coefficients else ()))
         ctx.numbers, ctx.use_x, ctx.dtypes = (p, q), use_x, (velocity.dtype, x.dtype)
-        with _below_autograd():
-            return score_operator.redispatch(keyset & _after_autograd, velocity, x, coefficients, p, q, use_x, triton)
+        return call_below_autograd(score_operator, keyset, velocity, x, coefficients, p, q, use_x, triton)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -309,7 +264,7 @@ class _Score(torch.autograd.Function):
         )
 
 
-_register_autograd(score_operator, _Score)
+register_autograd(score_operator, _Score)
 
 
 # ---- velocity_fisher_penalty: displacement (..., d), velocity, x (..., K, d) -> penalty (...), its gradient to δ
@@ -343,7 +298,7 @@ def _velocity_penalty_fake(displacement: Tensor, *args: Any) -> tuple[Tensor, Te
     )
 
 
-velocity_penalty_operator = _register(
+velocity_penalty_operator = register(
     "velocity_fisher_penalty",
     "(Tensor displacement, Tensor velocity, Tensor x, Tensor? coefficients, float p, float q, bool use_x, "
     "float damping, bool normalize, float eps, bool want_gradient) -> (Tensor, Tensor)",
@@ -372,10 +327,9 @@ class _VelocityPenalty(torch.autograd.Function):
         want_gradient: bool,
     ) -> tuple[Tensor, Tensor]:
         affine, settings = (p, q, use_x), (damping, normalize, eps)
-        with _below_autograd():
-            penalty, gradient = velocity_penalty_operator.redispatch(
-                keyset & _after_autograd, displacement, velocity, x, coefficients, *affine, *settings, True
-            )
+        penalty, gradient = call_below_autograd(
+            velocity_penalty_operator, keyset, displacement, velocity, x, coefficients, *affine, *settings, True
+        )
         ctx.mark_non_differentiable(gradient)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(displacement, velocity, x, coefficients, gradient)
@@ -397,4 +351,4 @@ class _VelocityPenalty(torch.autograd.Function):
         return (None, to_displacement, *[None] * 10)
 
 
-_register_autograd(velocity_penalty_operator, _VelocityPenalty)
+register_autograd(velocity_penalty_operator, _VelocityPenalty)
