@@ -102,14 +102,12 @@ def inspect_cuda(asm: dict[str, Any]) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(asm["cubin"])
         cubin.flush()
-        resources, sass = (
-            subprocess.run([TOOLS / "cuobjdump", what, cubin.name], check=True, capture_output=True, text=True).stdout
-            for what in ("--dump-resource-usage", "--dump-sass")
-        )
+        command = [TOOLS / "cuobjdump", "--dump-resource-usage", "--dump-sass", cubin.name]
+        dump = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     loads = re.findall(r"ld\.global\S*?(?:\.v(\d))?\.[bfsu](\d+)\s", asm["ptx"])
     return {
-        "registers": int(re.search(r"REG:(\d+)", resources)[1]),  # type: ignore[index]
-        "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        "registers": int(re.search(r"REG:(\d+)", dump)[1]),  # type: ignore[index]
+        "spills": len(re.findall(r"\b(?:LDL|STL)\b", dump)),
         "widest_load_bits": max(int(count or 1) * int(bits) for count, bits in loads),
         "mma": len(re.findall(r"\b(?:wgmma\.mma_async|mma\.sync)\b", asm["ptx"])),
     }

@@ -40,17 +40,19 @@ def fisher_penalty(
         normalize: ``"trace"`` for F̂; ``"none"`` for δᵀFδ / d.
         eps: ε > 0, lower bound of tr F / d.
         reduction: ``"none"`` keeps the leading shape; ``"mean"`` and ``"sum"`` give a scalar.
-        backend: ``None`` picks by device; ``"torch"`` or ``"triton"`` insist.
+        backend: ``None`` takes Triton for CUDA tensors in float32, bfloat16 or float16, PyTorch otherwise; ``"torch"``
+            or ``"triton"`` insist. The kernels read contiguous tensors; others are copied first.
 
     Returns:
         Penalty (...), or a scalar; float64 for float64 inputs, float32 otherwise. Differentiable in ``displacement``
         and in ``score`` (the true derivative, normaliser included, and none through the normaliser where ε bounds
-        it). An agent that treats the trust region as given passes ``score.detach()``. NaN and infinite values
-        propagate to their own row only.
+        it), to any order. An agent that treats the trust region as given passes ``score.detach()``. NaN and infinite
+        values propagate to their own row only. Zero scores with ``damping=0`` give zero.
 
     Raises:
         TypeError: a tensor is missing or not floating point.
         ValueError: shapes do not fit, d or K is zero, devices differ, or an option is out of its range.
+        RuntimeError: the backend asked for cannot serve these tensors.
 
     Source: "Fisher Decorator" (arXiv 2604.17919); the trace normalisation follows its published implementation.
 

@@ -17,7 +17,7 @@ _LIBRARY = torch.library.Library("fdkernels", "DEF")
 
 
 def register(name: str, signature: str, body: Callable, fake: Callable) -> torch._ops.OpOverload:
-    """Define fdkernels::name; ``fake`` takes the body's arguments and returns empty outputs of its shapes and dtypes."""
+    """Define fdkernels::name; ``fake`` takes the body's arguments and returns outputs of its shapes without data."""
     _LIBRARY.define(name + signature, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, body, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fdkernels::{name}", fake, lib=_LIBRARY)

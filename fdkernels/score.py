@@ -45,7 +45,8 @@ def velocity_to_score(
         convention: ``"exact"`` as above. ``"velocity"`` is v / (1 − t), what the published implementation of the
             Fisher decorator uses; it is not the score of any density and exists for parity with it (linear path only).
         min_sigma: lower bound of σ_t in the denominator.
-        backend: ``None`` picks by device; ``"torch"`` or ``"triton"`` insist.
+        backend: ``None`` takes Triton for CUDA tensors in float32, bfloat16 or float16, PyTorch otherwise; ``"torch"``
+            or ``"triton"`` insist. The kernels read contiguous tensors; others are copied first.
 
     Returns:
         Score (..., d) in the promoted dtype of ``velocity`` and ``x``; computed in float32 at least. Differentiable
@@ -54,6 +55,7 @@ def velocity_to_score(
     Raises:
         TypeError: a tensor is missing or not floating point.
         ValueError: shapes do not fit, devices differ, or an option is out of its range.
+        RuntimeError: the backend asked for cannot serve these tensors.
 
     Source: Lipman et al., "Flow Matching Guide and Code" (arXiv 2412.06264), section 4.8; for the linear path it is
     E[x0 | x_t] = x − t·v.

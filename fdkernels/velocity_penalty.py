@@ -58,7 +58,7 @@ def velocity_fisher_penalty(
         t: time, a number in [0, 1] at which σ_t > 0, or a tensor that broadcasts to (..., K, 1).
         path, convention, min_sigma: as in :func:`velocity_to_score`.
         damping, normalize, eps, reduction: as in :func:`fisher_penalty`.
-        backend: ``None`` picks by device; ``"torch"`` or ``"triton"`` insist.
+        backend: as in :func:`fisher_penalty`.
 
     Returns:
         Penalty (...), or a scalar; float64 where an input is, float32 otherwise. Differentiable in ``displacement``,
@@ -68,6 +68,7 @@ def velocity_fisher_penalty(
     Raises:
         TypeError: a tensor is missing or not floating point.
         ValueError: shapes do not fit, d or K is zero, devices differ, or an option is out of its range.
+        RuntimeError: the backend asked for cannot serve these tensors.
 
     Source: "Fisher Decorator" (arXiv 2604.17919).
 
