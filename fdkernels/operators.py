@@ -39,7 +39,7 @@ def penalty_formula(
     displacement, score = displacement.to(dtype), score.to(dtype)
     num_samples, d = score.shape[-2:]
     projection = (score * displacement.unsqueeze(-2)).sum(-1)
-    numerator = projection.square().mean(-1) + damping * displacement.square().sum(-1)
+    numerator = torch.add(projection.square().mean(-1), displacement.square().sum(-1), alpha=damping)
     trace = None
     denominator: float | Tensor = d
     if normalize:
@@ -47,7 +47,7 @@ def penalty_formula(
         denominator = trace.clamp(min=eps * d)
     penalty, gradient = numerator / denominator, None
     if want_gradient:
-        pull = (projection.unsqueeze(-1) * score).mean(-2) + damping * displacement
+        pull = torch.add((projection.unsqueeze(-1) * score).mean(-2), displacement, alpha=damping)
         gradient = 2 * pull / (denominator.unsqueeze(-1) if isinstance(denominator, Tensor) else denominator)
     return penalty, gradient, trace
 
