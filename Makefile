@@ -4,13 +4,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: train test check bench clean
+.PHONY: train test test-gpu check bench clean
 
 train: $(STAMP)
 	$(BIN)/python train/run.py --env halfcheetah-medium-expert --resume
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+# On a machine with a CUDA GPU: with the torch, triton and pytest that are there, findings in $OUT, eight minutes at most.
+test-gpu: export OUT ?= benchmarks/results
+test-gpu:
+	timeout 420 $(PYTHON) -m pytest tests/kernels
+	timeout 50 $(PYTHON) -m pytest benchmarks/test_penalty.py --benchmark-only -k "ours and not compiled" \
+		--benchmark-json=$(OUT)/penalty.json
 
 check: $(STAMP)
 	$(BIN)/ruff check .

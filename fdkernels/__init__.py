@@ -9,6 +9,7 @@ from fdkernels.flow import integrate_flow
 from fdkernels.mlp import PackedMLP, VelocityMLP, build_mlp, pack_mlp
 from fdkernels.paths import AffinePath
 from fdkernels.score import velocity_to_score
+from fdkernels.velocity_penalty import velocity_fisher_penalty
 
 __all__ = [
     "AffinePath",
@@ -20,6 +21,7 @@ __all__ = [
     "flow_fisher_penalty",
     "integrate_flow",
     "pack_mlp",
+    "velocity_fisher_penalty",
     "velocity_to_score",
 ]
 __version__ = "0.1.0"

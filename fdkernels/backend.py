@@ -2,16 +2,48 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from typing import Literal
+
+import torch
+from torch import Tensor
 
 from fdkernels.validation import check_choice
 
 Backend = Literal["triton", "torch"]
 
+_SERVED = (torch.float32, torch.bfloat16, torch.float16)
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"  # triton reads it once, too: when it is imported
 
-def choose_backend(op: str, backend: Backend | None) -> Backend:
-    """``None`` picks what there is; an explicit choice that cannot be honoured raises."""
+
+def choose_backend(op: str, backend: Backend | None, *tensors: Tensor) -> Backend:
+    """``None`` picks Triton for CUDA tensors that it serves; an explicit choice that cannot be honoured raises.
+
+    An operator without Triton kernels passes no tensors.
+    """
     check_choice(op, "backend", backend, (None, "triton", "torch"))  # type: ignore[arg-type]
+    on_gpu = bool(tensors) and tensors[0].device.type == "cuda"
+    if backend == "torch" or (backend is None and not on_gpu):
+        return "torch"
+    reason = _why_not_triton(*tensors)
+    if reason is None:
+        return "triton"
     if backend == "triton":
-        raise RuntimeError(f"{op}: backend='triton' is not in this version; use backend=None or backend='torch'")
+        raise RuntimeError(f"{op}: backend='triton' {reason}; use backend=None or backend='torch'")
     return "torch"
+
+
+def _why_not_triton(*tensors: Tensor) -> str | None:
+    if not tensors:
+        return "is not in this version"
+    if not _HAS_TRITON:
+        return "needs the triton package, which is not installed"
+    device = tensors[0].device
+    if device.type != "cuda" and not (device.type == "cpu" and _INTERPRETER):
+        return f"needs CUDA tensors, or CPU tensors and TRITON_INTERPRET=1 in the environment, got {device}"
+    for tensor in tensors:
+        if tensor.dtype not in _SERVED:
+            return f"serves float32, bfloat16 and float16, got {tensor.dtype}"
+    return None

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fdkernels.backend import Backend, choose_backend
+from fdkernels.operators import penalty_formula, penalty_operator, plain_is_better
 from fdkernels.validation import check_at_least, check_choice, check_floating
 
 Normalize = Literal["trace", "none"]
@@ -39,17 +40,19 @@ def fisher_penalty(
         normalize: ``"trace"`` for F̂; ``"none"`` for δᵀFδ / d.
         eps: ε > 0, lower bound of tr F / d.
         reduction: ``"none"`` keeps the leading shape; ``"mean"`` and ``"sum"`` give a scalar.
-        backend: ``None`` picks by device; ``"torch"`` or ``"triton"`` insist.
+        backend: ``None`` takes Triton for CUDA tensors in float32, bfloat16 or float16, PyTorch otherwise; ``"torch"``
+            or ``"triton"`` insist. The kernels read contiguous tensors; others are copied first.
 
     Returns:
         Penalty (...), or a scalar; float64 for float64 inputs, float32 otherwise. Differentiable in ``displacement``
         and in ``score`` (the true derivative, normaliser included, and none through the normaliser where ε bounds
-        it). An agent that treats the trust region as given passes ``score.detach()``. NaN and infinite values
-        propagate to their own row only.
+        it), to any order. An agent that treats the trust region as given passes ``score.detach()``. NaN and infinite
+        values propagate to their own row only. Zero scores with ``damping=0`` give zero.
 
     Raises:
         TypeError: a tensor is missing or not floating point.
         ValueError: shapes do not fit, d or K is zero, devices differ, or an option is out of its range.
+        RuntimeError: the backend asked for cannot serve these tensors.
 
     Source: "Fisher Decorator" (arXiv 2604.17919); the trace normalisation follows its published implementation.
 
@@ -62,37 +65,46 @@ def fisher_penalty(
     """
     op = "fisher_penalty"
     check_floating(op, displacement=displacement, score=score)
+    check_displacement(op, displacement, "score", score)
+    check_penalty_settings(op, damping, normalize, eps, reduction)
+    triton = choose_backend(op, backend, displacement, score) == "triton"
+    return reduce(penalty_from_score(displacement, score, damping, normalize, eps, triton), reduction)
+
+
+def penalty_from_score(
+    displacement: Tensor, score: Tensor, damping: float, normalize: Normalize, eps: float, triton: bool
+) -> Tensor:
+    """The penalty, on checked arguments."""
+    settings = (float(damping), normalize == "trace", float(eps))
+    if not triton and plain_is_better(displacement, score):
+        return penalty_formula(displacement, score, *settings)[0]
+    return penalty_operator(displacement, score, *settings, False, False, triton)[0]
+
+
+def check_displacement(op: str, displacement: Tensor, name: str, samples: Tensor) -> None:
+    """displacement is (..., d) and ``samples`` (..., K, d), d and K at least 1."""
     if displacement.ndim == 0 or displacement.shape[-1] == 0:
         raise ValueError(f"{op}: displacement must be (..., d) with d of at least 1, got {tuple(displacement.shape)}")
     d = displacement.shape[-1]
-    lead_fits = score.ndim >= 2 and score.shape[:-2] == displacement.shape[:-1] and score.shape[-1] == d
-    if not lead_fits or score.shape[-2] == 0:
+    lead_fits = samples.ndim >= 2 and samples.shape[:-2] == displacement.shape[:-1] and samples.shape[-1] == d
+    if not lead_fits or samples.shape[-2] == 0:
         raise ValueError(
-            f"{op}: score must be (..., K, d) with K of at least 1, the displacement's d={d} and its leading shape "
-            f"{tuple(displacement.shape[:-1])}, got {tuple(score.shape)}"
+            f"{op}: {name} must be (..., K, d) with K of at least 1, the displacement's d={d} and its leading shape "
+            f"{tuple(displacement.shape[:-1])}, got {tuple(samples.shape)}"
         )
+
+
+def check_penalty_settings(op: str, damping: float, normalize: Normalize, eps: float, reduction: Reduction) -> None:
     check_at_least(op, "damping", damping, 0.0)
     check_at_least(op, "eps", eps, 0.0, exclusive=True)
     check_choice(op, "normalize", normalize, ("trace", "none"))
     check_choice(op, "reduction", reduction, ("none", "mean", "sum"))
-    choose_backend(op, backend)
-    penalty = penalty_from_score(displacement, score, damping, normalize, eps)
+
+
+def reduce(penalty: Tensor, reduction: Reduction) -> Tensor:
     if reduction == "none":
         return penalty
     return penalty.mean() if reduction == "mean" else penalty.sum()
-
-
-def penalty_from_score(displacement: Tensor, score: Tensor, damping: float, normalize: Normalize, eps: float) -> Tensor:
-    """The penalty, on checked arguments."""
-    dtype = torch.promote_types(torch.promote_types(displacement.dtype, score.dtype), torch.float32)
-    displacement, score = displacement.to(dtype), score.to(dtype)
-    num_samples, d = score.shape[-2:]
-    projection = (score @ displacement.unsqueeze(-1)).squeeze(-1)
-    numerator = projection.square().mean(-1) + damping * displacement.square().sum(-1)
-    if normalize == "none":
-        return numerator / d
-    trace = score.square().sum((-2, -1)) / num_samples + damping * d
-    return numerator / trace.clamp(min=eps * d)
 
 
 def fisher_spectrum(score: Tensor, *, damping: float = 1e-3) -> Tensor:

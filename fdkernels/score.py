@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from fdkernels.backend import Backend, choose_backend
-from fdkernels.paths import PATHS, AffinePath
+from fdkernels.operators import accumulate_dtype, plain_is_better, score_formula, score_operator
+from fdkernels.paths import PATHS, AffinePath, Time
 from fdkernels.validation import check_at_least, check_broadcast, check_choice, check_floating, check_shape
 
 PathName = Literal["linear", "linear_reversed", "vp", "cosine"]
@@ -44,7 +45,8 @@ def velocity_to_score(
         convention: ``"exact"`` as above. ``"velocity"`` is v / (1 − t), what the published implementation of the
             Fisher decorator uses; it is not the score of any density and exists for parity with it (linear path only).
         min_sigma: lower bound of σ_t in the denominator.
-        backend: ``None`` picks by device; ``"torch"`` or ``"triton"`` insist.
+        backend: ``None`` takes Triton for CUDA tensors in float32, bfloat16 or float16, PyTorch otherwise; ``"torch"``
+            or ``"triton"`` insist. The kernels read contiguous tensors; others are copied first.
 
     Returns:
         Score (..., d) in the promoted dtype of ``velocity`` and ``x``; computed in float32 at least. Differentiable
@@ -53,6 +55,7 @@ def velocity_to_score(
     Raises:
         TypeError: a tensor is missing or not floating point.
         ValueError: shapes do not fit, devices differ, or an option is out of its range.
+        RuntimeError: the backend asked for cannot serve these tensors.
 
     Source: Lipman et al., "Flow Matching Guide and Code" (arXiv 2412.06264), section 4.8; for the linear path it is
     E[x0 | x_t] = x − t·v.
@@ -68,34 +71,64 @@ def velocity_to_score(
     check_shape(op, "x", x, velocity.shape, "velocity's shape (..., d)")
     if velocity.ndim == 0:
         raise ValueError(f"{op}: velocity must be (..., d), got a scalar")
+    resolved = check_score_settings(op, path, convention, min_sigma)
+    check_time(op, t, resolved, velocity, torch.Size((*velocity.shape[:-1], 1)))
+    triton = choose_backend(op, backend, velocity, x) == "triton"
+    return score_from_velocity(velocity, x, t, resolved, convention, min_sigma, triton)
+
+
+def score_from_velocity(
+    velocity: Tensor,
+    x: Tensor,
+    t: Tensor | float,
+    path: AffinePath,
+    convention: Convention,
+    min_sigma: float,
+    triton: bool = False,
+) -> Tensor:
+    """The conversion, on checked arguments."""
+    arguments = (velocity, x, *score_coefficients(velocity, x, t, path, convention, min_sigma))
+    if not triton and plain_is_better(*arguments[:3]):
+        return score_formula(*arguments)
+    return score_operator(*arguments, triton)
+
+
+def score_coefficients(
+    velocity: Tensor, x: Tensor, t: Tensor | float, path: AffinePath, convention: Convention, min_sigma: float
+) -> tuple[Tensor | None, float, float, bool]:
+    """p and q of score = p·v + q·x: a tensor (..., 2) of pairs or two numbers, and whether there is a q at all.
+
+    A number stays one on a built-in path, and costs the device nothing.
+    """
+    exact = convention == "exact"
+    if not isinstance(t, Tensor) and path in PATHS.values():
+        return None, *_coefficients(t, path, exact, min_sigma), exact
+    dtype = accumulate_dtype(velocity, x)
+    if isinstance(t, Tensor):
+        t = t.to(dtype)
+        t = torch.where((t >= 0) & (t <= 1), t, torch.nan)
+        t = t.reshape((1,) * (velocity.ndim - t.ndim) + t.shape)
+    else:
+        t = torch.full((1,) * velocity.ndim, t, dtype=dtype, device=x.device)
+    return torch.cat(_coefficients(t, path, exact, min_sigma), -1), 1.0, 0.0, exact
+
+
+def _coefficients(t: Time, path: AffinePath, exact: bool, min_sigma: float) -> tuple[Time, Time]:
+    alpha, sigma, d_alpha, d_sigma = path.alpha(t), path.sigma(t), path.d_alpha(t), path.d_sigma(t)  # type: ignore[arg-type]
+    bounded: Any = sigma.clamp(min=min_sigma) if isinstance(sigma, Tensor) else max(sigma, min_sigma)
+    if not exact:
+        return 1 / bounded, 0 * bounded
+    denominator = bounded * (d_alpha * sigma - alpha * d_sigma)
+    return alpha / denominator, -d_alpha / denominator
+
+
+def check_score_settings(op: str, path: PathName | AffinePath, convention: Convention, min_sigma: float) -> AffinePath:
     check_choice(op, "convention", convention, ("exact", "velocity"))
     check_at_least(op, "min_sigma", min_sigma, 0.0)
     resolved = resolve_path(op, path)
     if convention == "velocity" and resolved is not PATHS["linear"]:
         raise ValueError(f"{op}: convention='velocity' is v / (1 − t), defined for path='linear' only, got {path!r}")
-    check_time(op, t, resolved, velocity, torch.Size((*velocity.shape[:-1], 1)))
-    choose_backend(op, backend)
-    return score_from_velocity(velocity, x, t, resolved, convention, min_sigma)
-
-
-def score_from_velocity(
-    velocity: Tensor, x: Tensor, t: Tensor | float, path: AffinePath, convention: Convention, min_sigma: float
-) -> Tensor:
-    """The conversion, on checked arguments."""
-    out_dtype = torch.promote_types(velocity.dtype, x.dtype)
-    dtype = torch.promote_types(out_dtype, torch.float32)
-    velocity, x = velocity.to(dtype), x.to(dtype)
-    if isinstance(t, Tensor):
-        t = t.to(dtype)
-        t = torch.where((t >= 0) & (t <= 1), t, torch.nan)
-    elif path not in PATHS.values():
-        t = torch.full((), t, dtype=dtype, device=x.device)
-    alpha, sigma, d_alpha, d_sigma = path.alpha(t), path.sigma(t), path.d_alpha(t), path.d_sigma(t)  # type: ignore[arg-type]
-    bounded = sigma.clamp(min=min_sigma) if isinstance(sigma, Tensor) else max(sigma, min_sigma)
-    if convention == "velocity":
-        return (velocity / bounded).to(out_dtype)
-    wronskian = d_alpha * sigma - alpha * d_sigma
-    return ((alpha * velocity - d_alpha * x) / (bounded * wronskian)).to(out_dtype)
+    return resolved
 
 
 def resolve_path(op: str, path: PathName | AffinePath) -> AffinePath:

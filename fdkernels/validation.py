@@ -33,7 +33,7 @@ def check_choice(op: str, name: str, value: object, choices: Collection[str]) ->
 
 
 def check_at_least(op: str, name: str, value: float, least: float, *, exclusive: bool = False) -> None:
-    if not math.isfinite(value) or value < least or (exclusive and value == least):
+    if not least <= value < math.inf or (exclusive and value == least):  # NaN is in no interval
         raise ValueError(f"{op}: {name} must be finite and {'>' if exclusive else '>='} {least:g}, got {value!r}")
 
 

@@ -1,0 +1,166 @@
+"""What the compilers make of the kernels, without a GPU: registers, spills, shared memory, width of loads.
+
+    python benchmarks/static_report.py           # a table
+    python benchmarks/static_report.py --json    # a list of rows
+
+Calls the launchers with the kernels replaced by a recorder that compiles what it is asked to launch, ahead of time, for
+each architecture; so what is measured is what would run. Must not run under TRITON_INTERPRET.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fdkernels.kernels import launch
+
+ARCHITECTURES = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+INTEGERS = {bool: "i1", int: "i32", float: "fp32"}
+# (K, d): the sizes of the method, rows that no vector divides, one number a row, and rows walked over in blocks of K.
+SHAPES = [(4, 6), (4, 8), (1, 1), (5, 7), (3, 17), (16, 60), (256, 1023), (256, 1024)]
+NUM_ROWS = 4096
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+def calls(dtype: torch.dtype, num_samples: int, d: int) -> Iterator[tuple[str, Any, tuple]]:
+    """Every launcher on tensors of one dtype."""
+    displacement = torch.empty(NUM_ROWS, d, dtype=dtype, device="meta")
+    score = torch.empty(NUM_ROWS, num_samples, d, dtype=dtype, device="meta")
+    trace = torch.empty(NUM_ROWS, device="meta")
+    pairs = torch.empty(NUM_ROWS, num_samples, 2, device="meta")
+    yield "penalty", launch.penalty, (displacement, score, 1e-3, True, 1e-6, False, False)
+    yield "penalty+gradient", launch.penalty, (displacement, score, 1e-3, True, 1e-6, True, True)
+    velocity = (displacement, score, score, pairs, 1.0, 0.0, True, 1e-3, True, 1e-6, True)
+    yield "velocity_penalty+gradient", launch.velocity_penalty, velocity
+    yield (
+        "penalty_score_gradient",
+        launch.penalty_score_gradient,
+        (trace, displacement, score, trace, trace, True, 1e-6),
+    )
+    yield "score", launch.score, (score, score, None, 1.0, 0.0, True)
+    yield "score+times", launch.score, (score, score, pairs, 1.0, 0.0, True)
+
+
+class AheadOfTime:
+    """Stands in for a kernel: ``kernel[grid](...)`` compiles it for ``target`` and notes what came out."""
+
+    def __init__(self, kernel: triton.JITFunction, target: GPUTarget) -> None:
+        self.kernel, self.target = kernel, target
+        self.found: dict[str, Any] = {}
+
+    def __getitem__(self, grid: tuple[int, ...]) -> AheadOfTime:
+        return self
+
+    def __call__(self, *args: Any, num_warps: int, **constants: Any) -> None:
+        names = self.kernel.arg_names
+        given = dict(zip(names, args)) | constants
+        signature, aligned = {}, {}
+        for i, name in enumerate(names):
+            value = given[name]
+            if name in constants:
+                signature[name] = "constexpr"
+            elif isinstance(value, torch.Tensor):
+                signature[name] = "*" + DTYPES[value.dtype]
+                aligned[(i,)] = [["tt.divisibility", 16]]  # what the allocator gives
+            else:
+                signature[name] = INTEGERS[type(value)]
+        source = ASTSource(
+            self.kernel,
+            signature,
+            constexprs={(names.index(name),): value for name, value in constants.items()},
+            attrs=aligned,
+        )
+        compiled = triton.compile(source, target=self.target, options={"num_warps": num_warps})
+        inspect = inspect_cuda if self.target.backend == "cuda" else inspect_hip
+        self.found = {
+            "config": {name: value for name, value in constants.items() if type(value) is int}
+            | {"num_warps": num_warps},
+            "shared_bytes": compiled.metadata.shared,
+            **inspect(compiled.asm),
+        }
+
+
+def inspect_cuda(asm: dict[str, Any]) -> dict[str, int]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(asm["cubin"])
+        cubin.flush()
+        command = [TOOLS / "cuobjdump", "--dump-resource-usage", "--dump-sass", cubin.name]
+        dump = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    loads = re.findall(r"ld\.global\S*?(?:\.v(\d))?\.[bfsu](\d+)\s", asm["ptx"])
+    return {
+        "registers": int(re.search(r"REG:(\d+)", dump)[1]),  # type: ignore[index]
+        "spills": len(re.findall(r"\b(?:LDL|STL)\b", dump)),
+        "widest_load_bits": max(int(count or 1) * int(bits) for count, bits in loads),
+        "mma": len(re.findall(r"\b(?:wgmma\.mma_async|mma\.sync)\b", asm["ptx"])),
+    }
+
+
+def inspect_hip(asm: dict[str, Any]) -> dict[str, int]:
+    text = asm["amdgcn"]
+    loads = re.findall(r"(?:global|buffer|flat)_load_(dwordx?\d?|u?short|ubyte|sbyte)", text)
+    bits = {"dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128}
+    return {
+        "registers": int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1]),  # type: ignore[index]
+        "spills": sum(int(count) for count in re.findall(r"\.[sv]gpr_spill_count:\s+(\d+)", text)),
+        "widest_load_bits": max(bits.get(load, 16) for load in loads),
+        "mma": len(re.findall(r"\bv_mfma", text)),
+    }
+
+
+def report(architectures: list[str], dtypes: list[torch.dtype]) -> Iterator[dict[str, Any]]:
+    for architecture, dtype, (num_samples, d) in itertools.product(architectures, dtypes, SHAPES):
+        kernels = {name: AheadOfTime(getattr(launch, name), ARCHITECTURES[architecture]) for name in KERNELS}
+        with mock.patch.multiple(launch, gpu_family=lambda _: architecture, **kernels):  # noqa: B023
+            for name, launcher, args in calls(dtype, num_samples, d):
+                launcher(*args)
+                (found,) = (kernel.found for kernel in kernels.values() if kernel.found)
+                yield {"kernel": name, "arch": architecture, "dtype": DTYPES[dtype], "K": num_samples, "d": d} | found
+                for kernel in kernels.values():
+                    kernel.found = {}
+
+
+KERNELS = ("penalty_kernel", "score_gradient_kernel", "score_kernel")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--json", action="store_true", help="print a list of rows instead of a table")
+    parser.add_argument("--arch", nargs="+", default=list(ARCHITECTURES), choices=ARCHITECTURES)
+    names = {name: dtype for dtype, name in DTYPES.items()}
+    parser.add_argument("--dtype", nargs="+", default=list(names), choices=names)
+    args = parser.parse_args()
+    rows = report(args.arch, [names[name] for name in args.dtype])
+    if args.json:
+        print(json.dumps(list(rows), indent=1))
+        return
+    columns = [("arch", 8), ("dtype", 6), ("K", 5), ("d", 6), ("regs", 6), ("spills", 8), ("shared", 8), ("load", 6)]
+    print(f"{'kernel':26}" + "".join(f"{title:>{width}}" for title, width in columns) + "  mma  config")
+    for row in rows:
+        config = " ".join(f"{name}={value}" for name, value in row["config"].items() if name not in "KD")
+        print(
+            f"{row['kernel']:26}{row['arch']:>8}{row['dtype']:>6}{row['K']:5}{row['d']:6}{row['registers']:6}"
+            f"{row['spills']:8}{row['shared_bytes']:8}{row['widest_load_bits']:6}{row['mma']:5}  {config}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

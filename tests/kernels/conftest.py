@@ -1,0 +1,57 @@
+"""The kernels' own suite. It runs on a GPU, or where TRITON_INTERPRET=1 was set before triton was imported.
+
+Without either nothing is collected here; ``tests/test_kernels_interpreter.py`` runs it in a process of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+from judge import DEVICE, INTERPRETED, guarded_memory
+
+if DEVICE.type != "cuda" and not INTERPRETED:
+    collect_ignore_glob = ["test_*.py"]
+
+# On a GPU each new size is a compilation of a second or so.
+settings.register_profile("kernels", max_examples=40 if INTERPRETED else 10, deadline=None, derandomize=True)
+settings.load_profile("kernels")
+
+
+@pytest.fixture(autouse=True)
+def strict_memory() -> Iterator[None]:
+    """Fresh memory is NaN, so that an element nobody wrote shows; nothing outside of the arguments is touched."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    with guarded_memory() if INTERPRETED else contextlib.nullcontext():
+        yield
+    torch.use_deterministic_algorithms(False)
+
+
+def pytest_report_header() -> str:
+    import triton
+
+    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "Triton interpreter on the CPU"
+    return (
+        f"kernels on: {name}; python {sys.version.split()[0]}, torch {torch.__version__}, triton {triton.__version__}"
+    )
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """On a GPU, one line a test as it ends: a run that is cut short leaves what it found."""
+    if DEVICE.type != "cuda" or (report.when != "call" and report.passed):
+        return
+    folder = Path(os.environ.get("OUT", "benchmarks/results"))
+    folder.mkdir(parents=True, exist_ok=True)
+    line = {"test": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 3)}
+    if report.failed:
+        line["error"] = str(report.longrepr)[-2000:]
+    with (folder / "test_gpu.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")

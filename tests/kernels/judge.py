@@ -1,0 +1,114 @@
+"""What the kernels are judged by: the plain maths in float64, and the error that maths makes in lower precision."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda")
+BACKENDS = ("torch", "triton")
+# bf16 arithmetic is not to be trusted in the interpreter; the GPU lane has all three.
+DTYPES = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.bfloat16, torch.float16)
+BARS = {
+    torch.float32: {"torch": 1e-6, "triton": 1e-5},
+    torch.bfloat16: {"torch": 1e-2, "triton": 1e-2},
+    torch.float16: {"torch": 2e-3, "triton": 2e-3},
+}
+GUARD = 64  # elements; keeps 16-byte alignment
+
+
+def guarded(tensor: Tensor) -> Tensor:
+    """The same values on the device, between bands of NaN: whoever reads beyond the tensor will show it."""
+    storage = torch.full((tensor.numel() + 2 * GUARD,), torch.nan, dtype=tensor.dtype, device=DEVICE)
+    inside = storage[GUARD : GUARD + tensor.numel()].view(tensor.shape)
+    inside.copy_(tensor)
+    return inside
+
+
+def strided(tensor: Tensor, layout: str) -> Tensor:
+    """The same values in another memory layout, guarded."""
+    if layout == "contiguous" or tensor.ndim < 2:
+        return guarded(tensor)
+    if layout == "transposed":
+        return guarded(tensor.transpose(0, -1).contiguous()).transpose(0, -1)
+    wide = torch.full((*tensor.shape[:-1], tensor.shape[-1] + 3), torch.nan, dtype=tensor.dtype)
+    wide[..., 1:-2] = tensor
+    return guarded(wide)[..., 1:-2]
+
+
+def with_gradients(
+    function: Callable[..., Tensor], inputs: tuple[Tensor, ...], upstream: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """The value, and the gradient to each input."""
+    inputs = tuple(tensor.detach().requires_grad_() for tensor in inputs)
+    out = function(*inputs)
+    upstream = torch.ones_like(out) if upstream is None else upstream.to(out)
+    return out.detach(), *torch.autograd.grad(out, inputs, upstream)
+
+
+def assert_close(name: str, out: Tensor, truth: Tensor, reference: Tensor, backend: str, size: Tensor) -> None:
+    """‖out − truth‖ is at most twice what the plain maths makes in the same precision, and below the bar.
+
+    Args:
+        truth: float64.
+        reference: the plain maths in the precision of the inputs.
+        size: what rounding acts on, where terms cancel: errors are relative to the larger of its norm and truth's.
+    """
+    assert out.shape == truth.shape, f"{name}: shape {tuple(out.shape)}, wanted {tuple(truth.shape)}"
+    assert not out.isnan().any(), f"{name}: NaN: unwritten output, or read beyond an input"
+    scale = max(truth.norm().item(), size.double().norm().item(), 1e-300)
+    number = torch.finfo(out.dtype)
+    subnormal = number.smallest_normal * number.eps * out.numel() ** 0.5  # what the range of the dtype costs, not ours
+    error = max(0.0, (out.double().cpu() - truth).norm().item() - subnormal) / scale
+    plain = (reference.double() - truth).norm().item() / scale
+    bar = BARS[max(out.dtype, reference.dtype, key=lambda dtype: torch.finfo(dtype).eps)][backend]
+    # The plain maths may overflow where ours does not; and it may be exact by chance, so a few roundings are free.
+    assert not error > max(2 * plain, 4 * number.eps), f"{name}: error {error:.2e}, plain maths {plain:.2e}"
+    assert error <= bar, f"{name}: error {error:.2e} above the bar {bar:.0e}"
+
+
+@contextlib.contextmanager
+def guarded_memory() -> Iterator[None]:
+    """Under the interpreter, every element that a kernel reads or writes lies in one of its arguments.
+
+    NaN bands show only what reaches a result; this shows what is read and thrown away, and what is written.
+    """
+    from triton.runtime import interpreter
+
+    spans: list[tuple[int, int]] = []
+    to_host = interpreter.GridExecutor._init_args_hst
+    load, store = interpreter.InterpreterBuilder.create_masked_load, interpreter.InterpreterBuilder.create_masked_store
+
+    def noted(self: Any, args: Any, kwargs: Any) -> Any:
+        host = to_host(self, args, kwargs)
+        tensors = [arg for arg in (*host[0], *host[1].values()) if isinstance(arg, Tensor)]
+        spans[:] = [(arg.data_ptr(), arg.data_ptr() + arg.numel() * arg.element_size()) for arg in tensors]
+        return host
+
+    def check(what: str, pointers: Any, mask: Any) -> None:
+        size = pointers.get_element_ty().primitive_bitwidth // 8
+        addresses = pointers.data[mask.data].astype("int64")
+        inside = sum(((low <= addresses) & (addresses + size <= high) for low, high in spans), start=addresses < 0)
+        assert inside.all(), f"{what} outside of the kernel's arguments: {(~inside).sum()} elements"
+
+    def checked_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        check("read", pointers, mask)
+        return load(self, pointers, mask, *rest)
+
+    def checked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        check("write", pointers, mask)
+        return store(self, pointers, value, mask, *rest)
+
+    with (
+        mock.patch.object(interpreter.GridExecutor, "_init_args_hst", noted),
+        mock.patch.object(interpreter.InterpreterBuilder, "create_masked_load", checked_load),
+        mock.patch.object(interpreter.InterpreterBuilder, "create_masked_store", checked_store),
+    ):
+        yield

@@ -1,0 +1,30 @@
+"""No kernel touches memory that is not its own, by compute-sanitizer's account."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from judge import DEVICE
+
+SANITIZER = shutil.which("compute-sanitizer")
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda" or SANITIZER is None, reason="needs a CUDA GPU and compute-sanitizer")
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_sanitizer(tool: str) -> None:
+    values = Path(__file__).with_name("test_values.py")
+    chosen = "triton and float32 and penalty and (4x6 or 3x17 or 3x1031)"
+    suite = [sys.executable, "-m", "pytest", str(values), "-q", "-p", "no:cacheprovider", "-k", chosen]
+    run = subprocess.run(
+        [str(SANITIZER), "--tool", tool, "--error-exitcode", "99", *suite],
+        cwd=values.parents[2],
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    print(run.stdout[-4000:], run.stderr[-4000:])
+    assert run.returncode == 0

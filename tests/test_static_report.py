@@ -1,0 +1,32 @@
+"""The kernels as compiled ahead of time: nothing spills, and contiguous inputs are read 128 bits at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_no_spills_and_wide_loads() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [
+        sys.executable,
+        "benchmarks/static_report.py",
+        "--json",
+        "--arch",
+        "sm_80",
+        "sm_90",
+        "--dtype",
+        "fp32",
+        "bf16",
+    ]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    rows = json.loads(run.stdout)
+    assert {row["arch"] for row in rows} == {"sm_80", "sm_90"}
+    assert [row for row in rows if row["spills"]] == []
+    assert [row for row in rows if row["widest_load_bits"] != 128] == []
