@@ -17,8 +17,9 @@ import torch
 from safetensors.torch import load_file
 
 from train.agents import METRICS
+from train.config import preset_config
 from train.evaluate import run_episodes
-from train.run import main
+from train.run import main, parse
 
 REPOSITORY = Path(__file__).parents[1]
 TINY = (  # noqa: SIM905 (reads as typed)
@@ -145,7 +146,7 @@ def test_a_run_is_not_lost_or_mixed(finished: tuple[Path, str], capsys: pytest.C
     assert main([*TINY, "--out", str(out)]) == 2
     assert "already holds a run: --resume continues it" in capsys.readouterr().err
     assert main([*TINY, "--out", str(out), "--resume", "--lr", "0.5"]) == 2
-    assert "was started with --lr 0.001" in capsys.readouterr().err
+    assert f"was started with --lr {preset_config('quick', 'fidec').hyper.lr}" in capsys.readouterr().err
     assert main([*TINY, "--out", str(out.parent), "--overwrite"]) == 2
     assert "no run made it" in capsys.readouterr().err
     assert (out / "policy.safetensors").read_bytes() == before
@@ -197,13 +198,12 @@ def test_bad_settings_are_refused_at_once(
     assert message in " ".join((captured.err + captured.out).replace("│", " ").split())
 
 
-def test_flags_beat_the_preset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["--preset", "quick", "--help"])
-    assert "(default: 1500)" in capsys.readouterr().out  # --steps
-    with pytest.raises(SystemExit):
-        main(["--preset", "full", "--help"])
-    assert "(default: 1000000)" in capsys.readouterr().out
+def test_flags_beat_the_preset(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("quick", "full"):
+        with pytest.raises(SystemExit):
+            main(["--preset", name, "--help"])
+        assert f"(default: {preset_config(name, 'fidec').steps})" in capsys.readouterr().out
+    assert parse(["--env", "halfcheetah-medium", "--preset", "quick", "--steps", "7"]).steps == 7
 
 
 def test_returns_are_those_of_whole_episodes() -> None:
