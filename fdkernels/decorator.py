@@ -66,7 +66,7 @@ def flow_fisher_penalty(
         convention, min_sigma: as in :func:`velocity_to_score`.
         noise: where the samples start, (..., K, d); N(0, I) from ``generator`` when None.
         bridge_noise: x0_k of the bridge, (..., K, d); likewise, drawn after ``noise``.
-        generator: for what is drawn here.
+        generator: for what is drawn here, in the dtype of ``cond``.
         return_score: also return the scores (..., K, d).
         precision, backend: as in :func:`integrate_flow`.
 
@@ -115,7 +115,7 @@ def flow_fisher_penalty(
     choose_backend(op, backend)
     times = check_time_grid(op, num_steps, time_grid)
 
-    dtype, device = displacement.dtype, displacement.device
+    dtype, device = cond.dtype, cond.device
     with torch.no_grad():
         if noise is None:
             noise = torch.randn(shape, generator=generator, dtype=dtype, device=device)
@@ -123,6 +123,8 @@ def flow_fisher_penalty(
             bridge_noise = torch.randn(shape, generator=generator, dtype=dtype, device=device)
         field = velocity_field(op, velocity, noise, cond.unsqueeze(-2).expand(*lead, num_samples, cond.shape[-1]))
         sample = integrate(field, noise, times, method, clip)
+        if isinstance(t, Tensor):
+            t = t.to(sample.dtype)
         x_t = (1 - t) * bridge_noise + t * sample
         score = score_from_velocity(field(x_t, t), x_t, t, linear, convention, min_sigma)
     penalty = fisher_penalty(

@@ -136,5 +136,6 @@ def fisher_spectrum(score: Tensor, *, damping: float = 1e-3) -> Tensor:
         raise ValueError(f"{op}: score must be (..., K, d) with K and d of at least 1, got {tuple(score.shape)}")
     check_at_least(op, "damping", damping, 0.0)
     score = score.to(torch.promote_types(score.dtype, torch.float32))
-    fisher = score.mT @ score / score.shape[-2]
-    return torch.linalg.eigvalsh(fisher).flip(-1) + damping
+    with torch.autocast(score.device.type, enabled=False):  # in half precision small eigenvalues come out negative
+        fisher = score.mT @ score / score.shape[-2]
+        return torch.linalg.eigvalsh(fisher).flip(-1) + damping

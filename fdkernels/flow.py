@@ -142,7 +142,7 @@ def velocity_field(
     op: str, velocity: Velocity, x: Tensor, cond: Tensor | None
 ) -> Callable[[Tensor, float | Tensor], Tensor]:
     """v(x, t) for a fixed condition and a time that is a number or a tensor (..., 1)."""
-    if isinstance(velocity, VelocityMLP):
+    if isinstance(velocity, VelocityMLP) and type(velocity).forward is VelocityMLP.forward:
         velocity = pack_mlp(velocity)
     if isinstance(velocity, PackedMLP):
         check_widths(op, velocity, x, cond)
@@ -168,6 +168,9 @@ def velocity_field(
 def check_widths(op: str, mlp: PackedMLP, x: Tensor, cond: Tensor | None) -> None:
     if x.shape[-1] != mlp.action_dim:
         raise ValueError(f"{op}: velocity moves {mlp.action_dim} dimensions, got points with d={x.shape[-1]}")
+    dtype = mlp.layers[0].linear.weight.dtype
+    if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+        raise ValueError(f"{op}: velocity's weights are {dtype}, got noise of {x.dtype}; convert one, or use autocast")
     given = 0 if cond is None else cond.shape[-1]
     if given != mlp.cond_dim:
         raise ValueError(f"{op}: velocity wants a condition of width {mlp.cond_dim}, got cond of width {given}")

@@ -170,7 +170,8 @@ def pack_mlp(module: nn.Module, order: Sequence[Input] = ("cond", "x", "t")) -> 
 
     Nothing is copied: an optimiser step on ``module`` is seen by the next call. Activations are GELU (either form),
     SiLU, ReLU and Tanh; a LayerNorm stands after or before the activation. Nested ``nn.Sequential`` and modules that
-    wrap exactly one child are looked through, ``nn.Identity`` and ``nn.Dropout`` in eval mode are passed over.
+    wrap exactly one child are looked through, ``nn.Identity`` and ``nn.Dropout`` in eval mode are passed over. What a
+    ``forward`` of your own does beside calling its children cannot be seen, so it is tried out on two rows.
 
     Args:
         module: a :class:`VelocityMLP`, an ``nn.Sequential``, or a module that wraps one.
@@ -181,7 +182,7 @@ def pack_mlp(module: nn.Module, order: Sequence[Input] = ("cond", "x", "t")) -> 
         The packed MLP, callable as v(x, t, cond) and accepted wherever a velocity is.
 
     Raises:
-        TypeError: the module holds something else than the above.
+        TypeError: the module holds something else than the above, or computes something else than its stack.
         ValueError: widths do not chain, or ``order`` is not a permutation of its names.
 
     Example:
@@ -193,9 +194,9 @@ def pack_mlp(module: nn.Module, order: Sequence[Input] = ("cond", "x", "t")) -> 
     """
     if isinstance(module, PackedMLP):
         return module
-    if isinstance(module, VelocityMLP):
-        order = module.order
-        module = module.net
+    known = isinstance(module, VelocityMLP) and type(module).forward is VelocityMLP.forward
+    if known:
+        order, module = module.order, module.net  # type: ignore[assignment]
     if sorted(order) not in (["cond", "t", "x"], ["t", "x"]):
         raise ValueError(
             f"pack_mlp: order must name 'x', 't' and, unless unconditional, 'cond' once, got {tuple(order)}"
@@ -215,7 +216,28 @@ def pack_mlp(module: nn.Module, order: Sequence[Input] = ("cond", "x", "t")) -> 
             f"{'cond_dim + ' if 'cond' in order else ''}{packed.action_dim} + 1 inputs, got "
             f"{layers[0].linear.in_features}"
         )
+    if not known:
+        _try_out(module, layers)
     return packed
+
+
+@torch.no_grad()
+def _try_out(module: nn.Module, layers: tuple[Layer, ...]) -> None:
+    """A module must compute what the layers found in it compute."""
+    weight = layers[0].linear.weight
+    rows = torch.linspace(-1, 1, 2 * weight.shape[1], dtype=weight.dtype, device=weight.device).view(2, -1)
+    stack = rows
+    for layer in layers:
+        stack = layer.finish(layer.linear(stack))
+    try:
+        same = torch.allclose(module(rows), stack, rtol=1e-3, atol=1e-5)
+    except Exception as error:  # whatever a forward of somebody's own raises
+        raise TypeError(
+            f"pack_mlp: {type(module).__name__} cannot be called with the concatenated inputs alone "
+            f"({type(error).__name__}: {error}); pass the nn.Sequential inside it"
+        ) from error
+    if not same:
+        raise TypeError(f"pack_mlp: {type(module).__name__} computes something else than the layers inside it")
 
 
 def _leaves(module: nn.Module) -> Iterator[nn.Module]:

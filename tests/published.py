@@ -262,7 +262,7 @@ def mismatches(
     case: Arrays, results: Mapping[str, Tensor], dtype: torch.dtype, *, only: str | None = None
 ) -> list[str]:
     """Every recorded number of that precision that ours miss, and every recorded key that ours lack."""
-    problems = []
+    problems, compared = [], 0
     for key in case if only is None else (only,):
         recorded_in = torch.float64 if key.startswith("x64/") else torch.float32
         if key in PROVENANCE or key.startswith(INPUTS) or recorded_in != dtype:
@@ -276,11 +276,12 @@ def mismatches(
             problems.append(f"{key}: shape {tuple(ours.shape)}, recorded {tuple(recorded.shape)}")
             continue
         error = (ours - recorded).abs()
+        compared += 1
         allowed = tolerance(case, name, recorded, dtype)
         if not (error <= allowed).all():
             excess = (error / allowed).nan_to_num().max()
             problems.append(f"{key}: off by {error.max():.3g}, {excess:.3g} times the tolerance")
-    return problems
+    return problems if compared or problems else [f"the case holds nothing recorded in {dtype}"]
 
 
 def tolerance(case: Arrays, name: str, recorded: Tensor, dtype: torch.dtype) -> Tensor:

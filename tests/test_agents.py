@@ -42,6 +42,14 @@ def test_each_loss_moves_only_what_it_is_for(part: Part, moves: str) -> None:
             assert torch.equal(parameter, before[name]) != expected, name
 
 
+def test_freezing_the_flow_counts_updates_of_the_agent() -> None:
+    agent, optimizer, batch = make("fidec", freeze_flow_after=2)
+    for _ in range(3):
+        agent.update(optimizer, batch, agent.draw(32), parts=("flow",))
+    trained = ["flow_loss" in agent.update(optimizer, batch, agent.draw(32)) for _ in range(4)]
+    assert trained == [True, True, False, False]
+
+
 def test_refinement_can_start_at_the_behaviour_flow() -> None:
     agent, _, batch = make("fidec", zero_init_displacement=True)
     noise = torch.randn(32, 2)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from train.agents import AGENTS, Agent
-from train.checkpoint import DamagedCheckpoint, find_checkpoint, load_checkpoint, save_checkpoint
+from train.checkpoint import DamagedCheckpoint, newest_checkpoint, read_checkpoint, save_checkpoint
 from train.config import AgentConfig
 from train.data import Batch
 
@@ -44,10 +44,19 @@ def test_continues_bit_for_bit(tmp_path: Path, name: str) -> None:
     straight.update(4)
 
     resumed = Trainer(name, seed=1)  # everything different until it is loaded
-    assert load_checkpoint(path, *resumed.parts) == (3, {"note": [1, 2.5]})
+    checkpoint = read_checkpoint(path)
+    assert (checkpoint.step, checkpoint.notes) == (3, {"note": [1, 2.5]})
+    checkpoint.restore(*resumed.parts)
     resumed.update(4)
     for key, tensor in weights(straight.agent).items():
         assert torch.equal(tensor, weights(resumed.agent)[key]), key
+
+
+def found(folder: Path) -> Path:
+    checkpoint, problems = newest_checkpoint(folder)
+    assert checkpoint is not None
+    assert not problems
+    return checkpoint.path
 
 
 def damage(path: Path, how: str) -> None:
@@ -60,24 +69,30 @@ def damage(path: Path, how: str) -> None:
         content = bytearray()
     elif how == "header gone":
         content[:8] = b"\xff" * 8
+    elif how == "header altered":
+        assert content.count(b"46.1") == 1
+        content = content.replace(b"46.1", b"96.1")
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("how", ["cut short", "one bit flipped", "empty", "header gone"])
+@pytest.mark.parametrize("how", ["cut short", "one bit flipped", "empty", "header gone", "header altered"])
 def test_a_damaged_checkpoint_is_refused_for_the_one_before(tmp_path: Path, how: str) -> None:
     trainer = Trainer()
     before = save_checkpoint(tmp_path, 1, *trainer.parts, {})
-    newest = save_checkpoint(tmp_path, 2, *trainer.parts, {})
-    assert find_checkpoint(tmp_path) == (newest, [])
+    newest = save_checkpoint(tmp_path, 20, *trainer.parts, {"score": 46.1})
+    assert found(tmp_path) == newest
     damage(newest, how)
-    found, problems = find_checkpoint(tmp_path)
-    assert found == before
+    with pytest.raises(DamagedCheckpoint, match=newest.name):
+        read_checkpoint(newest)
+    checkpoint, problems = newest_checkpoint(tmp_path)
+    assert checkpoint is not None
+    assert checkpoint.path == before
     assert len(problems) == 1
     assert str(newest) in problems[0]
-    untouched = weights(trainer.agent)
-    with pytest.raises(DamagedCheckpoint, match=newest.name):
-        load_checkpoint(newest, *trainer.parts)
-    assert all(torch.equal(tensor, untouched[key]) for key, tensor in weights(trainer.agent).items())
+    # set aside, so that the checkpoints to come are not taken for older ones and dropped
+    later = save_checkpoint(tmp_path, 5, *trainer.parts, {})
+    assert found(tmp_path) == later
+    assert before.exists()
 
 
 def test_only_the_newest_two_stay(tmp_path: Path) -> None:
@@ -93,8 +108,8 @@ def test_a_half_written_checkpoint_does_not_count(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(Path, "replace", lambda self, target: pytest.fail("killed here"))
     with pytest.raises(pytest.fail.Exception):
         save_checkpoint(tmp_path, 2, *trainer.parts, {})
-    assert find_checkpoint(tmp_path) == (first, [])
+    assert found(tmp_path) == first
 
 
 def test_nothing_to_find(tmp_path: Path) -> None:
-    assert find_checkpoint(tmp_path / "nowhere") == (None, [])
+    assert newest_checkpoint(tmp_path / "nowhere") == (None, [])

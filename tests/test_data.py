@@ -340,13 +340,14 @@ def test_offline_mode_of_the_hub_is_respected(tmp_path, monkeypatch) -> None:
     check_unavailable(tmp_path, "HF_HUB_OFFLINE")
 
 
-def test_hub_behind_a_proxy_is_reachable(monkeypatch) -> None:
+@pytest.mark.parametrize(("status", "problem"), [(200, ""), (404, ""), (403, "403"), (407, "407"), (503, "503")])
+def test_hub_behind_a_proxy(monkeypatch, status: int, problem: str) -> None:
     seen = []
 
     class Proxy(http.server.BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:
             seen.append(self.path)
-            self.send_response(200)
+            self.send_response(status)
             self.end_headers()
 
         def log_message(self, *args) -> None:
@@ -356,9 +357,10 @@ def test_hub_behind_a_proxy_is_reachable(monkeypatch) -> None:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{server.server_port}")
         set_hub(monkeypatch, "http://hub.invalid")
-        assert data._hub_problem() is None
+        assert problem in (data._hub_problem() or "")
+        assert bool(data._hub_problem()) == bool(problem)
         server.shutdown()
-    assert seen == ["http://hub.invalid/"]
+    assert set(seen) == {"http://hub.invalid/"}
 
 
 # --- faults -----------------------------------------------------------------------------------------------------------

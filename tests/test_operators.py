@@ -14,46 +14,28 @@ from torch import Tensor, nn
 import fdkernels
 import fdkernels_ref
 from tests.closed_forms import anisotropic_gaussian
+from tests.kernels.judge import assert_close, with_gradients
 
-# relative error of the whole tensor; low precision is held to twice the reference's own error as well
-BARS = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-
-
-def relative_error(ours: Tensor, truth: Tensor, least: float = 0.0) -> float:
-    """``least`` bounds the norm that the error is measured by, for what is exactly zero."""
-    return ((ours.double() - truth).norm() / truth.norm().clamp(min=least)).item()
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def assert_judged(
     ours: Callable[..., Tensor], reference: Callable[..., Tensor], inputs: list[Tensor], dtype: torch.dtype
 ) -> None:
     """Values and all gradients of ``ours`` in ``dtype`` against the reference in float64, from the same inputs."""
-
-    def run(op: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
-        leaves = [x.to(dtype).requires_grad_() for x in rounded]
-        out = op(*leaves)
-        weights = torch.linspace(0.5, 1.5, max(out.numel(), 1), dtype=torch.float64)[: out.numel()].view(out.shape)
-        return [out, *torch.autograd.grad((out * weights.to(out.dtype)).sum(), leaves)]
-
-    rounded = [x.to(dtype) for x in inputs]
+    rounded = tuple(x.to(dtype) for x in inputs)
+    truth = with_gradients(reference, tuple(x.double() for x in rounded))
+    plain, out = with_gradients(reference, rounded), with_gradients(ours, rounded)
     names = ["value", *(f"gradient of argument {i}" for i in range(len(inputs)))]
-    truth, theirs, mine = run(reference, torch.float64), run(reference, dtype), run(ours, dtype)
-    # with d = 1 the normalised penalty does not depend on the scores at all: terms of its own size cancel
-    least = truth[0].norm().item()
-    for name, t, r, o in zip(names, truth, theirs, mine):
-        error, excused = (relative_error(tensor.detach(), t.detach(), least) for tensor in (o, r))
-        bar = BARS[dtype]
-        assert o.shape == t.shape, f"{name}: {tuple(o.shape)} for {tuple(t.shape)}"
-        assert error < bar, f"{name}: relative error {error:.2e}, bar {bar:.0e}"
-        if dtype in (torch.bfloat16, torch.float16):
-            floor = torch.finfo(dtype).eps  # the rounding of the result itself
-            assert error <= max(2 * excused, floor), f"{name}: relative error {error:.2e}, reference {excused:.2e}"
+    for name, *tensors in zip(names, out, truth, plain):
+        # with d = 1 the normalised penalty does not depend on the scores at all: their gradient is rounding alone
+        assert_close(name, *tensors, "torch", size=truth[0])
 
 
 SHAPES = [((1,), 1, 1), ((5,), 4, 6), ((7,), 3, 17), ((2, 3), 1, 8), ((), 5, 2), ((33,), 9, 1)]
 
 
-@pytest.mark.parametrize("dtype", BARS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("lead", "k", "d"), SHAPES)
 @pytest.mark.parametrize("normalize", ["trace", "none"])
 def test_fisher_penalty(lead: tuple[int, ...], k: int, d: int, normalize: str, dtype: torch.dtype) -> None:
@@ -120,7 +102,7 @@ def test_isotropic_scores_give_the_mean_square() -> None:
     torch.testing.assert_close(penalty, displacement.square().mean(-1))
 
 
-@pytest.mark.parametrize("dtype", BARS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("path", ["linear", "linear_reversed", "vp", "cosine"])
 @pytest.mark.parametrize("tensor_time", [False, True])
 def test_velocity_to_score(path: str, tensor_time: bool, dtype: torch.dtype) -> None:
@@ -236,6 +218,9 @@ class Wrapped(nn.Module):
         super().__init__()
         self.mean_net = nn.Sequential(nn.Identity(), stack)
 
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mean_net(x)
+
 
 @pytest.mark.parametrize("order", [("cond", "x", "t"), ("x", "t", "cond"), ("t", "cond", "x")])
 def test_pack_mlp_reads_what_people_have(order: tuple[str, ...]) -> None:
@@ -251,6 +236,33 @@ def test_pack_mlp_reads_what_people_have(order: tuple[str, ...]) -> None:
     expected = net(torch.cat([inputs[name] for name in order], dim=-1))
     torch.testing.assert_close(packed(**inputs), expected)
     torch.testing.assert_close(packed.with_cond(inputs["cond"])(inputs["x"], inputs["t"]), expected)
+
+
+class Residual(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, :2] + super().forward(x)
+
+
+class Squashed(Wrapped):
+    def forward(self, x: Tensor) -> Tensor:
+        return 3 * self.mean_net(x).tanh()
+
+
+class Doubled(fdkernels.VelocityMLP):
+    def forward(self, x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
+        return 2 * super().forward(x, t, cond)
+
+
+def test_a_forward_of_ones_own_is_never_passed_over() -> None:
+    stack = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))
+    for module in (Squashed(stack), Residual(*stack)):
+        with pytest.raises(TypeError, match="computes something else"):
+            fdkernels.pack_mlp(module)
+    flow, x0, cond = Doubled(3, 2, hidden=(8,)), torch.randn(4, 2), torch.randn(4, 3)
+    with pytest.raises(TypeError, match="Doubled cannot be called with the concatenated inputs alone"):
+        fdkernels.pack_mlp(flow)
+    expected = fdkernels_ref.integrate_flow(flow, x0, cond)
+    torch.testing.assert_close(fdkernels.integrate_flow(flow, x0, cond), expected.detach())
 
 
 @pytest.mark.parametrize(
@@ -321,6 +333,31 @@ def test_what_is_drawn_comes_from_the_generator() -> None:
     )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+def test_the_chain_takes_other_precisions() -> None:
+    flow = fdkernels.VelocityMLP(4, 3, hidden=(8,))
+    cond, displacement, noise = torch.randn(5, 4), torch.randn(5, 3), torch.randn(5, 2, 3)
+    given = {"noise": noise, "bridge_noise": noise.flip(0)}
+    expected = fdkernels.flow_fisher_penalty(flow, cond, displacement, t=0.75, **given)
+    wide_time = torch.full((5, 1, 1), 0.75, dtype=torch.float64)
+    torch.testing.assert_close(fdkernels.flow_fisher_penalty(flow, cond, displacement, t=wide_time, **given), expected)
+    short = fdkernels.flow_fisher_penalty(flow, cond, displacement.bfloat16(), t=0.75, **given)
+    torch.testing.assert_close(short, expected, rtol=2e-2, atol=1e-3)
+    with torch.autocast("cpu", torch.bfloat16):
+        automatic = fdkernels.flow_fisher_penalty(flow, cond, displacement, t=0.75, **given)
+    torch.testing.assert_close(automatic.float(), expected, rtol=0.2, atol=0.02)
+    low = fdkernels.VelocityMLP(4, 3, hidden=(8,)).bfloat16()
+    assert fdkernels.integrate_flow(low, noise[:, 0].bfloat16(), cond.bfloat16()).dtype == torch.bfloat16
+    with pytest.raises(ValueError, match=r"weights are torch.bfloat16, got noise of torch.float32"):
+        fdkernels.integrate_flow(low, noise[:, 0], cond)
+
+
+def test_spectrum_is_not_rounded_by_autocast() -> None:
+    score = torch.randn(4, 5, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = fdkernels.fisher_spectrum(score)
+    torch.testing.assert_close(rounded, fdkernels.fisher_spectrum(score))
 
 
 def test_spectrum() -> None:

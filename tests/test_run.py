@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
-import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import train.run
 from train.agents import METRICS
 from train.config import preset_config
 from train.evaluate import run_episodes
@@ -24,21 +28,21 @@ from train.run import main, parse
 REPOSITORY = Path(__file__).parents[1]
 TINY = (  # noqa: SIM905 (reads as typed)
     "--env halfcheetah-medium --actor-hidden 16 16 --critic-hidden 16 --flow-steps 2 --batch-size 32 --flow-warmup 6 "
-    "--critic-warmup 4 --steps 20 --log-every 5 --eval-every 10 --eval-episodes 2 --checkpoint-every 5"
+    "--critic-warmup 4 --steps 20 --log-every 5 --eval-every 10 --eval-episodes 2 --checkpoint-every 5 "
+    "--preset quick --device cpu"
 ).split()
 
 
 @pytest.fixture(scope="module", autouse=True)
-def datasets(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """One folder of generated data for all tests here; made by the first run."""
-    folder = tmp_path_factory.mktemp("minari")
-    previous = os.environ.get("MINARI_DATASETS_PATH")
-    os.environ["MINARI_DATASETS_PATH"] = str(folder)
-    yield
-    if previous is None:
-        del os.environ["MINARI_DATASETS_PATH"]
-    else:
-        os.environ["MINARI_DATASETS_PATH"] = previous
+def datasets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One folder of generated data for all tests here, made by the first run; nothing is downloaded."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MINARI_DATASETS_PATH", str(tmp_path_factory.mktemp("minari")))
+        patch.setenv("HF_HUB_OFFLINE", "1")  # for runs in a process of their own
+        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # for those in this one
+        huggingface_hub.close_session()
+        yield
+    huggingface_hub.close_session()
 
 
 def command(*args: str) -> list[str]:
@@ -63,7 +67,7 @@ def test_first_lines_say_what_is_trained_on_what(finished: tuple[Path, str]) -> 
     out, printed = finished
     lines = printed.splitlines()
     assert lines[0] == "run        fidec on halfcheetah-medium (HalfCheetah-v5), seed 0, cpu"
-    assert lines[1].startswith("preset     quick (no GPU here") or torch.cuda.is_available()
+    assert lines[1].startswith("preset     quick: 6 + 4 warm-up and 20 agent updates")
     data = [line for line in lines if line.startswith("data ")]
     assert any("mujoco/halfcheetah/medium-v0" in line for line in data)
     assert any("fdkernels/halfcheetah/medium-100ep-v0" in line and "100,000 transitions" in line for line in data)
@@ -93,8 +97,7 @@ def test_what_a_run_leaves_behind(finished: tuple[Path, str]) -> None:
 def test_an_interrupted_run_ends_where_it_would_have(finished: tuple[Path, str], tmp_path: Path, how: int) -> None:
     straight, _ = finished
     out = tmp_path / "run"
-    slow = ["--eval-episodes", "2"]
-    process = subprocess.Popen(command("--out", str(out), *slow), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(command("--out", str(out)), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     deadline = time.time() + 120
     while not list(out.glob("checkpoints/step-*.safetensors")):
         assert time.time() < deadline, "no checkpoint was written"
@@ -124,6 +127,37 @@ def test_a_finished_run_only_shows_its_table_again(
     )
 
 
+def test_overwrite_keeps_what_is_not_the_runs(tmp_path: Path) -> None:
+    short = [*TINY, "--out", str(tmp_path / "run"), "--steps", "5"]
+    assert main(short) == 0
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    assert main([*short, "--overwrite"]) == 0
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+    assert [row["step"] for row in read(tmp_path / "run" / "evaluations.csv")] == ["10", "10", "15", "15"]
+
+
+def test_resume_refuses_other_data(
+    finished: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(finished[0], out)
+    load = train.run.load_dataset
+    monkeypatch.setattr(
+        train.run, "load_dataset", lambda *a, **k: dataclasses.replace(load(*a, **k), dataset_ids=("x",))
+    )
+    assert main([*TINY, "--out", str(out), "--resume"]) == 2
+    assert "was trained on other data" in capsys.readouterr().err
+
+
+def test_a_killed_writer_costs_a_row_not_the_table(finished: tuple[Path, str], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(finished[0], out)
+    table = out / "metrics.csv"
+    table.write_text(table.read_text() + "30,fid")
+    assert main([*TINY, "--out", str(out), "--resume"]) == 0
+    assert table.read_text() == (finished[0] / "metrics.csv").read_text()
+
+
 def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
     finished: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -149,6 +183,13 @@ def test_a_run_is_not_lost_or_mixed(finished: tuple[Path, str], capsys: pytest.C
     assert f"was started with --lr {preset_config('quick', 'fidec').hyper.lr}" in capsys.readouterr().err
     assert main([*TINY, "--out", str(out.parent), "--overwrite"]) == 2
     assert "no run made it" in capsys.readouterr().err
+    stranger = out.parent / "stranger"
+    stranger.mkdir()
+    (stranger / "config.json").write_text("{}")
+    assert main([*TINY, "--out", str(stranger), "--overwrite"]) == 2
+    assert "no run made it" in capsys.readouterr().err
+    assert main([*TINY, "--out", str(out / "config.json")]) == 2
+    assert "no run made it" in capsys.readouterr().err
     assert (out / "policy.safetensors").read_bytes() == before
 
 
@@ -166,6 +207,7 @@ def test_the_other_agents_run(tmp_path: Path, agent: str, capsys: pytest.Capture
         (["--env", "halfcheeta-medum-expert"], "Nearest: halfcheetah-medium-expert"),
         (["--env", "halfcheetah-simple"], "no data for halfcheetah-simple"),
         (["--env", "halfcheetah-medium", "--device", "cuda:99"], "--device cuda:99 cannot be used"),
+        (["--env", "halfcheetah-medium", "--device", "meta"], "--device must be auto, cpu or cuda"),
     ],
 )
 def test_errors_are_for_people(
@@ -183,6 +225,8 @@ def test_errors_are_for_people(
         (["--fisher-t", "1.0"], "--fisher-t must be at least 0 and below 1, got 1.0"),
         (["--num-fisher-samples", "0"], "--num-fisher-samples must be positive"),
         (["--tau", "1.5"], "--tau must be between 0 and 1"),
+        (["--seed", "-2"], "--seed must be zero or more"),
+        (["--alpha", "inf"], "--alpha must be finite"),
         (["--actor-hidden", "16", "0"], "--actor-hidden must be positive widths"),
         (["--preset", "fast"], "preset"),
         (["--agent", "sac"], "agent"),
@@ -198,12 +242,15 @@ def test_bad_settings_are_refused_at_once(
     assert message in " ".join((captured.err + captured.out).replace("│", " ").split())
 
 
-def test_flags_beat_the_preset(capsys: pytest.CaptureFixture[str]) -> None:
-    for name in ("quick", "full"):
-        with pytest.raises(SystemExit):
-            main(["--preset", name, "--help"])
-        assert f"(default: {preset_config(name, 'fidec').steps})" in capsys.readouterr().out
-    assert parse(["--env", "halfcheetah-medium", "--preset", "quick", "--steps", "7"]).steps == 7
+def test_flags_beat_the_preset() -> None:
+    def steps(*flags: str) -> int:
+        return parse(["--env", "halfcheetah-medium", *flags]).steps
+
+    quick, full = preset_config("quick", "fidec").steps, preset_config("full", "fidec").steps
+    assert steps("--preset", "full") == full == 1_000_000
+    assert steps("--preset", "quick") == steps("--device", "cpu") == quick
+    assert steps("--device", "cuda") == full
+    assert steps("--preset", "full", "--steps", "7") == 7
 
 
 def test_returns_are_those_of_whole_episodes() -> None:

@@ -119,7 +119,7 @@ class Agent(nn.Module, abc.ABC):
     ) -> dict[str, Tensor]:
         """Batch to parameters. Returns what `metrics` reads; nothing is computed for it."""
         seen = self.backward(batch, draws, parts)
-        self.step(optimizer)
+        self.step(optimizer, warm_up="actor" not in parts)
         return seen
 
     def backward(self, batch: Batch, draws: Draws, parts: Sequence[Part] = ALL_PARTS) -> dict[str, Tensor]:
@@ -132,7 +132,7 @@ class Agent(nn.Module, abc.ABC):
             "actor": self.actor_loss,
         }
         freeze_after = self.config.freeze_flow_after
-        if freeze_after is not None and self.updates >= freeze_after:
+        if "actor" in parts and freeze_after is not None and self.updates >= freeze_after:
             parts = [part for part in parts if part != "flow"]
             # As in the published code, the loss is gone but Adam's momentum still moves the flow a little.
             for p in self.flow.parameters():
@@ -146,15 +146,16 @@ class Agent(nn.Module, abc.ABC):
         total_loss.backward()
         return {name: tensor.detach() for name, tensor in seen.items()} | {"total_loss": total_loss.detach()}
 
-    def step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Clip the gradients, move the target network, move the parameters."""
+    def step(self, optimizer: torch.optim.Optimizer, *, warm_up: bool = False) -> None:
+        """Clip the gradients, move the target network, move the parameters, count the update unless it is warm-up."""
         if self.config.grad_clip is not None:
             nn.utils.clip_grad_norm_(self.parameters(), self.config.grad_clip)
         # As in the published code, the target follows the critic from before this step.
         target: list[Tensor] = list(self.target_critic.parameters())
         torch._foreach_lerp_(target, [p.detach() for p in self.critic.parameters()], self.config.tau)
         optimizer.step()
-        self.updates += 1
+        if not warm_up:
+            self.updates += 1
 
     # -- the losses ----------------------------------------------------------------------------------------------
 

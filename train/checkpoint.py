@@ -1,7 +1,7 @@
 """Checkpoints that survive: written whole or not at all, checked when read, no code executed.
 
 A checkpoint is one safetensors file: the agent, Adam's state, the random generator and the step as tensors, the
-configuration and what has been measured so far as JSON in its header, with a checksum over the tensors.
+configuration and what has been measured so far as JSON in its header, with a checksum over all of it.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from train.agents import Agent
@@ -47,7 +47,8 @@ def save_checkpoint(
         tensors |= {f"adam/{index}/{name}": tensor for name, tensor in state.items()}
     tensors["generator"] = generator.get_state()
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    header = {"step": str(step), "checksum": str(_checksum(tensors)), "notes": json.dumps(notes)}
+    header = {"step": str(step), "notes": json.dumps(notes)}
+    header["checksum"] = _checksum(tensors, header)
     path = folder / f"step-{step:09d}.safetensors"
     write_safetensors(path, tensors, header)
     for _, old in list(_newest_first(folder))[KEPT:]:
@@ -55,50 +56,68 @@ def save_checkpoint(
     return path
 
 
-def load_checkpoint(
-    path: Path, agent: Agent, optimizer: torch.optim.Optimizer, generator: torch.Generator
-) -> tuple[int, dict[str, Any]]:
-    """Bring everything back to where it was; returns the step and the notes.
+class Checkpoint(NamedTuple):
+    """A checkpoint that was read and found whole."""
+
+    path: Path
+    step: int
+    notes: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    def restore(self, agent: Agent, optimizer: torch.optim.Optimizer, generator: torch.Generator) -> None:
+        """Bring everything back to where it was."""
+        parts: dict[str, dict[str, Tensor]] = {"agent": {}, "adam": {}}
+        for name, tensor in self.tensors.items():
+            group, _, rest = name.partition("/")
+            if group in parts:
+                parts[group][rest] = tensor
+        agent.load_state_dict(parts["agent"])
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in parts["adam"].items():
+            index, _, field = name.partition("/")
+            state.setdefault(int(index), {})[field] = tensor
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+        generator.set_state(self.tensors["generator"])
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a file of `save_checkpoint`.
 
     Raises:
-        DamagedCheckpoint: the file is cut short or altered. Nothing has been changed then.
+        DamagedCheckpoint: it is cut short or altered.
     """
-    tensors, header = _read(path)
-    agent.load_state_dict({name.removeprefix("agent/"): t for name, t in tensors.items() if name.startswith("agent/")})
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        if name.startswith("adam/"):
-            _, index, field = name.split("/")
-            state.setdefault(int(index), {})[field] = tensor
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-    generator.set_state(tensors["generator"])
-    return int(header["step"]), json.loads(header["notes"])
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+        tensors = load_file(path)
+        if header.pop("checksum", None) != _checksum(tensors, header):
+            raise ValueError("its checksum does not match")
+        return Checkpoint(path, int(header["step"]), json.loads(header["notes"]), tensors)
+    except Exception as error:  # safetensors, the operating system, or a header that is no longer text
+        raise DamagedCheckpoint(f"checkpoint {path} is damaged ({type(error).__name__}: {error})") from error
 
 
-def find_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that is whole, and what is wrong with each newer one."""
-    problems = []
+def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that is whole, and what is wrong with newer ones, which are renamed to ``*.damaged``."""
+    problems: list[str] = []
     for _, path in _newest_first(folder):
         try:
-            _read(path)
+            return read_checkpoint(path), problems
         except DamagedCheckpoint as error:
             problems.append(str(error))
-        else:
-            return path, problems
+            path.rename(path.with_suffix(".damaged"))
     return None, problems
 
 
-def checkpoint_notes(path: Path) -> dict[str, Any]:
-    """The notes of a whole checkpoint, without its tensors."""
-    with safe_open(path, framework="pt") as file:
-        return json.loads(file.metadata()["notes"])
-
-
 def write_safetensors(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
+    write_whole(path, save(tensors, metadata=header))
+
+
+def write_whole(path: Path, content: bytes | str) -> None:
     """Write a file that appears under its name only once it is safely on disk."""
-    partial = path.with_suffix(".partial")
-    save_file(tensors, partial, metadata=header)
-    with partial.open("rb+") as file:
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
         os.fsync(file.fileno())
     partial.replace(path)
 
@@ -108,20 +127,8 @@ def _newest_first(folder: Path) -> Iterator[tuple[int, Path]]:
     yield from sorted(found, reverse=True)
 
 
-def _checksum(tensors: dict[str, Tensor]) -> int:
-    crc = 0
+def _checksum(tensors: dict[str, Tensor], header: dict[str, str]) -> str:
+    crc = zlib.crc32(json.dumps(header, sort_keys=True).encode())
     for name in sorted(tensors):
         crc = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy().data, zlib.crc32(name.encode(), crc))
-    return crc
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-        tensors = load_file(path)
-    except Exception as error:  # safetensors, the operating system, or a header that is no longer text
-        raise DamagedCheckpoint(f"checkpoint {path} cannot be read ({type(error).__name__}: {error})") from error
-    if header.get("checksum") != str(_checksum(tensors)):
-        raise DamagedCheckpoint(f"checkpoint {path} is damaged: its checksum does not match")
-    return tensors, header
+    return str(crc)

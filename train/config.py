@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import tyro
+
+
+def _require_finite(config: object) -> None:
+    for field in dataclasses.fields(config):  # type: ignore[arg-type]
+        value = getattr(config, field.name)
+        _require(field.name, value, not isinstance(value, float) or math.isfinite(value), "finite")
 
 
 def _require(name: str, value: object, holds: bool, wants: str) -> None:
@@ -43,7 +50,7 @@ class AgentConfig:
     flow_steps: int = 10
     """Euler steps of the flow."""
     freeze_flow_after: int | None = None
-    """Stop the flow-matching loss after this many updates."""
+    """Stop the flow-matching loss after this many updates of the agent."""
 
     alpha: float = 10.0
     """Weight of the penalty: where the multiplier starts, or the constant weight without one."""
@@ -70,6 +77,9 @@ class AgentConfig:
     """exact: (t·v − x)/(1 − t), the score. velocity: v/(1 − t), what the published code uses."""
 
     def __post_init__(self) -> None:
+        _require_finite(self)
+        freeze = self.freeze_flow_after
+        _require("freeze_flow_after", freeze, freeze is None or freeze >= 0, "zero or more")
         for name in ("lr", "alpha", "flow_steps", "num_fisher_samples", "fisher_trace_eps"):
             _require(name, getattr(self, name), getattr(self, name) > 0, "positive")
         for name in ("target_divergence", "fisher_damping", "fisher_t_width", "min_sigma"):
@@ -97,7 +107,7 @@ class RunConfig:
     agent: Literal["fidec", "deflow", "fql"] = "fidec"
     """fidec: Fisher trust region; deflow: isotropic trust region; fql: one-step distillation."""
     preset: Literal["auto", "quick", "full"] = "auto"
-    """full: the published setting. quick: minutes on a laptop's CPU. auto: quick where there is no GPU.
+    """full: the published setting. quick: minutes on a laptop's CPU. auto: quick where no GPU is used.
     Flags given beside it win."""
     steps: int = 1_000_000
     """Updates of the agent, after the warm-ups."""
@@ -139,6 +149,8 @@ class RunConfig:
     """Hyper-parameters."""
 
     def __post_init__(self) -> None:
+        _require_finite(self)
+        _require("seed", self.seed, self.seed >= 0, "zero or more")
         for name in ("steps", "batch_size", "eval_every", "eval_episodes", "log_every", "checkpoint_every"):
             _require(name, getattr(self, name), getattr(self, name) > 0, "positive")
         _require("discount", self.hyper.discount, self.hyper.discount < 1 or not self.center_critics, "below 1 here")
@@ -155,11 +167,12 @@ class RunConfig:
         return json.loads(json.dumps(dataclasses.asdict(self), default=str))
 
 
-def choose_preset(name: str) -> str:
-    """What ``auto`` stands for on this machine."""
-    if name == "auto":
-        return "full" if torch.cuda.is_available() else "quick"
-    return name
+def choose_preset(name: str, device: str) -> str:
+    """What ``auto`` stands for: full on a GPU, quick without one."""
+    if name != "auto":
+        return name
+    on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    return "full" if on_gpu else "quick"
 
 
 def preset_config(name: str, agent: str) -> RunConfig:

@@ -255,8 +255,9 @@ def _hub_problem() -> str | None:
 
     def ask() -> None:
         try:
-            utils.get_session().head(hub, timeout=PROBE_SECONDS)
-            answers.append(None)
+            status = utils.get_session().head(hub, timeout=PROBE_SECONDS).status_code
+            refused = status >= 500 or status in (403, 407)  # a proxy, or a hub that is down: retries would go on
+            answers.append(f"{hub} cannot be reached (HTTP status {status})" if refused else None)
         except Exception as error:  # of the HTTP library that this version of the client is built on
             answers.append(f"{hub} cannot be reached ({_brief(error)})")
 

@@ -3,47 +3,57 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping
+import io
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
 from train.agents import METRICS
+from train.checkpoint import write_whole
 
 METRIC_COLUMNS = ("step", "stage", "updates_per_second", *METRICS)
 EVALUATION_COLUMNS = ("step", "role", "return_mean", "return_sem", "score_mean", "score_sem", "episodes")
 
 
 class Table:
-    """A CSV file, one row per call, on disk at once. Rows after ``step`` (of a run that is resumed there) go."""
+    """A CSV file that begins with ``rows`` and grows by one row a call, on disk at once."""
 
-    def __init__(self, path: Path, columns: tuple[str, ...], step: int) -> None:
-        kept = [row for row in read_table(path) if int(row["step"]) <= step] if path.exists() else []
-        self._file = path.open("w", newline="")
+    def __init__(self, path: Path, columns: tuple[str, ...], rows: Sequence[Mapping[str, object]]) -> None:
+        beginning = io.StringIO(newline="")
+        writer = csv.DictWriter(beginning, columns, restval="")
+        writer.writeheader()
+        writer.writerows(map(_formatted, rows))
+        write_whole(path, beginning.getvalue())
+        self._file = path.open("a", newline="")
         self._writer = csv.DictWriter(self._file, columns, restval="")
-        self._writer.writeheader()
-        self._writer.writerows(kept)
-        self._file.flush()
 
     def add(self, row: Mapping[str, object]) -> None:
-        self._writer.writerow({k: f"{v:.7g}" if isinstance(v, float) else v for k, v in row.items()})
+        self._writer.writerow(_formatted(row))
         self._file.flush()
 
     def close(self) -> None:
         self._file.close()
 
 
+def _formatted(row: Mapping[str, object]) -> dict[str, object]:
+    return {name: f"{value:.7g}" if isinstance(value, float) else value for name, value in row.items()}
+
+
 def read_table(path: Path) -> list[dict[str, str]]:
+    """The rows of a `Table`, without a last one that was being written when the process was killed."""
     with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+        return [row for row in csv.DictReader(file) if None not in row.values()]
 
 
 class Record:
-    """The tables and the TensorBoard events of one run, from ``step`` on."""
+    """The tables and the TensorBoard events of one run, from ``step`` on, with the ``evaluations`` made until then."""
 
-    def __init__(self, folder: Path, step: int) -> None:
-        self.metrics = Table(folder / "metrics.csv", METRIC_COLUMNS, step)
-        self.evaluations = Table(folder / "evaluations.csv", EVALUATION_COLUMNS, step)
+    def __init__(self, folder: Path, step: int, evaluations: Sequence[Mapping[str, object]]) -> None:
+        path = folder / "metrics.csv"
+        before = [row for row in read_table(path) if int(row["step"]) <= step] if path.exists() else []
+        self.metrics = Table(path, METRIC_COLUMNS, before)
+        self.evaluations = Table(folder / "evaluations.csv", EVALUATION_COLUMNS, evaluations)
         self.events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def add_metrics(self, step: int, stage: str, updates_per_second: float, figures: Mapping[str, float]) -> None:

@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 import time
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
@@ -20,7 +21,7 @@ import tyro
 from tqdm import tqdm
 
 from train.agents import AGENTS, ALL_PARTS, Agent, Part
-from train.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint, write_safetensors
+from train.checkpoint import newest_checkpoint, save_checkpoint, write_safetensors, write_whole
 from train.config import MAY_CHANGE_ON_RESUME, RunConfig, choose_preset, preset_config
 from train.curve import draw_curve
 from train.data import DatasetUnavailable, OfflineDataset, load_dataset
@@ -79,7 +80,7 @@ class Run:
 
     def train(self) -> None:
         """Go through the stages from the step reached so far; a checkpoint holds whatever was done when it returns."""
-        self.record = Record(self.config.folder, self.step)
+        self.record = Record(self.config.folder, self.step, self.evaluations)
         self.clock = time.perf_counter() - self.seconds
         handlers = {signum: signal.signal(signum, self.request_stop) for signum in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -137,8 +138,9 @@ class Run:
             group["lr"] = lr
 
     def request_stop(self, signum: int, frame: FrameType | None) -> None:
-        """Signal handler: finish the update, write a checkpoint, leave. A second signal acts at once."""
+        """Signal handler: finish what is under way, write a checkpoint, leave. A second signal acts at once."""
         signal.signal(signum, signal.SIG_DFL)
+        tqdm.write("stopping after this update or evaluation, with a checkpoint; once more to stop at once")
         self.stop_requested = True
 
     # -- what it leaves behind -----------------------------------------------------------------------------------
@@ -175,21 +177,33 @@ class Run:
 
     def save(self) -> None:
         self.seconds = time.perf_counter() - self.clock
-        notes = {"config": self.config.as_json(), "evaluations": self.evaluations, "seconds": self.seconds}
+        notes = {"data": self.data_identity, "evaluations": self.evaluations, "seconds": self.seconds}
         folder = self.config.folder / "checkpoints"
         save_checkpoint(folder, self.step, self.agent, self.optimizer, self.generator, notes)
 
     def resume(self) -> None:
         """Continue from the newest whole checkpoint in the folder; without one, begin."""
-        path, problems = find_checkpoint(self.config.folder / "checkpoints")
+        checkpoint, problems = newest_checkpoint(self.config.folder / "checkpoints")
         for problem in problems:
             print(f"refused    {problem}")
-        if path is None:
+        if checkpoint is None:
             print(f"resume     no checkpoint in {self.config.folder}: starting at update 0")
             return
-        self.step, notes = load_checkpoint(path, self.agent, self.optimizer, self.generator)
-        self.evaluations, self.seconds = notes["evaluations"], notes["seconds"]
-        print(f"resume     {path}, step {self.step:,}")
+        if checkpoint.notes["data"] != self.data_identity:
+            raise RunError(
+                f"--resume: {checkpoint.path} was trained on other data: {checkpoint.notes['data']}, "
+                f"and now there is {self.data_identity}"
+            )
+        checkpoint.restore(self.agent, self.optimizer, self.generator)
+        self.step = checkpoint.step
+        self.evaluations, self.seconds = checkpoint.notes["evaluations"], checkpoint.notes["seconds"]
+        print(f"resume     {checkpoint.path}, step {self.step:,}")
+
+    @property
+    def data_identity(self) -> dict[str, Any]:
+        """What a resumed run must find again."""
+        returns = zlib.crc32(self.dataset.episode_returns.tobytes())
+        return {"ids": list(self.dataset.dataset_ids), "transitions": len(self.dataset), "returns_crc32": returns}
 
     @property
     def dataset_score(self) -> float:
@@ -219,7 +233,7 @@ class Run:
             "torch": torch.__version__,
             "results": results,
         }
-        (config.folder / "result.json").write_text(json.dumps(summary, indent=2) + "\n")
+        write_whole(config.folder / "result.json", json.dumps(summary, indent=2) + "\n")
         print(final_table(self, results))
 
 
@@ -261,16 +275,17 @@ def parse(argv: Sequence[str]) -> RunConfig:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", default="auto")
     first.add_argument("--agent", default="fidec")
+    first.add_argument("--device", default="auto")
     known, _ = first.parse_known_args(argv)
     # a misspelt preset or agent is left to tyro, which names the choices
-    default = preset_config(choose_preset(known.preset), known.agent)
+    default = preset_config(choose_preset(known.preset, known.device), known.agent)
     return tyro.cli(RunConfig, args=argv, default=default, config=(tyro.conf.OmitArgPrefixes,))
 
 
 def preset_line(config: RunConfig) -> str:
-    name = choose_preset(config.preset)
+    name = choose_preset(config.preset, config.device)
     if config.preset == "auto":
-        name += " (there is a GPU)" if name == "full" else " (no GPU here; --preset full is the published setting)"
+        name += " (on a GPU)" if name == "full" else " (no GPU in use; --preset full is the published setting)"
     hyper = config.hyper
     return (
         f"{name}: {config.flow_warmup:,} + {config.critic_warmup:,} warm-up and {config.steps:,} agent updates, batch "
@@ -283,25 +298,36 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise RunError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise RunError(f"--device must be auto, cpu or cuda, got {name}")
+    return device
+
+
+LEFT_BY_A_RUN = (
+    *("config.json", "metrics.csv", "evaluations.csv", "curve.png", "policy.safetensors", "result.json"),
+    *("checkpoints", "tensorboard"),
+)
 
 
 def check_folder(folder: Path, config: RunConfig) -> None:
-    """Never mix two runs in one folder, never lose one."""
-    saved = folder / "config.json"
-    if not folder.exists() or not any(folder.iterdir()):
+    """Never mix two runs in one folder, never lose one, never touch what no run made."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
-    if not saved.exists():
-        raise RunError(f"{folder} is not empty and no run made it (no config.json): choose another with --out")
+    try:
+        before = json.loads((folder / "config.json").read_text())
+        before |= before.pop("hyper")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(f"{folder} is there and no run made it (no config.json of ours): use another --out") from error
     if not config.resume and not config.overwrite:
         raise RunError(
             f"{folder} already holds a run: --resume continues it, --overwrite deletes it, --out DIR avoids it"
         )
     if config.resume:
-        before, now = json.loads(saved.read_text()), config.as_json()
-        before, now = before | before.pop("hyper"), now | now.pop("hyper")
+        now = config.as_json()
+        now |= now.pop("hyper")
         changed = [name for name in now if name not in MAY_CHANGE_ON_RESUME and now[name] != before.get(name)]
         if changed:
             was = ", ".join(f"--{name.replace('_', '-')} {before.get(name)}" for name in changed)
@@ -310,10 +336,12 @@ def check_folder(folder: Path, config: RunConfig) -> None:
 
 def prepare_folder(folder: Path, config: RunConfig) -> None:
     """Make the folder of the run and write its settings there."""
-    if config.overwrite and not config.resume and folder.exists():
-        shutil.rmtree(folder)
+    if config.overwrite and not config.resume:
+        for name in LEFT_BY_A_RUN:
+            path = folder / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config.as_json(), indent=2) + "\n")
+    write_whole(folder / "config.json", json.dumps(config.as_json(), indent=2) + "\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -334,9 +362,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             run.resume()
         sys.stdout.flush()
         run.train()
-    except (UnknownEnvironment, DatasetUnavailable, RunError) as error:
+    except (UnknownEnvironment, DatasetUnavailable, RunError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # before training, or a second one during it
+        print("stopped", file=sys.stderr)
+        return 130
     if run.stop_requested:
         print(f"stopped at step {run.step:,}; --resume continues from there")
         return 130

@@ -17,6 +17,7 @@ BACKENDS = ("torch", "triton")
 # bf16 arithmetic is not to be trusted in the interpreter; the GPU lane has all three.
 DTYPES = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.bfloat16, torch.float16)
 BARS = {
+    torch.float64: {"torch": 1e-12},
     torch.float32: {"torch": 1e-6, "triton": 1e-5},
     torch.bfloat16: {"torch": 1e-2, "triton": 1e-2},
     torch.float16: {"torch": 2e-3, "triton": 2e-3},

@@ -1,10 +1,12 @@
 """Soft actor-critic (Haarnoja et al., arXiv 1812.05905), sized to train the behaviour policies on one CPU core.
 
-The policies that ship in ``train/behaviour/policies`` are snapshots of one run of
+The policies that ship in ``train/behaviour/policies`` are snapshots of two runs, each an hour or less of one core:
 
-    python train/behaviour/sac.py --out runs/sac
+    python train/behaviour/sac.py --seed 1 --out runs/sac1    # medium, after 150,000 transitions
+    python train/behaviour/sac.py --seed 0 --out runs/sac0    # expert, after 850,000 (stopped at 900,000)
 
-*medium* is the first snapshot whose return over 20 fresh episodes reaches ``medium_return``, *expert* the best of all.
+*medium* is the first snapshot whose return reaches ``medium_return``, *expert* the best of all. The return written
+beside the weights is that of other episodes than those by which the snapshot was chosen.
 """
 
 from __future__ import annotations
@@ -208,30 +210,33 @@ def main(config: SACConfig) -> None:
             continue
         next_eval += config.eval_every
         policy = agent.actor.behaviour_policy()
-        # a fresh seed for every snapshot, far from the training seeds
-        rng = np.random.default_rng(10_000 + buffer.size)
-        act = functools.partial(policy, rng=rng)
-        seed = int(rng.integers(2**31))
-        returns = run_episodes(config.env_id, act, episodes=config.eval_episodes, seed=seed)
-        mean, sem = returns.mean(), returns.std(ddof=1) / len(returns) ** 0.5
-        note = {
-            "env_id": config.env_id,
-            "return_mean": f"{mean:.1f}",
-            "return_sem": f"{sem:.1f}",
-            "episodes": str(config.eval_episodes),
-            "transitions": str(buffer.size),
-            "updates": str(agent.updates),
-            "seed": str(config.seed),
-        }
-        minutes = (time.time() - started) / 60
-        print(f"{buffer.size:>9,} transitions  {minutes:5.1f} min  return {mean:7.0f} ± {sem:.0f}", flush=True)
+        returns = play(policy, config, seed=buffer.size)
+        mean, minutes = returns.mean(), (time.time() - started) / 60
+        print(f"{buffer.size:>9,} transitions  {minutes:5.1f} min  return {mean:7.0f}", flush=True)
         family = config.env_id.split("-")[0].lower()
-        if mean >= config.medium_return and not medium_done:
-            policy.save(config.out / f"{family}-medium.safetensors", note)
-            medium_done = True
-        if mean > best:
-            best = mean
-            policy.save(config.out / f"{family}-expert.safetensors", note)
+        chosen = ["medium"] * (mean >= config.medium_return and not medium_done) + ["expert"] * bool(mean > best)
+        for level in chosen:
+            trained = {"transitions": str(buffer.size), "updates": str(agent.updates), "seed": str(config.seed)}
+            note = trained | measure(policy, config)
+            policy.save(config.out / f"{family}-{level}.safetensors", note)
+        medium_done |= "medium" in chosen
+        best = max(best, mean)
+
+
+def play(policy: BehaviourPolicy, config: SACConfig, seed: int) -> np.ndarray:
+    act = functools.partial(policy, rng=np.random.default_rng(seed))
+    return run_episodes(config.env_id, act, episodes=config.eval_episodes, seed=1_000_000 + seed)
+
+
+def measure(policy: BehaviourPolicy, config: SACConfig) -> dict[str, str]:
+    """Return over fresh episodes, as it is written beside the weights."""
+    returns = play(policy, config, seed=0)
+    return {
+        "env_id": config.env_id,
+        "return_mean": f"{returns.mean():.1f}",
+        "return_sem": f"{returns.std(ddof=1) / len(returns) ** 0.5:.1f}",
+        "episodes": str(config.eval_episodes),
+    }
 
 
 if __name__ == "__main__":
