@@ -190,7 +190,7 @@ def preset_config(name: str, agent: str) -> RunConfig:
         critic_warmup=10_000,
         eval_every=500,
         eval_episodes=20,
-        log_every=250,
+        log_every=100,
         checkpoint_every=1_000,
         standardize_observations=True,
         scale_rewards=True,
