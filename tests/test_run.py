@@ -193,6 +193,12 @@ def test_a_run_is_not_lost_or_mixed(finished: tuple[Path, str], capsys: pytest.C
     assert (out / "policy.safetensors").read_bytes() == before
 
 
+def test_divergence_ends_the_run_and_is_not_checkpointed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*TINY, "--out", str(tmp_path / "run"), "--warmup-lr", "1e30"]) == 2
+    assert "training diverged before step 5" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
 @pytest.mark.parametrize("agent", ["deflow", "fql"])
 def test_the_other_agents_run(tmp_path: Path, agent: str, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [*TINY, "--agent", agent, "--steps", "5", "--out", str(tmp_path / "run")]

@@ -118,6 +118,9 @@ class Run:
                     figures = {name: value.item() for name, value in self.agent.metrics(batch, seen).items()}
                     rate = (self.step - logged_step) / (time.perf_counter() - logged_at)
                     self.record.add_metrics(self.step, stage.name, rate, figures)
+                    broken = [f"{name} = {value}" for name, value in figures.items() if not math.isfinite(value)]
+                    if broken:
+                        raise RunError(f"training diverged before step {self.step}: {', '.join(broken)}")
                     bar.set_postfix_str(postfix(figures), refresh=False)
                     logged_step, logged_at = self.step, time.perf_counter()
                 if last and (done % config.eval_every == 0 or self.step == stage.end):
