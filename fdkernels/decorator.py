@@ -10,6 +10,7 @@ from torch import Tensor
 from fdkernels.backend import Backend, choose_backend
 from fdkernels.fisher import Normalize, Reduction, fisher_penalty
 from fdkernels.flow import (
+    STEPS,
     Method,
     Precision,
     Velocity,
@@ -108,7 +109,7 @@ def flow_fisher_penalty(
     linear = PATHS["linear"]
     check_time(op, t, linear, displacement, torch.Size((*lead, num_samples, 1)))
     check_choice(op, "convention", convention, ("exact", "velocity"))
-    check_choice(op, "method", method, ("euler", "midpoint", "heun", "rk4"))
+    check_choice(op, "method", method, STEPS)
     check_at_least(op, "min_sigma", min_sigma, 0.0)
     check_clip(op, clip)
     check_precision(op, precision)

@@ -75,7 +75,7 @@ def integrate_flow(
         raise ValueError(
             f"{op}: cond must be (..., c) with x0's leading shape {tuple(x0.shape[:-1])}, got {tuple(cond.shape)}"
         )
-    check_choice(op, "method", method, _STEPS)
+    check_choice(op, "method", method, STEPS)
     check_clip(op, clip)
     choose_backend(op, backend)
     check_precision(op, precision)
@@ -94,7 +94,7 @@ def integrate(
     return_path: bool = False,
 ) -> Tensor:
     """The loop, on checked arguments."""
-    step = _STEPS[method]
+    step = STEPS[method]
     path = [x]
     for t, next_t in itertools.pairwise(times):
         x = step(field, x, t, next_t - t)
@@ -130,7 +130,7 @@ def _rk4(v: _Field, x: Tensor, t: float, h: float) -> Tensor:
     return torch.add(x, k1 + 2 * (k2 + k3) + k4, alpha=h / 6)
 
 
-_STEPS: dict[str, Callable[[_Field, Tensor, float, float], Tensor]] = {
+STEPS: dict[str, Callable[[_Field, Tensor, float, float], Tensor]] = {
     "euler": _euler,
     "midpoint": _midpoint,
     "heun": _heun,

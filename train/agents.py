@@ -67,6 +67,9 @@ ALL_PARTS: tuple[Part, ...] = ("critic", "flow", "actor")
 class Agent(nn.Module, abc.ABC):
     """What the three agents share."""
 
+    q_scale_floor = 0.0
+    """Least mean |Q| that `normalize_q` divides by."""
+
     def __init__(self, config: AgentConfig, obs_dim: int, action_dim: int) -> None:
         super().__init__()
         self.config = config
@@ -203,8 +206,6 @@ class Agent(nn.Module, abc.ABC):
         if self.config.normalize_q:
             loss = loss / q.detach().abs().mean().clamp(min=self.q_scale_floor)
         return loss, {"policy_q": qs, "q_loss": loss}
-
-    q_scale_floor = 0.0
 
     # -- acting --------------------------------------------------------------------------------------------------
 

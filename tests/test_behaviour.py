@@ -1,0 +1,62 @@
+"""The script that trains the behaviour policies, for a few updates, and the policies that ship."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from train.behaviour import sac
+from train.behaviour.policy import POLICIES, BehaviourPolicy, policy_note
+
+
+def test_training_writes_policies_that_act_and_say_what_they_score(tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    sac.main(
+        sac.SACConfig(
+            out=tmp_path, env_steps=2_000, num_envs=2, random_steps=1_900, eval_every=1_950, eval_episodes=2, hidden=16,
+            medium_return=-1e6,
+        )
+    )  # fmt: skip
+    torch.set_num_threads(threads)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "halfcheetah-expert.safetensors",
+        "halfcheetah-medium.safetensors",
+    ]
+    path = tmp_path / "halfcheetah-expert.safetensors"
+    note = policy_note(path)
+    assert (note["transitions"], note["updates"], note["episodes"]) == ("1950", "13", "2")
+    assert np.isfinite(float(note["return_mean"]))
+    policy, obs = BehaviourPolicy.load(path), np.random.default_rng(0).standard_normal((5, 17))
+    actions = policy(obs, np.random.default_rng(1))
+    assert actions.shape == (5, 6)
+    assert np.abs(actions).max() < 1
+    np.testing.assert_array_equal(actions, policy(obs, np.random.default_rng(1)))
+
+
+def test_the_numpy_policy_is_the_trained_actor() -> None:
+    actor = sac.Actor(5, 2, 16)
+    with torch.no_grad():
+        for parameter in actor.parameters():
+            parameter.copy_(parameter.half())  # what is stored
+        actor.log_std.weight.zero_()
+        actor.log_std.bias.fill_(-100)  # clipped at the least spread, which leaves the mean
+        obs = torch.randn(7, 5)
+        expected = actor.mean(actor.trunk(obs)).tanh()
+    ours = actor.behaviour_policy()(obs.numpy(), np.random.default_rng(0))
+    np.testing.assert_allclose(ours, expected, atol=5 * np.exp(-5))
+
+
+@pytest.mark.parametrize(("level", "least"), [("medium", 4_500), ("expert", 10_000)])
+def test_what_ships_is_small_and_as_good_as_its_name(level: str, least: float) -> None:
+    path = POLICIES / f"halfcheetah-{level}.safetensors"
+    assert path.stat().st_size < 200_000
+    assert {weight.dtype for weight in BehaviourPolicy.load(path).weights.values()} == {np.dtype(np.float16)}
+    note = policy_note(path)
+    assert note["episodes"] == "20"
+    assert float(note["return_mean"]) > least
+    # played again: two other episodes are near the mean that was written down
+    returns = sac.play(BehaviourPolicy.load(path), sac.SACConfig(out=Path(), eval_episodes=2), seed=123)
+    assert returns.mean() == pytest.approx(float(note["return_mean"]), rel=0.1)
