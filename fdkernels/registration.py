@@ -16,21 +16,25 @@ from torch import Tensor
 _LIBRARY = torch.library.Library("fdkernels", "DEF")
 
 
-def register(name: str, signature: str, body: Callable, fake: Callable) -> torch._ops.OpOverload:
-    """Define fdkernels::name; ``fake`` takes the body's arguments and returns outputs of its shapes without data."""
+def register(
+    name: str, signature: str, body: Callable, fake: Callable, vmap: Callable | None = None
+) -> torch._ops.OpOverload:
+    """Define fdkernels::name; ``fake`` takes the body's arguments and returns outputs of its shapes without data.
+
+    An operator that takes any leading shape needs no ``vmap`` rule of its own: the mapped dimension becomes the first.
+    """
     _LIBRARY.define(name + signature, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, body, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fdkernels::{name}", fake, lib=_LIBRARY)
     operator = getattr(torch.ops.fdkernels, name).default
 
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-        """Every operator takes any leading shape: the mapped dimension becomes the first of it."""
+    def any_leading_shape(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
         out = operator(*(_leading(arg, dim, info.batch_size) for arg, dim in zip(args, in_dims)))
         if isinstance(out, Tensor):
             return out, 0
         return out, tuple(None if part.shape == (0,) else 0 for part in out)  # what was not wanted is empty
 
-    torch.library.register_vmap(f"fdkernels::{name}", vmap, lib=_LIBRARY)
+    torch.library.register_vmap(f"fdkernels::{name}", vmap or any_leading_shape, lib=_LIBRARY)
     return operator
 
 

@@ -1,9 +1,9 @@
 """How large a program's tile is: a table per GPU family, and a rule for the families it does not have.
 
-``configs.json`` maps family -> kernel -> list of entries. An entry holds ``row_bytes`` (of the padded row it was chosen
+``configs.json`` maps family -> kernel -> list of entries. For the penalty and the score, an entry holds ``row_bytes`` (of the padded row it was chosen
 for), ``tile_bytes``, ``num_warps`` and ``source`` (what the choice rests on). The entry nearest to the row at hand, in
 the logarithm, is used; nothing is searched for at run time. ``python benchmarks/tune.py`` measures the candidates on a
-GPU and writes its family's entries.
+GPU and writes its family's entries. The entries of "flow" are those of :class:`FlowPlan`.
 """
 
 from __future__ import annotations
@@ -76,3 +76,109 @@ def score_block(family: str, itemsize: int) -> tuple[int, int]:
 
 def next_power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
+
+
+class FlowPlan(NamedTuple):
+    """How a flow is integrated; an entry of the table names these fields.
+
+    There are three ways, and which one is the fastest depends on how many rows there are to keep the GPU busy with:
+
+    ``stationary``  few rows: groups of programs keep the weights on the chip for the whole solve (``networks.py``).
+                    Hidden layers of one width, a power of two, without layer norm; a GPU that can launch cooperatively.
+    ``streamed``    every program reads all weights at every evaluation. Any network, any GPU.
+    ``gemm``        many rows: PyTorch's matrix products, a launch each, which then keep the GPU busy by themselves.
+    """
+
+    implementation: str
+    rows: int
+    """Rows that a program, or group, integrates at a time."""
+    block_n: int
+    """Outputs of a layer computed at a time (streamed)."""
+    block_inputs: int
+    """Inputs of a layer multiplied at a time."""
+    num_stages: int
+    num_warps: int
+    split: int = 1
+    """Programs in a group (stationary): as many as it takes to hold the weights."""
+
+
+# A tile that every GPU has the registers and the shared memory for.
+FLOW_HEURISTIC = FlowPlan("streamed", rows=16, block_n=64, block_inputs=32, num_stages=3, num_warps=4)
+ON_CHIP_BYTES = {"sm_90": 200 * 1024, "cpu": 8 * 1024}  # for weights, per multiprocessor; where groups are launched at all
+PROGRAMS_PER_SM = 4  # streamed programs beyond that take turns, so that their scratch stays in the L2 cache
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    return 8 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def flow_plan(
+    family: str,
+    num_multiprocessors: int,
+    widths: tuple[int, ...],
+    normalised: bool,
+    itemsize: int,
+    rows: int,
+    models: int,
+    least_rows: int,
+    implementation: str | None,
+) -> FlowPlan:
+    """The entry whose network and number of rows are nearest, in the logarithm, fitted to the network at hand.
+
+    Args:
+        itemsize: bytes of an operand of the hidden products.
+        rows: of one model, to be integrated in one call.
+        least_rows: that must stay together.
+        implementation: insist on one.
+
+    Raises:
+        ValueError: the one insisted on cannot serve this network.
+    """
+    widest = max(widths)
+    split, why_not = _split(family, num_multiprocessors, widths, normalised, itemsize, models)
+    entries = [entry for entry in TABLE.get(family, {}).get("flow", []) if entry["itemsize"] == itemsize]
+    if implementation is not None:
+        entries = [entry for entry in entries if entry["implementation"] == implementation]
+    entries = [
+        entry
+        for entry in entries
+        if entry["implementation"] != "stationary" or (not why_not and entry["rows"] >= least_rows)
+    ]
+
+    def distance(entry: dict[str, Any]) -> float:
+        return abs(math.log2(entry["problem_rows"] / rows)) + abs(math.log2(entry["width"] / widest))
+
+    if entries:
+        nearest = min(entries, key=distance)
+        plan = FlowPlan(**{name: nearest[name] for name in FlowPlan._fields if name in nearest})
+    else:
+        plan = FLOW_HEURISTIC._replace(implementation=implementation or "streamed")
+    if plan.implementation == "stationary":
+        if why_not:
+            raise ValueError(f"implementation='stationary' {why_not}; use implementation='streamed' or None")
+        inputs = min(plan.block_inputs, widest)
+        return plan._replace(split=split, rows=max(plan.rows, least_rows), block_n=widest // split, block_inputs=inputs)
+    fit = max(16, next_power_of_two(widest))
+    return plan._replace(
+        rows=max(plan.rows, least_rows), block_n=min(plan.block_n, fit), block_inputs=min(plan.block_inputs, fit)
+    )
+
+
+def _split(
+    family: str, num_multiprocessors: int, widths: tuple[int, ...], normalised: bool, itemsize: int, models: int
+) -> tuple[int, str]:
+    """Into how many programs a stationary network is split, and why that cannot be."""
+    width = widths[0]
+    if family not in ON_CHIP_BYTES:
+        return 1, f"is not for {family}"
+    if normalised or len(widths) < 2 or set(widths) != {width} or width != next_power_of_two(width):
+        return 1, f"serves two or more hidden layers of one width, a power of two, without layer norm, got {widths}"
+    needed = (len(widths) - 1) * width * width * itemsize
+    split = max(2, next_power_of_two(-(-needed // ON_CHIP_BYTES[family])))
+    if width // split < 16:
+        return 1, f"would split hidden layers of width {width} into {split}, fewer than 16 columns each"
+    if split * models > num_multiprocessors:
+        return 1, f"needs {split * models} multiprocessors for {models} networks, got {num_multiprocessors}"
+    return split, ""

@@ -40,6 +40,24 @@ def load_scores(
 
 
 @triton.jit
+def close_penalty(
+    squares, size, pull, delta, damping, eps, K: tl.constexpr, D: tl.constexpr, NORMALIZE: tl.constexpr
+):  # fmt: skip
+    """Penalty, its gradient to δ, and the trace, from sums over the samples.
+
+    Args:
+        squares, size: Σ_k projection_k² and Σ_k ‖s_k‖², (rows,).
+        pull: Σ_k projection_k·s_k, like ``delta`` (rows, padded d).
+    """
+    trace = size / K + damping * D
+    denominator = tl.zeros(squares.shape, tl.float32) + D
+    if NORMALIZE:
+        denominator = tl.where(trace < eps * D, eps * D, trace)  # a maximum that keeps NaN
+    penalty = (squares / K + damping * tl.sum(delta * delta, 1)) / denominator
+    return penalty, 2 * (pull / K + damping * delta) / denominator[:, None], trace
+
+
+@triton.jit
 def penalty_kernel(
     displacement_ptr, score_ptr, x_ptr, coefficient_ptr, penalty_ptr, gradient_ptr, trace_ptr,
     num_rows, p, q, damping, eps,
@@ -70,16 +88,11 @@ def penalty_kernel(
         if GRADIENT:
             pull += tl.sum(projection[:, :, None] * s, 1)
 
-    denominator = tl.zeros((ROWS,), tl.float32) + D
-    if NORMALIZE:
-        trace = size / K + damping * D
-        denominator = tl.where(trace < eps * D, eps * D, trace)  # a maximum that keeps NaN
-        if TRACE:
-            tl.store(trace_ptr + first + r, trace, mask=first + r < num_rows)
-    numerator = squares / K + damping * tl.sum(delta * delta, 1)
-    tl.store(penalty_ptr + first + r, numerator / denominator, mask=first + r < num_rows)
+    penalty, gradient, trace = close_penalty(squares, size, pull, delta, damping, eps, K, D, NORMALIZE)
+    tl.store(penalty_ptr + first + r, penalty, mask=first + r < num_rows)
+    if TRACE:
+        tl.store(trace_ptr + first + r, trace, mask=first + r < num_rows)
     if GRADIENT:
-        gradient = 2 * (pull / K + damping * delta) / denominator[:, None]
         store_rows(gradient_ptr, gradient, first, num_rows, r, r < ROWS, D)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -89,7 +90,10 @@ def guarded_memory() -> Iterator[None]:
 
     def noted(self: Any, args: Any, kwargs: Any) -> Any:
         host = to_host(self, args, kwargs)
-        tensors = [arg for arg in (*host[0], *host[1].values()) if isinstance(arg, Tensor)]
+        given = itertools.chain.from_iterable(
+            arg if isinstance(arg, tuple) else (arg,) for arg in (*host[0], *host[1].values())
+        )
+        tensors = [arg for arg in given if isinstance(arg, Tensor)]
         spans[:] = [(arg.data_ptr(), arg.data_ptr() + arg.numel() * arg.element_size()) for arg in tensors]
         return host
 

@@ -1,0 +1,253 @@
+"""The two operators over a fused flow: integration, and on to the Fisher penalty; and what a module becomes for them.
+
+Rows come as (models, rows, d), and weights either as a module holds them or stacked over the models: that is what
+``torch.func.vmap`` over parameters makes of them, so that many networks are integrated in one launch.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fdkernels.mlp import PackedMLP
+from fdkernels.registration import call_below_autograd, register, register_autograd
+from fdkernels.solvers import METHODS, Method
+
+Parameters = list[Tensor | None]
+
+
+def solver_table(times: list[float], method: Method) -> list[float]:
+    """What the kernel reads: for each evaluation time, reach, weight, and whether the step ends. No times, no lines."""
+    table: list[float] = []
+    for t, next_t in itertools.pairwise(times):
+        h, stages = next_t - t, METHODS[method]
+        for i, stage in enumerate(stages):
+            table += [t + stage.at * h, stage.reach * h, stage.weight * h, float(i == len(stages) - 1)]
+    return table
+
+
+def architecture_and_parameters(mlp: PackedMLP) -> tuple[str, Parameters]:
+    """The operators' view of a packed MLP: for each layer weight, bias, and scale and shift of its layer norm."""
+    from fdkernels.kernels.launch_flow import Architecture
+
+    layers = [layer.read() for layer in mlp.layers]
+    norms = [layer.norm_before or layer.norm_after for layer in layers]
+    hidden = layers[:-1]
+    architecture = Architecture(
+        cond_dim=mlp.cond_dim,
+        action_dim=mlp.action_dim,
+        order=tuple(mlp.order),
+        widths=tuple(layer.weight.shape[0] for layer in hidden),
+        activations=tuple(layer.activation or "none" for layer in hidden),
+        norms=tuple("before" if layer.norm_before else "after" if layer.norm_after else "none" for layer in hidden),
+        norm_eps=tuple(norm.eps if norm else 0.0 for norm in norms[:-1]),
+    )
+    parameters: Parameters = []
+    for layer, norm in zip(layers, norms):
+        parameters += [layer.weight, layer.bias, norm.weight if norm else None, norm.bias if norm else None]
+    return architecture.encode(), [None if parameter is None else parameter.detach() for parameter in parameters]
+
+
+def _fold(batch_size: int, dims: Any, tensors: list[Tensor | None], parameters: Parameters) -> tuple[list, Parameters]:
+    """Under vmap: a mapped dimension becomes one of models where the weights are mapped too, and one of rows if not.
+
+    ``dims`` are those of the tensors, and last of the parameters. Unmapped tensors (models, rows, ...) are repeated.
+    """
+    *tensor_dims, parameter_dims = dims
+
+    def leading(tensor: Tensor | None, dim: int | None) -> Tensor | None:
+        if tensor is None:
+            return None
+        return tensor.expand(batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+
+    moved = [leading(tensor, dim) for tensor, dim in zip(tensors, tensor_dims)]
+    if any(dim is not None for dim in parameter_dims):
+        stacked = [leading(parameter, dim) for parameter, dim in zip(parameters, parameter_dims)]
+        return [None if tensor is None else tensor.flatten(0, 1) for tensor in moved], stacked
+    return [None if tensor is None else tensor.transpose(0, 1).flatten(1, 2) for tensor in moved], parameters
+
+
+def _unfold(out: Tensor, batch_size: int, by_model: bool, first: int = 0) -> tuple[Tensor, int | None]:
+    """The mapped dimension again; ``first`` is the dimension of models. What was not wanted is empty."""
+    if out.ndim == 1:
+        return out, None
+    at = first if by_model else first + 1
+    return out.unflatten(at, (batch_size, out.shape[at] // batch_size)), at
+
+
+# ---- integrate_flow: start (models, rows, d), cond (models, conds, c) -> end (models, rows, d), or the states at all times
+
+
+def _integrate(
+    start: Tensor,
+    cond: Tensor | None,
+    parameters: Parameters,
+    architecture: str,
+    times: list[float],
+    method: Method,
+    low: float,
+    high: float,
+    clip: str,
+    want_path: bool,
+    precision: str,
+    implementation: str | None,
+) -> Tensor:
+    from fdkernels.kernels import launch_flow
+
+    table = solver_table(times, method)
+    return launch_flow.integrate(
+        start, cond, parameters, architecture, table, low, high, clip, want_path, precision, implementation
+    )
+
+
+def _integrate_fake(
+    start: Tensor,
+    cond: Tensor | None,
+    parameters: Parameters,
+    architecture: str,
+    times: list[float],
+    method: Method,
+    low: float,
+    high: float,
+    clip: str,
+    want_path: bool,
+    precision: str,
+    implementation: str | None,
+) -> Tensor:
+    return start.new_empty((len(times), *start.shape) if want_path else start.shape)
+
+
+def _integrate_vmap(info: Any, in_dims: Any, start: Tensor, cond: Tensor | None, parameters: Parameters, *rest: Any) -> Any:
+    (start, cond), parameters = _fold(info.batch_size, in_dims[:3], [start, cond], parameters)
+    by_model = any(dim is not None for dim in in_dims[2])
+    want_path = rest[6]
+    return _unfold(integrate_operator(start, cond, parameters, *rest), info.batch_size, by_model, int(want_path))
+
+
+integrate_operator = register(
+    "integrate_flow",
+    "(Tensor start, Tensor? cond, Tensor?[] parameters, str architecture, float[] times, str method, float low, "
+    "float high, str clip, bool want_path, str precision, str? implementation) -> Tensor",
+    _integrate,
+    _integrate_fake,
+    _integrate_vmap,
+)
+
+
+# ---- flow_fisher_penalty: noise (models, states·K, d), displacement (models, states, d) -> penalty (models, states)
+
+
+def _fisher(
+    start: Tensor | None,
+    bridge: Tensor | None,
+    cond: Tensor | None,
+    displacement: Tensor,
+    coefficients: Tensor | None,
+    parameters: Parameters,
+    seed: Tensor | None,
+    architecture: str,
+    times: list[float],
+    method: Method,
+    low: float,
+    high: float,
+    clip: str,
+    num_samples: int,
+    t: float,
+    p: float,
+    q: float,
+    use_x: bool,
+    damping: float,
+    normalize: bool,
+    eps: float,
+    want_score: bool,
+    precision: str,
+    implementation: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from fdkernels.kernels import launch_flow
+
+    return launch_flow.fisher(
+        start, bridge, cond, displacement, coefficients, parameters, seed, architecture, solver_table(times, method),
+        low, high, clip, num_samples, t, p, q, use_x, damping, normalize, eps, want_score, precision, implementation,
+    )  # fmt: skip
+
+
+def _fisher_fake(
+    start: Tensor | None,
+    bridge: Tensor | None,
+    cond: Tensor | None,
+    displacement: Tensor,
+    coefficients: Tensor | None,
+    parameters: Parameters,
+    seed: Tensor | None,
+    architecture: str,
+    times: list[float],
+    method: Method,
+    low: float,
+    high: float,
+    clip: str,
+    num_samples: int,
+    t: float,
+    p: float,
+    q: float,
+    use_x: bool,
+    damping: float,
+    normalize: bool,
+    eps: float,
+    want_score: bool,
+    precision: str,
+    implementation: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    models, states, d = displacement.shape
+    return (
+        displacement.new_empty((models, states), dtype=torch.float32),
+        displacement.new_empty((models, states, d), dtype=torch.float32),
+        displacement.new_empty((models, states, num_samples, d) if want_score else 0, dtype=torch.float32),
+    )
+
+
+def _fisher_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+    tensors, parameters = _fold(info.batch_size, in_dims[:6], list(args[:5]), args[5])
+    if in_dims[6] is not None:
+        raise NotImplementedError("flow_fisher_penalty: one seed serves all models of a vmap; map over noise instead")
+    by_model = any(dim is not None for dim in in_dims[5])
+    outputs = fisher_operator(*tensors, parameters, *args[6:])
+    return tuple(zip(*(_unfold(out, info.batch_size, by_model) for out in outputs)))
+
+
+fisher_operator = register(
+    "flow_fisher_penalty",
+    "(Tensor? start, Tensor? bridge, Tensor? cond, Tensor displacement, Tensor? coefficients, Tensor?[] parameters, "
+    "Tensor? seed, str architecture, float[] times, str method, float low, float high, str clip, int num_samples, "
+    "float t, float p, float q, bool use_x, float damping, bool normalize, float eps, bool want_score, "
+    "str precision, str? implementation) -> (Tensor, Tensor, Tensor)",
+    _fisher,
+    _fisher_fake,
+    _fisher_vmap,
+)
+
+
+class _Fisher(torch.autograd.Function):
+    """Differentiable in the displacement only; its gradient was left behind by the forward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, keyset: torch._C.DispatchKeySet, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        penalty, gradient, score = call_below_autograd(fisher_operator, keyset, *args)
+        ctx.mark_non_differentiable(gradient, score)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(gradient)
+        ctx.dtype = args[3].dtype
+        return penalty, gradient, score
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        to_displacement = None if upstream is None else (upstream.unsqueeze(-1) * gradient).to(ctx.dtype)
+        return (*[None] * 4, to_displacement, *[None] * 20)
+
+
+register_autograd(fisher_operator, _Fisher)

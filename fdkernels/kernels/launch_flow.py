@@ -1,0 +1,209 @@
+"""From a network, rows of noise and a solver's table to the launch of the flow kernel."""
+
+from __future__ import annotations
+
+import functools
+import json
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fdkernels.kernels.configs import PROGRAMS_PER_SM, flow_plan, gpu_family, multiprocessors, next_power_of_two
+from fdkernels.kernels.flow import flow_kernel
+
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}  # operands of the products; "high" and "highest": float32
+MAX_D = 128  # x, its velocity and their sums stay in registers
+MAX_SAMPLES = 64  # a state's samples stay in one block of rows
+
+
+class Architecture(NamedTuple):
+    """What of a velocity MLP is not a tensor; ``widths`` and all that follows per hidden layer."""
+
+    cond_dim: int
+    action_dim: int
+    order: tuple[str, ...]
+    widths: tuple[int, ...]
+    activations: tuple[str, ...]
+    norms: tuple[str, ...]  # "none", "before" or "after" the activation
+    norm_eps: tuple[float, ...]
+
+    def encode(self) -> str:
+        """As an operator's argument."""
+        return json.dumps(self)
+
+    @staticmethod
+    @functools.cache
+    def decode(text: str) -> Architecture:
+        return Architecture(*(tuple(part) if isinstance(part, list) else part for part in json.loads(text)))
+
+    def column(self, name: str) -> int:
+        """Where an input begins in the first layer's weight."""
+        widths = {"cond": self.cond_dim, "x": self.action_dim, "t": 1}
+        before = self.order[: self.order.index(name)] if name in self.order else ()
+        return sum(widths[other] for other in before)
+
+
+@functools.lru_cache(maxsize=64)
+def device_table(lines: tuple[float, ...], device: torch.device) -> Tensor:
+    """A solver's table on the device, copied there once."""
+    return torch.tensor(lines or (0.0,) * 4, dtype=torch.float32, device=device)
+
+
+def integrate(
+    start: Tensor,
+    cond: Tensor | None,
+    parameters: list[Tensor | None],
+    architecture: str,
+    table: list[float],
+    low: float,
+    high: float,
+    clip: str,
+    want_path: bool,
+    precision: str,
+    implementation: str | None,
+) -> Tensor:
+    """End of the flow (models, rows, d), or all states (steps + 1, models, rows, d)."""
+    models, rows, d = start.shape
+    steps = int(sum(table[3::4]))
+    out = start.new_empty((steps + 1, models, rows, d) if want_path else (models, rows, d))
+    if out.numel():
+        _launch(
+            Architecture.decode(architecture), parameters, cond, table, (models, rows, 1), precision, implementation,
+            start_ptr=start.contiguous(), end_ptr=None if want_path else out, path_ptr=out if want_path else None,
+            low=low, high=high, CLIP=clip,
+        )  # fmt: skip
+    return out
+
+
+def fisher(
+    start: Tensor | None,
+    bridge: Tensor | None,
+    cond: Tensor | None,
+    displacement: Tensor,
+    coefficients: Tensor | None,
+    parameters: list[Tensor | None],
+    seed: Tensor | None,
+    architecture: str,
+    table: list[float],
+    low: float,
+    high: float,
+    clip: str,
+    num_samples: int,
+    t: float,
+    p: float,
+    q: float,
+    use_x: bool,
+    damping: float,
+    normalize: bool,
+    eps: float,
+    want_score: bool,
+    precision: str,
+    implementation: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Penalty (models, states), its gradient to the displacement, and the scores (models, states, K, d) where wanted.
+
+    All float32. ``start`` are finished samples where the table is empty; ``coefficients`` (models, states·K, 3) hold
+    t, p and q of every row in the place of the numbers.
+    """
+    models, states, d = displacement.shape
+    penalty = displacement.new_empty((models, states), dtype=torch.float32)
+    gradient = displacement.new_empty((models, states, d), dtype=torch.float32)
+    score = displacement.new_empty((models, states, num_samples, d) if want_score else 0, dtype=torch.float32)
+    if penalty.numel():
+        _launch(
+            Architecture.decode(architecture), parameters, cond, table, (models, states, num_samples),
+            precision, implementation,
+            start_ptr=_contiguous(start), seed_ptr=seed, bridge_ptr=_contiguous(bridge),
+            displacement_ptr=displacement.contiguous(), coefficient_ptr=_contiguous(coefficients),
+            penalty_ptr=penalty, gradient_ptr=gradient, score_ptr=score if want_score else None,
+            low=low, high=high, CLIP=clip, t_bridge=t, p=p, q=q, damping=damping, eps=eps,
+            FISHER=True, NORMALIZE=normalize, USE_X=use_x,
+        )  # fmt: skip
+    return penalty, gradient, score
+
+
+UNUSED: dict[str, Any] = {
+    **dict.fromkeys(("start_ptr", "seed_ptr", "displacement_ptr", "bridge_ptr", "coefficient_ptr")),
+    **dict.fromkeys(("end_ptr", "path_ptr", "score_ptr", "penalty_ptr", "gradient_ptr")),
+    **dict.fromkeys(("t_bridge", "p", "q", "damping", "eps"), 0.0),
+    **dict.fromkeys(("FISHER", "NORMALIZE", "USE_X"), False),
+}
+
+
+def _launch(
+    net: Architecture,
+    parameters: list[Tensor | None],
+    cond: Tensor | None,
+    table: list[float],
+    shape: tuple[int, int, int],
+    precision: str,
+    implementation: str | None,
+    **given: Any,
+) -> None:
+    models, states, num_samples = shape
+    weights, biases, scales, shifts = (tuple(_contiguous(tensor) for tensor in parameters[i::4]) for i in range(4))
+    weight = weights[0]
+    assert weight is not None
+    device = weight.device
+    hidden_dtype = HALF.get(precision, torch.float32)
+    block_k, block_d = next_power_of_two(num_samples), max(16, next_power_of_two(net.action_dim))
+    plan = flow_plan(
+        gpu_family(device), multiprocessors(device), net.widths, any(norm != "none" for norm in net.norms),
+        hidden_dtype.itemsize, states * block_k, models, block_k, implementation,
+    )  # fmt: skip
+    blocks = -(-states * block_k // plan.rows)
+    at_once = multiprocessors(device) * (1 if plan.split > 1 else PROGRAMS_PER_SM)
+    groups = max(1, min(blocks, at_once // (plan.split * models)))
+    programs = models * groups * plan.split
+    rows = plan.rows
+    widest = max(net.widths)
+
+    def scratch(wanted: bool, dtype: torch.dtype, *size: int) -> Tensor | None:
+        return torch.empty(size, dtype=dtype, device=device) if wanted else None
+
+    with torch.cuda.device_of(weight):
+        flow_kernel[(programs,)](
+            cond_ptr=_contiguous(cond),
+            table_ptr=device_table(tuple(table), device),
+            weights=weights,
+            biases=biases,
+            scales=scales[:-1],
+            shifts=shifts[:-1],
+            norm_eps=net.norm_eps,
+            share_ptr=scratch(True, torch.float32, programs, rows, net.widths[0]),
+            hidden_ptr=scratch(True, hidden_dtype, models * groups, 2, rows, widest),
+            wide_ptr=scratch(any(norm != "none" for norm in net.norms), torch.float32, programs, rows, widest),
+            partial_ptr=scratch(plan.split > 1, torch.float32, models * groups, plan.split, rows, block_d),
+            counter_ptr=torch.zeros(models * groups, dtype=torch.int32, device=device) if plan.split > 1 else None,
+            num_states=states,
+            num_models=models,
+            rows_per_cond=1 if cond is None else models * states * num_samples // cond[..., 0].numel(),
+            num_evals=len(table) // 4,
+            groups_per_model=groups,
+            D=net.action_dim,
+            BLOCK_D=block_d,
+            K=num_samples,
+            BLOCK_K=block_k,
+            COND=net.cond_dim,
+            AT_COND=net.column("cond"),
+            AT_X=net.column("x"),
+            AT_T=net.column("t"),
+            WIDTHS=net.widths,
+            WIDEST=widest,
+            ACTIVATIONS=net.activations,
+            NORMS=net.norms,
+            PRECISION="tf32x3" if precision == "highest" else "tf32",
+            ROWS=rows,
+            SPLIT=plan.split,
+            BLOCK_N=plan.block_n,
+            BLOCK_INPUTS=plan.block_inputs,
+            STAGES=plan.num_stages,
+            num_warps=plan.num_warps,
+            **({"launch_cooperative_grid": True} if plan.split > 1 else {}),  # the programs of a group wait for another
+            **(UNUSED | given),
+        )  # fmt: skip
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
