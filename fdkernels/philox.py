@@ -29,11 +29,11 @@ def philox_normal(
 
     Raises:
         TypeError: ``seed`` is not an integer or an integer tensor.
-        ValueError: ``seed`` or ``first`` is out of range, a tensor seed has dimensions.
+        ValueError: ``seed`` or ``first`` is out of range, a tensor seed has dimensions or is elsewhere.
 
     Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
     """
-    seed = check_seed("philox_normal", seed)
+    seed = check_seed("philox_normal", seed, torch.device(device))
     if first < 0:
         raise ValueError(f"philox_normal: first must be at least 0, got {first}")
     position = torch.arange(first, first + math.prod(shape), dtype=torch.int64, device=device)
@@ -44,13 +44,15 @@ def philox_normal(
     return (radius * torch.cos(2 * math.pi * angle)).view(tuple(shape)).to(dtype)
 
 
-def check_seed(op: str, seed: int | Tensor) -> int | Tensor:
+def check_seed(op: str, seed: int | Tensor, device: torch.device) -> int | Tensor:
     """The seed as a signed 64-bit number or tensor."""
     if isinstance(seed, Tensor):
         if seed.dtype.is_floating_point or seed.dtype.is_complex or seed.dtype == torch.bool:
             raise TypeError(f"{op}: seed must be an int or an integer tensor, got a tensor of {seed.dtype}")
         if seed.ndim != 0:
             raise ValueError(f"{op}: a tensor seed must have no dimensions, got shape {tuple(seed.shape)}")
+        if seed.device != device:
+            raise ValueError(f"{op}: a tensor seed must be on {device}, where it is read, got {seed.device}")
         return seed.to(torch.int64)
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"{op}: seed must be an int or an integer tensor, got {type(seed).__name__}")
