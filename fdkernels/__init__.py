@@ -5,7 +5,7 @@ The maths in plain form is in the sister package ``fdkernels_ref``.
 
 from fdkernels.decorator import flow_fisher_penalty
 from fdkernels.fisher import fisher_penalty, fisher_spectrum
-from fdkernels.flow import integrate_flow
+from fdkernels.flow import integrate_flow, integrate_flow_groups
 from fdkernels.mlp import PackedMLP, VelocityMLP, build_mlp, pack_mlp
 from fdkernels.paths import AffinePath
 from fdkernels.score import velocity_to_score
@@ -20,6 +20,7 @@ __all__ = [
     "fisher_spectrum",
     "flow_fisher_penalty",
     "integrate_flow",
+    "integrate_flow_groups",
     "pack_mlp",
     "velocity_fisher_penalty",
     "velocity_to_score",

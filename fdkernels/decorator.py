@@ -8,21 +8,13 @@ import torch
 from torch import Tensor
 
 from fdkernels.backend import Backend, choose_backend
-from fdkernels.fisher import Normalize, Reduction, fisher_penalty
-from fdkernels.flow import (
-    STEPS,
-    Method,
-    Precision,
-    Velocity,
-    check_clip,
-    check_precision,
-    check_time_grid,
-    integrate,
-    velocity_field,
-)
-from fdkernels.paths import PATHS
-from fdkernels.score import Convention, check_time, score_from_velocity
-from fdkernels.validation import check_at_least, check_choice, check_count, check_floating, check_shape
+from fdkernels.fisher import Normalize, Reduction, check_penalty_settings, penalty_from_score, reduce
+from fdkernels.flow import Precision, Velocity, bind_flow, check_solver
+from fdkernels.philox import check_seed, philox_normal
+from fdkernels.score import Convention, check_score_settings, check_time, score_from_velocity
+from fdkernels.solvers import Method, check_time_grid, integrate
+from fdkernels.validation import check_count, check_floating, check_shape
+from fdkernels.velocity_penalty import penalty_from_velocity
 
 
 def flow_fisher_penalty(
@@ -36,6 +28,7 @@ def flow_fisher_penalty(
     method: Method = "euler",
     time_grid: Sequence[float] | Tensor | None = None,
     clip: tuple[float, float] | None = (-1.0, 1.0),
+    clip_each_step: bool = False,
     damping: float = 1e-3,
     normalize: Normalize = "trace",
     eps: float = 1e-6,
@@ -44,7 +37,9 @@ def flow_fisher_penalty(
     min_sigma: float = 1e-6,
     noise: Tensor | None = None,
     bridge_noise: Tensor | None = None,
+    samples: Tensor | None = None,
     generator: torch.Generator | None = None,
+    seed: int | Tensor | None = None,
     return_score: bool = False,
     precision: Precision | None = None,
     backend: Backend | None = None,
@@ -59,16 +54,23 @@ def flow_fisher_penalty(
         velocity: as in :func:`integrate_flow`; a callable gets x (..., K, d), t (..., K, 1), cond (..., K, c).
         cond: states (..., c).
         displacement: δ (..., d), same leading shape and device.
-        num_samples: K. Ignored when ``noise`` or ``bridge_noise`` says it.
+        num_samples: K. Ignored when ``noise``, ``bridge_noise`` or ``samples`` says it.
         t: where the score is taken, a number in [0, 1) or a tensor that broadcasts to (..., K, 1); see
             :func:`velocity_to_score`.
-        num_steps, method, time_grid, clip: of the flow, as in :func:`integrate_flow`; the grid runs from noise to data.
+        num_steps, method, time_grid, clip, clip_each_step: of the flow, as in :func:`integrate_flow`; the grid runs
+            from noise to data.
         damping, normalize, eps, reduction: as in :func:`fisher_penalty`.
         convention, min_sigma: as in :func:`velocity_to_score`.
-        noise: where the samples start, (..., K, d); N(0, I) from ``generator`` when None.
-        bridge_noise: x0_k of the bridge, (..., K, d); likewise, drawn after ``noise``.
-        generator: for what is drawn here, in the dtype of ``cond``.
-        return_score: also return the scores (..., K, d).
+        noise: where the samples start, (..., K, d); drawn N(0, I) when None.
+        bridge_noise: x0_k of the bridge, (..., K, d); drawn when None.
+        samples: a_k, (..., K, d), where the flow has been integrated already, as by :func:`integrate_flow_groups`.
+            Nothing is integrated then, the options of the solver play no part, and ``noise`` must be None.
+        generator: draws ``noise``, then ``bridge_noise``, in the dtype of ``cond``. PyTorch's global one when None.
+        seed: draw with a counter-based generator instead: the same numbers on every device and backend, whatever was
+            drawn before. With n the number of elements of (..., K, d), ``noise`` has positions 0 ... n - 1 and
+            ``bridge_noise`` n ... 2n - 1 of :func:`fdkernels.philox.philox_normal`. An int of 64 bits, or a 0-d
+            integer tensor on the device, which is not read by the host.
+        return_score: also return the scores (..., K, d), in the dtype of the samples.
         precision, backend: as in :func:`integrate_flow`.
 
     Returns:
@@ -77,7 +79,9 @@ def flow_fisher_penalty(
 
     Raises:
         TypeError: a tensor is not floating point, velocity is not callable.
-        ValueError: shapes do not fit, devices differ, or an option is out of its range.
+        ValueError: shapes do not fit, devices or dtypes differ, an option is out of its range, or two exclude each
+            other.
+        RuntimeError: the backend or the precision asked for cannot be had here.
 
     Source: "Fisher Decorator" (arXiv 2604.17919).
 
@@ -89,7 +93,7 @@ def flow_fisher_penalty(
         torch.Size([256])
     """
     op = "flow_fisher_penalty"
-    check_floating(op, cond=cond, displacement=displacement, noise=noise, bridge_noise=bridge_noise)
+    check_floating(op, cond=cond, displacement=displacement, noise=noise, bridge_noise=bridge_noise, samples=samples)
     if displacement.ndim == 0 or displacement.shape[-1] == 0:
         raise ValueError(f"{op}: displacement must be (..., d) with d of at least 1, got {tuple(displacement.shape)}")
     lead, d = displacement.shape[:-1], displacement.shape[-1]
@@ -97,38 +101,65 @@ def flow_fisher_penalty(
         raise ValueError(
             f"{op}: cond must be (..., c) with the displacement's leading shape {tuple(lead)}, got {tuple(cond.shape)}"
         )
-    for given in (noise, bridge_noise):
-        if given is not None and given.ndim >= 2:
-            num_samples = given.shape[-2]
-            break
+    if samples is not None and noise is not None:
+        raise ValueError(f"{op}: samples and noise exclude each other, for given samples are not integrated again")
+    if seed is not None and generator is not None:
+        raise ValueError(f"{op}: seed and generator exclude each other")
+    drawn_by = None if seed is None else check_seed(op, seed, cond.device)
+    tensors = {"samples": samples, "noise": noise, "bridge_noise": bridge_noise}
+    num_samples = next((t.shape[-2] for t in tensors.values() if t is not None and t.ndim >= 2), num_samples)
     check_count(op, "num_samples", num_samples)
-    shape = (*lead, num_samples, d)
-    for name, given in (("noise", noise), ("bridge_noise", bridge_noise)):
+    shape = torch.Size((*lead, num_samples, d))
+    for name, given in tensors.items():
         if given is not None:
             check_shape(op, name, given, shape, "(..., K, d)")
-    linear = PATHS["linear"]
+    linear = check_score_settings(op, "linear", convention, min_sigma)
     check_time(op, t, linear, displacement, torch.Size((*lead, num_samples, 1)))
-    check_choice(op, "convention", convention, ("exact", "velocity"))
-    check_choice(op, "method", method, STEPS)
-    check_at_least(op, "min_sigma", min_sigma, 0.0)
-    check_clip(op, clip)
-    check_precision(op, precision)
+    check_penalty_settings(op, damping, normalize, eps, reduction)
+    check_solver(op, method, clip, clip_each_step)
     choose_backend(op, backend)
     times = check_time_grid(op, num_steps, time_grid)
 
-    dtype, device = cond.dtype, cond.device
     with torch.no_grad():
-        if noise is None:
-            noise = torch.randn(shape, generator=generator, dtype=dtype, device=device)
-        if bridge_noise is None:
-            bridge_noise = torch.randn(shape, generator=generator, dtype=dtype, device=device)
-        field = velocity_field(op, velocity, noise, cond.unsqueeze(-2).expand(*lead, num_samples, cond.shape[-1]))
-        sample = integrate(field, noise, times, method, clip)
-        if isinstance(t, Tensor):
-            t = t.to(sample.dtype)
-        x_t = (1 - t) * bridge_noise + t * sample
-        score = score_from_velocity(field(x_t, t), x_t, t, linear, convention, min_sigma)
-    penalty = fisher_penalty(
-        displacement, score, damping=damping, normalize=normalize, eps=eps, reduction=reduction, backend=backend
+        noise, bridge_noise = _drawn(
+            noise if samples is None else samples, bridge_noise, shape, cond, generator, drawn_by
+        )
+        flow, context = bind_flow(op, velocity, noise, precision)
+        with context:
+            field, x = flow(noise, cond.unsqueeze(-2), "noise" if samples is None else "samples", "cond")
+            if samples is None:
+                x = integrate(field, x, times, method, clip, clip_each_step)
+            if isinstance(t, Tensor):
+                t = t.to(x.dtype)
+            x_t = (1 - t) * bridge_noise.to(x.dtype) + t * x
+            v_t = field(x_t, t)
+        score = score_from_velocity(v_t, x_t, t, linear, convention, min_sigma) if return_score else None
+    triton = choose_backend(op, backend, displacement, x_t) == "triton"
+    if score is None:
+        penalty = penalty_from_velocity(
+            displacement, v_t, x_t, t, linear, convention, min_sigma, damping, normalize, eps, triton
+        )
+        return reduce(penalty, reduction)
+    penalty = penalty_from_score(displacement, score, damping, normalize, eps, triton)
+    return reduce(penalty, reduction), score.to(noise.dtype)
+
+
+def _drawn(
+    noise: Tensor | None,
+    bridge_noise: Tensor | None,
+    shape: torch.Size,
+    like: Tensor,
+    generator: torch.Generator | None,
+    seed: int | Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Both noises, those that are None drawn."""
+
+    def draw(first: int) -> Tensor:
+        if seed is not None:
+            return philox_normal(seed, shape, like.device, like.dtype, first=first)
+        return torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
+
+    return (
+        draw(0) if noise is None else noise,
+        draw(shape.numel()) if bridge_noise is None else bridge_noise,
     )
-    return (penalty, score) if return_score else penalty

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import itertools
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from fdkernels import onednn
 from fdkernels.backend import Backend, choose_backend
 from fdkernels.mlp import PackedMLP, VelocityMLP, pack_mlp
-from fdkernels.validation import check_choice, check_count, check_floating
+from fdkernels.solvers import METHODS, Field, Method, check_time_grid, integrate
+from fdkernels.validation import check_broadcast, check_choice, check_floating
 
-Method = Literal["euler", "midpoint", "heun", "rk4"]
 Precision = Literal["highest", "high", "bf16"]
 Velocity: TypeAlias = PackedMLP | nn.Module | Callable[[Tensor, Tensor, Tensor | None], Tensor]
-_Field: TypeAlias = Callable[[Tensor, float | Tensor], Tensor]  # v(x, t) for a fixed condition
 
 
 def integrate_flow(
@@ -28,38 +28,52 @@ def integrate_flow(
     method: Method = "euler",
     time_grid: Sequence[float] | Tensor | None = None,
     clip: tuple[float, float] | None = (-1.0, 1.0),
+    clip_each_step: bool = False,
     return_path: bool = False,
-    precision: Precision | None = None,
     differentiable: bool = False,
+    precision: Precision | None = None,
     backend: Backend | None = None,
 ) -> Tensor:
     r"""Transport noise to actions along a flow: x_{i+1} = x_i + h_i·v(x_i, t_i, cond) for Euler.
 
-    For a :class:`VelocityMLP` or a packed MLP the condition's share of the first layer is computed once, not at
-    every step, and nothing is concatenated.
+    **No gradient runs through the solver unless** ``differentiable=True``: the Fisher decorator never needs one, and
+    the result is a constant to autograd.
+
+    For a :class:`VelocityMLP` or a packed MLP the condition's share of the first layer is computed once for each row
+    of ``cond``, not at every step, and nothing is concatenated. On x86 CPUs its hidden layers run as oneDNN products
+    with the activation fused (float32, or bfloat16 where the processor has it).
 
     Args:
         velocity: a :class:`VelocityMLP`, the result of :func:`pack_mlp`, or any callable v(x, t, cond) -> (..., d)
-            with x (..., d), t (..., 1) in x's dtype and cond as given.
+            with x (..., d), t (..., 1) in x's dtype and cond (..., c), expanded to x's leading shape.
         x0: where to start, (..., d), at the first time of the grid.
-        cond: condition (..., c) with x0's leading shape, or None.
+        cond: condition (..., c), or None. Its leading shape broadcasts to x0's: with (B, 1, c) against (B, K, d) one
+            state serves K samples.
         num_steps: S; the grid is then i/S, i = 0 ... S.
         method: ``"euler"``, ``"midpoint"``, ``"heun"`` (order 2) or ``"rk4"`` (order 4).
         time_grid: S + 1 times of your own instead, in any direction: a sequence, or a 1-d tensor (read on the host).
-        clip: bounds applied to the end of the path only; None never clips.
-        return_path: return the states at all times, (S + 1, ..., d), the last one clipped.
-        precision: None and ``"highest"``/``"high"``/``"bf16"`` choose the matrix precision of the fused kernels. The
-            PyTorch path follows ``torch.set_float32_matmul_precision`` and autocast, and takes None only.
-        differentiable: by default the solver runs without gradient, since the method never needs one. True lets
-            autograd through to x0, cond and the weights.
+        clip: bounds applied to the end of the path; None never clips.
+        clip_each_step: apply them after every step. Nothing to do with the inner stages of a step.
+        return_path: return the states at all times, (S + 1, ..., d), as stepped and clipped; x0 first, untouched.
+        differentiable: let autograd through to x0, cond and the weights, where gradients are enabled. Each step is
+            checkpointed: memory grows by the state x alone with the number of steps, and the backward pass computes
+            every step again. Weights must not change in between.
+        precision: of the matrix products. ``None`` takes bfloat16 or float16 under autocast, the weights' own dtype
+            otherwise, float32 as ``torch.set_float32_matmul_precision`` says. ``"bf16"`` takes bfloat16 for the hidden
+            layers of a packed MLP; state, first layer, last layer and norms stay float32. ``"highest"`` and
+            ``"high"`` take float32, whatever autocast says; they differ on CUDA only (float32-accurate and TF32). A
+            callable runs under autocast for ``"bf16"``, and without it for the other two.
         backend: ``None`` picks by device; ``"torch"`` or ``"triton"`` insist.
 
     Returns:
-        (..., d), or (S + 1, ..., d) with ``return_path``, in x0's dtype.
+        (..., d), or (S + 1, ..., d) with ``return_path``, in x0's dtype. The state of a packed MLP in half precision
+        is float32 on the way.
 
     Raises:
         TypeError: x0 or cond is not a floating-point tensor, velocity is not callable.
-        ValueError: shapes do not fit, devices differ, or an option is out of its range.
+        ValueError: shapes do not fit, devices or dtypes differ, an option is out of its range, or ``"high"`` or
+            ``"bf16"`` is asked of float64.
+        RuntimeError: the backend or the precision asked for cannot be had here.
 
     Example:
         >>> import torch, fdkernels
@@ -68,133 +82,194 @@ def integrate_flow(
         tensor([[0.3679]])
     """
     op = "integrate_flow"
-    check_floating(op, x0=x0, cond=cond)
-    if x0.ndim == 0:
-        raise ValueError(f"{op}: x0 must be (..., d), got a scalar")
-    if cond is not None and cond.shape[:-1] != x0.shape[:-1]:
-        raise ValueError(
-            f"{op}: cond must be (..., c) with x0's leading shape {tuple(x0.shape[:-1])}, got {tuple(cond.shape)}"
-        )
-    check_choice(op, "method", method, STEPS)
-    check_clip(op, clip)
+    check_start(op, x0, cond, "x0", "cond")
+    check_solver(op, method, clip, clip_each_step)
     choose_backend(op, backend)
-    check_precision(op, precision)
     times = check_time_grid(op, num_steps, time_grid)
     with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
-        field = velocity_field(op, velocity, x0, cond)
-        return integrate(field, x0, times, method, clip, return_path)
+        flow, context = bind_flow(op, velocity, x0, precision)
+        with context:
+            field, x = flow(x0, cond, "x0", "cond")
+            return integrate(field, x, times, method, clip, clip_each_step, return_path).to(x0.dtype)
 
 
-def integrate(
-    field: _Field,
-    x: Tensor,
-    times: Sequence[float],
-    method: Method,
-    clip: tuple[float, float] | None,
-    return_path: bool = False,
-) -> Tensor:
-    """The loop, on checked arguments."""
-    step = STEPS[method]
-    path = [x]
-    for t, next_t in itertools.pairwise(times):
-        x = step(field, x, t, next_t - t)
-        if return_path:
-            path.append(x)
-    if clip is not None:
-        x = x.clamp(*clip)
-    if return_path:
-        return torch.stack([*path[:-1], x])
-    return x
+def integrate_flow_groups(
+    velocity: Velocity,
+    x0s: Sequence[Tensor],
+    conds: Sequence[Tensor | None],
+    *,
+    num_steps: int = 10,
+    method: Method = "euler",
+    time_grid: Sequence[float] | Tensor | None = None,
+    clip: tuple[float, float] | None = (-1.0, 1.0),
+    clip_each_step: bool = False,
+    differentiable: bool = False,
+    precision: Precision | None = None,
+    backend: Backend | None = None,
+) -> tuple[Tensor, ...]:
+    """Several groups of rows along the flow of the same weights: :func:`integrate_flow` of each, in one call.
+
+    One update of an agent needs next actions (B, d), base actions (B, d) and Fisher samples (B, K, d), the last with
+    one condition (B, 1, c) for K samples. On the CPU nothing is gained by merging their rows, and they run one after
+    another.
+
+    Args:
+        velocity: as in :func:`integrate_flow`.
+        x0s: where to start, one tensor (..., d) for each group; leading shapes may differ, device and dtype may not.
+        conds: as many conditions (..., c), each broadcasting to its group's leading shape, or None.
+        num_steps, method, time_grid, clip, clip_each_step, differentiable, precision, backend: as in
+            :func:`integrate_flow`, for all groups.
+
+    Returns:
+        The ends, one (..., d) for each group: what separate calls give.
+
+    Raises:
+        As :func:`integrate_flow`; the message names the group.
+
+    Example:
+        >>> import torch, fdkernels
+        >>> flow, obs = fdkernels.VelocityMLP(cond_dim=17, action_dim=6, hidden=(32, 32)), torch.randn(8, 17)
+        >>> noises, obs_of = [torch.randn(8, 6), torch.randn(8, 4, 6)], [obs, obs.unsqueeze(1)]
+        >>> [tuple(action.shape) for action in fdkernels.integrate_flow_groups(flow, noises, obs_of)]
+        [(8, 6), (8, 4, 6)]
+    """
+    op = "integrate_flow_groups"
+    if isinstance(x0s, Tensor) or isinstance(conds, Tensor) or len(x0s) != len(conds):
+        raise ValueError(f"{op}: x0s and conds must be sequences of one length, one entry for each group of rows")
+    for i, (x0, cond) in enumerate(zip(x0s, conds)):
+        check_start(op, x0, cond, f"x0s[{i}]", f"conds[{i}]")
+        if (x0.dtype, x0.device) != (x0s[0].dtype, x0s[0].device):
+            raise ValueError(
+                f"{op}: all groups must have one dtype and device, got x0s[{i}] of {x0.dtype} on {x0.device} and "
+                f"x0s[0] of {x0s[0].dtype} on {x0s[0].device}"
+            )
+    check_solver(op, method, clip, clip_each_step)
+    choose_backend(op, backend)
+    times = check_time_grid(op, num_steps, time_grid)
+    if not x0s:
+        return ()
+    ends = []
+    with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
+        flow, context = bind_flow(op, velocity, x0s[0], precision)
+        with context:
+            for i, (x0, cond) in enumerate(zip(x0s, conds)):
+                field, x = flow(x0, cond, f"x0s[{i}]", f"conds[{i}]")
+                ends.append(integrate(field, x, times, method, clip, clip_each_step).to(x0.dtype))
+    return tuple(ends)
 
 
-def _euler(v: _Field, x: Tensor, t: float, h: float) -> Tensor:
-    return torch.add(x, v(x, t), alpha=h)
+Flow: TypeAlias = Callable[[Tensor, "Tensor | None", str, str], "tuple[Field, Tensor]"]
+"""Velocity and weights as they stand for one call: from x0, cond and their names to v(x, t) and x0 as it is carried."""
 
 
-def _midpoint(v: _Field, x: Tensor, t: float, h: float) -> Tensor:
-    middle = torch.add(x, v(x, t), alpha=0.5 * h)
-    return torch.add(x, v(middle, t + 0.5 * h), alpha=h)
-
-
-def _heun(v: _Field, x: Tensor, t: float, h: float) -> Tensor:
-    start = v(x, t)
-    end = v(torch.add(x, start, alpha=h), t + h)
-    return torch.add(x, start + end, alpha=0.5 * h)
-
-
-def _rk4(v: _Field, x: Tensor, t: float, h: float) -> Tensor:
-    k1 = v(x, t)
-    k2 = v(torch.add(x, k1, alpha=0.5 * h), t + 0.5 * h)
-    k3 = v(torch.add(x, k2, alpha=0.5 * h), t + 0.5 * h)
-    k4 = v(torch.add(x, k3, alpha=h), t + h)
-    return torch.add(x, k1 + 2 * (k2 + k3) + k4, alpha=h / 6)
-
-
-STEPS: dict[str, Callable[[_Field, Tensor, float, float], Tensor]] = {
-    "euler": _euler,
-    "midpoint": _midpoint,
-    "heun": _heun,
-    "rk4": _rk4,
-}
-
-
-def velocity_field(
-    op: str, velocity: Velocity, x: Tensor, cond: Tensor | None
-) -> Callable[[Tensor, float | Tensor], Tensor]:
-    """v(x, t) for a fixed condition and a time that is a number or a tensor (..., 1)."""
+def bind_flow(
+    op: str, velocity: Velocity, like: Tensor, precision: Precision | None
+) -> tuple[Flow, contextlib.AbstractContextManager]:
+    """The flow from starts of ``like``'s dtype and device on the PyTorch path, and the context in which it runs."""
+    check_choice(op, "precision", precision, (None, "highest", "high", "bf16"))  # type: ignore[arg-type]
     if isinstance(velocity, VelocityMLP) and type(velocity).forward is VelocityMLP.forward:
         velocity = pack_mlp(velocity)
-    if isinstance(velocity, PackedMLP):
-        check_widths(op, velocity, x, cond)
-        return velocity.with_cond(cond)
     if not callable(velocity):
         raise TypeError(
             f"{op}: velocity must be a VelocityMLP, a packed MLP or a callable v(x, t, cond), "
             f"got {type(velocity).__name__}"
         )
-    general = velocity
+    dtype = velocity.dtype if isinstance(velocity, PackedMLP) else like.dtype
+    if precision in ("high", "bf16") and torch.float64 in (dtype, like.dtype):
+        raise ValueError(f"{op}: precision={precision!r} is less than float64 tensors have; use None or 'highest'")
+    if precision in ("highest", "high"):
+        _check_float32_products(op, precision, like.device)
+    device = like.device.type
+    autocast = torch.is_autocast_enabled(device)
+    context: contextlib.AbstractContextManager = contextlib.nullcontext()
+    if isinstance(velocity, PackedMLP):
+        hidden = {None: dtype, "bf16": torch.bfloat16}.get(precision, torch.promote_types(dtype, torch.float32))
+        if autocast:
+            if precision is None and dtype != torch.float64:
+                hidden = torch.get_autocast_dtype(device)
+            context = torch.autocast(device, enabled=False)  # the dtypes are settled
+        return _bind_mlp(op, velocity, hidden, strict=not autocast), context
+    if precision == "bf16":
+        context = torch.autocast(device, dtype=torch.bfloat16)
+    elif precision is not None and autocast:
+        context = torch.autocast(device, enabled=False)
+    return _bind_callable(op, velocity), context
 
-    def field(x: Tensor, t: float | Tensor) -> Tensor:
-        if not isinstance(t, Tensor):
-            t = torch.full((), t, dtype=x.dtype, device=x.device)
-        v = general(x, t.expand(*x.shape[:-1], 1), cond)
-        if v.shape != x.shape:
-            raise ValueError(f"{op}: velocity must return x's shape {tuple(x.shape)}, got {tuple(v.shape)}")
-        return v
 
-    return field
+def _check_float32_products(op: str, precision: str, device: torch.device) -> None:
+    """PyTorch's float32 products follow one global setting, which is the caller's and is not touched here."""
+    setting = torch.get_float32_matmul_precision()
+    if setting == "medium" or (device.type == "cuda" and setting != precision):
+        raise RuntimeError(
+            f"{op}: precision={precision!r} on the PyTorch path needs torch.set_float32_matmul_precision({precision!r})"
+            f", got {setting!r}"
+        )
 
 
-def check_widths(op: str, mlp: PackedMLP, x: Tensor, cond: Tensor | None) -> None:
+def _bind_mlp(op: str, mlp: PackedMLP, hidden: torch.dtype, *, strict: bool) -> Flow:
+    outer = torch.promote_types(mlp.dtype, torch.float32)
+    tensors = mlp.read(outer, hidden)
+
+    def flow(x0: Tensor, cond: Tensor | None, x0_name: str, cond_name: str) -> tuple[Field, Tensor]:
+        _check_widths(op, mlp, x0, cond, x0_name, cond_name)
+        if strict:
+            for name, tensor in ((x0_name, x0), (cond_name, cond)):
+                if tensor is not None and tensor.dtype != mlp.dtype:
+                    raise ValueError(
+                        f"{op}: velocity's weights are {mlp.dtype}, got {name} of {tensor.dtype}; convert one, or use "
+                        "autocast"
+                    )
+        x = x0.to(outer)
+        if onednn.serves(x, hidden):
+            return onednn.fused_field(tensors, cond, x.shape[:-1]), x
+        return tensors.field(cond), x
+
+    return flow
+
+
+def _check_widths(op: str, mlp: PackedMLP, x: Tensor, cond: Tensor | None, x_name: str, cond_name: str) -> None:
     if x.shape[-1] != mlp.action_dim:
-        raise ValueError(f"{op}: velocity moves {mlp.action_dim} dimensions, got points with d={x.shape[-1]}")
-    dtype = mlp.layers[0].linear.weight.dtype
-    if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
-        raise ValueError(f"{op}: velocity's weights are {dtype}, got noise of {x.dtype}; convert one, or use autocast")
+        raise ValueError(f"{op}: velocity moves {mlp.action_dim} dimensions, got {x_name} with d={x.shape[-1]}")
     given = 0 if cond is None else cond.shape[-1]
     if given != mlp.cond_dim:
-        raise ValueError(f"{op}: velocity wants a condition of width {mlp.cond_dim}, got cond of width {given}")
+        raise ValueError(f"{op}: velocity wants a condition of width {mlp.cond_dim}, got {cond_name} of width {given}")
 
 
-def check_time_grid(op: str, num_steps: int, time_grid: Sequence[float] | Tensor | None) -> list[float]:
-    if time_grid is None:
-        check_count(op, "num_steps", num_steps)
-        return [i / num_steps for i in range(num_steps + 1)]
-    grid = torch.as_tensor(time_grid, dtype=torch.float64)
-    if grid.ndim != 1 or len(grid) < 2 or not grid.isfinite().all():
-        raise ValueError(f"{op}: time_grid must hold two or more finite times, got {time_grid!r}")
-    return grid.tolist()
+def _bind_callable(op: str, velocity: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> Flow:
+    def flow(x0: Tensor, cond: Tensor | None, x0_name: str, cond_name: str) -> tuple[Field, Tensor]:
+        lead = x0.shape[:-1]
+        spread = cond if cond is None or cond.shape[:-1] == lead else cond.expand(*lead, cond.shape[-1])
+
+        def field(x: Tensor, t: float | Tensor) -> Tensor:
+            if not isinstance(t, Tensor):
+                t = torch.full((), t, dtype=x.dtype, device=x.device)
+            v = velocity(x, t.expand(*lead, 1), spread)
+            if v.shape != x.shape:
+                raise ValueError(f"{op}: velocity must return x's shape {tuple(x.shape)}, got {tuple(v.shape)}")
+            return v.to(x.dtype)
+
+        return field, x0
+
+    return flow
 
 
-def check_clip(op: str, clip: tuple[float, float] | None) -> None:
+def check_start(op: str, x0: Tensor, cond: Tensor | None, x0_name: str, cond_name: str) -> None:
+    """x0 is (..., d), and cond (..., c) has a leading shape that broadcasts to x0's."""
+    check_floating(op, None, **{x0_name: x0, cond_name: cond})
+    if x0.ndim == 0:
+        raise ValueError(f"{op}: {x0_name} must be (..., d), got a scalar")
+    if cond is None:
+        return
+    if cond.ndim == 0:
+        raise ValueError(f"{op}: {cond_name} must be (..., c), got a scalar")
+    check_broadcast(
+        op, cond_name, cond, torch.Size((*x0.shape[:-1], cond.shape[-1])), f"(..., c) with {x0_name}'s leading shape"
+    )
+
+
+def check_solver(op: str, method: Method, clip: tuple[float, float] | None, clip_each_step: bool) -> None:
+    check_choice(op, "method", method, METHODS)
+    if clip is None and clip_each_step:
+        raise ValueError(f"{op}: clip_each_step needs bounds, got clip=None")
     if clip is not None and not (len(clip) == 2 and clip[0] <= clip[1]):
         raise ValueError(f"{op}: clip must be None or (low, high) with low <= high, got {clip!r}")
-
-
-def check_precision(op: str, precision: Precision | None) -> None:
-    check_choice(op, "precision", precision, (None, "highest", "high", "bf16"))  # type: ignore[arg-type]
-    if precision is not None:
-        raise RuntimeError(
-            f"{op}: precision={precision!r} chooses between fused kernels, which this version does not have; use "
-            "precision=None with torch.set_float32_matmul_precision or autocast"
-        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -109,13 +109,58 @@ class Layer:
     activation: str | None = None
     norm_after: nn.LayerNorm | None = None
 
+    def read(self) -> LayerTensors:
+        return LayerTensors(
+            self.linear.weight,
+            self.linear.bias,
+            _read_norm(self.norm_before),
+            self.activation,
+            _read_norm(self.norm_after),
+        )
+
+
+class Norm(NamedTuple):
+    """Arguments of ``F.layer_norm``."""
+
+    shape: tuple[int, ...]
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+
+def _read_norm(norm: nn.LayerNorm | None) -> Norm | None:
+    return None if norm is None else Norm(norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+
+
+class LayerTensors(NamedTuple):
+    """The tensors of a :class:`Layer` at one moment.
+
+    A solver reads them once and not at every step: under ``torch.func.functional_call`` the modules hold the given
+    tensors for the time of the call only, and a checkpointed step is computed again later.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    norm_before: Norm | None
+    activation: str | None
+    norm_after: Norm | None
+
+    def to(self, dtype: torch.dtype) -> LayerTensors:
+        """Weight and bias in another dtype; no copy where they have it already."""
+        return self._replace(weight=self.weight.to(dtype), bias=None if self.bias is None else self.bias.to(dtype))
+
     def finish(self, h: Tensor) -> Tensor:
         """What follows the linear map."""
         if self.norm_before is not None:
-            h = self.norm_before(h)
+            h = layer_norm(h, self.norm_before)
         if self.activation is not None:
             h = _ACTIVATIONS[self.activation][1](h)
-        return h if self.norm_after is None else self.norm_after(h)
+        return h if self.norm_after is None else layer_norm(h, self.norm_after)
+
+
+def layer_norm(h: Tensor, norm: Norm) -> Tensor:
+    weight, bias = (None if p is None else p.to(h.dtype) for p in (norm.weight, norm.bias))
+    return F.layer_norm(h, norm.shape, weight, bias, norm.eps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,34 +178,59 @@ class PackedMLP:
     def cond_dim(self) -> int:
         return self.layers[0].linear.in_features - self.action_dim - 1
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.layers[0].linear.weight.dtype
+
     def __call__(self, x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
         h = _concatenate(self.order, x, t, cond)
         for layer in self.layers:
-            h = layer.finish(layer.linear(h))
+            h = layer.read().finish(layer.linear(h))
         return h
 
-    def with_cond(self, cond: Tensor | None) -> Callable[[Tensor, float | Tensor], Tensor]:
+    def read(self, outer: torch.dtype, hidden: torch.dtype) -> MLPTensors:
+        """The weights as they are now, the hidden layers' in ``hidden`` and the first and last in ``outer``."""
+        first, *rest = [layer.read() for layer in self.layers]
+        widths = {"x": self.action_dim, "t": 1, "cond": self.cond_dim}
+        columns = first.weight.to(outer).split([widths[name] for name in self.order], dim=1)
+        middle = tuple(layer.to(hidden) for layer in rest[:-1])
+        last = rest[-1].to(outer) if rest else None
+        return MLPTensors(dict(zip(self.order, columns)), first.to(outer), middle, last)
+
+
+@dataclasses.dataclass(frozen=True)
+class MLPTensors:
+    """A packed MLP's weights at one moment: the first weight by inputs, the layers in the dtypes they work in."""
+
+    columns: dict[Input, Tensor]
+    first: LayerTensors
+    middle: tuple[LayerTensors, ...]
+    last: LayerTensors | None  # None where the first layer is the only one
+
+    def cond_share(self, cond: Tensor | None) -> Tensor | None:
+        """What the condition and the bias put into the first layer at every step, (..., H) in cond's leading shape."""
+        if cond is None:
+            return self.first.bias
+        weight = self.columns["cond"]
+        return F.linear(cond.to(weight.dtype), weight, self.first.bias)
+
+    def field(self, cond: Tensor | None) -> Callable[[Tensor, float | Tensor], Tensor]:
         """v(x, t) for a fixed condition, whose share of the first layer is computed once and not at every step.
 
         ``cond`` broadcasts against x, so that one row can serve many samples; t is a number or a tensor (..., 1).
+        Plain formulas throughout: for autograd, ``torch.func`` and ``torch.compile``.
         """
-        first = self.layers[0].linear
-        widths = {"x": self.action_dim, "t": 1, "cond": self.cond_dim}
-        columns = first.weight.split([widths[name] for name in self.order], dim=1)
-        weight = dict(zip(self.order, columns))
-        if cond is not None:
-            offset: Tensor | None = F.linear(cond, weight["cond"], first.bias)
-        else:
-            offset = first.bias
+        offset = self.cond_share(cond)
+        of_x, of_t = self.columns["x"], self.columns["t"].squeeze(1)
 
         def velocity(x: Tensor, t: float | Tensor) -> Tensor:
-            h = F.linear(x, weight["x"]) + t * weight["t"].squeeze(1)
+            h = F.linear(x, of_x) + t * of_t
             if offset is not None:
                 h = h + offset
-            h = self.layers[0].finish(h)
-            for layer in self.layers[1:]:
-                h = layer.finish(layer.linear(h))
-            return h
+            h = self.first.finish(h)
+            for layer in self.middle:
+                h = layer.finish(F.linear(h.to(layer.weight.dtype), layer.weight, layer.bias).to(of_x.dtype))
+            return h if self.last is None else F.linear(h, self.last.weight, self.last.bias)
 
         return velocity
 
@@ -228,7 +298,7 @@ def _try_out(module: nn.Module, layers: tuple[Layer, ...]) -> None:
     rows = torch.linspace(-1, 1, 2 * weight.shape[1], dtype=weight.dtype, device=weight.device).view(2, -1)
     stack = rows
     for layer in layers:
-        stack = layer.finish(layer.linear(stack))
+        stack = layer.read().finish(layer.linear(stack))
     try:
         same = torch.allclose(module(rows), stack, rtol=1e-3, atol=1e-5)
     except Exception as error:  # whatever a forward of somebody's own raises

@@ -87,14 +87,32 @@ def velocity_fisher_penalty(
     check_time(op, t, resolved, velocity, torch.Size((*velocity.shape[:-1], 1)))
     check_penalty_settings(op, damping, normalize, eps, reduction)
     triton = choose_backend(op, backend, displacement, velocity, x) == "triton"
+    penalty = penalty_from_velocity(
+        displacement, velocity, x, t, resolved, convention, min_sigma, damping, normalize, eps, triton
+    )
+    return reduce(penalty, reduction)
+
+
+def penalty_from_velocity(
+    displacement: Tensor,
+    velocity: Tensor,
+    x: Tensor,
+    t: Tensor | float,
+    path: AffinePath,
+    convention: Convention,
+    min_sigma: float,
+    damping: float,
+    normalize: Normalize,
+    eps: float,
+    triton: bool,
+) -> Tensor:
+    """The penalty, on checked arguments."""
     constants = (velocity, x, t) if isinstance(t, Tensor) else (velocity, x)
     wants_more = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in constants)
     if triton and not wants_more:
-        affine = score_coefficients(velocity, x, t, resolved, convention, min_sigma)
+        affine = score_coefficients(velocity, x, t, path, convention, min_sigma)
         settings = (float(damping), normalize == "trace", float(eps))
-        penalty = velocity_penalty_operator(displacement, velocity, x, *affine, *settings, False)[0]
-    else:
-        dtype = accumulate_dtype(velocity, x)  # the scores in between are not rounded to half precision
-        score = score_from_velocity(velocity.to(dtype), x.to(dtype), t, resolved, convention, min_sigma, triton)
-        penalty = penalty_from_score(displacement, score, damping, normalize, eps, triton)
-    return reduce(penalty, reduction)
+        return velocity_penalty_operator(displacement, velocity, x, *affine, *settings, False)[0]
+    dtype = accumulate_dtype(velocity, x)  # the scores in between are not rounded to half precision
+    score = score_from_velocity(velocity.to(dtype), x.to(dtype), t, path, convention, min_sigma, triton)
+    return penalty_from_score(displacement, score, damping, normalize, eps, triton)

@@ -23,6 +23,7 @@ def flow_fisher_penalty(
     method: str = "euler",
     time_grid: Sequence[float] | Tensor | None = None,
     clip: tuple[float, float] | None = (-1.0, 1.0),
+    clip_each_step: bool = False,
     damping: float = 1e-3,
     normalize: str = "trace",
     eps: float = 1e-6,
@@ -44,7 +45,7 @@ def flow_fisher_penalty(
         displacement: δ, (..., d), as the policy proposes it, before any clipping of the action.
         num_samples: K.
         t: Fisher time; a float or a tensor that broadcasts to (..., K, 1).
-        num_steps, method, time_grid, clip: of the flow, as in `integrate_flow`.
+        num_steps, method, time_grid, clip, clip_each_step: of the flow, as in `integrate_flow`.
         damping, normalize, eps, reduction: as in `fisher_penalty`.
         convention, min_sigma: as in `velocity_to_score`.
         noise: ε, (..., K, d), start of the flow; N(0, I) in the dtype of displacement when None.
@@ -67,7 +68,14 @@ def flow_fisher_penalty(
         bridge_noise = normal() if bridge_noise is None else bridge_noise
         cond = cond.unsqueeze(-2).expand(*batch, num_samples, cond.shape[-1])
         samples = integrate_flow(
-            velocity, noise, cond, num_steps=num_steps, method=method, time_grid=time_grid, clip=clip
+            velocity,
+            noise,
+            cond,
+            num_steps=num_steps,
+            method=method,
+            time_grid=time_grid,
+            clip=clip,
+            clip_each_step=clip_each_step,
         )
         t = torch.as_tensor(t, dtype=samples.dtype, device=samples.device).expand(*batch, num_samples, 1)
         x_t = (1 - t) * bridge_noise + t * samples

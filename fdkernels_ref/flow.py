@@ -47,12 +47,13 @@ def integrate_flow(
     method: str = "euler",
     time_grid: Sequence[float] | Tensor | None = None,
     clip: tuple[float, float] | None = (-1.0, 1.0),
+    clip_each_step: bool = False,
     return_path: bool = False,
 ) -> Tensor:
     """Behaviour action a = clip(x_S) from x_{i+1} = x_i + h_i·v(x_i, t_i, s), h_i = t_{i+1} − t_i.
 
     The paper's sampler is "euler" with t_i = i/S, S = 10; "midpoint", "heun" (order 2) and "rk4" (order 4) are the
-    explicit Runge-Kutta steps of the textbooks. Only the end is clipped, never a step on the way.
+    explicit Runge-Kutta steps of the textbooks. Only the end is clipped, unless every step is asked for.
 
     Args:
         velocity: any v(x, t, cond) -> (..., d), called with t of shape (..., 1) in the dtype of x0 and cond as given.
@@ -62,6 +63,7 @@ def integrate_flow(
         method: "euler", "midpoint", "heun" or "rk4".
         time_grid: the S + 1 node times, in either direction, in place of i/S; `num_steps` then plays no part.
         clip: bounds of the result, None for none.
+        clip_each_step: clip after every step.
         return_path: also return how it came there.
 
     Returns:
@@ -76,6 +78,6 @@ def integrate_flow(
     path = [x0]
     for t, t_next in itertools.pairwise(nodes):
         path.append(_METHODS[method](field, path[-1], t, t_next - t))
-    if clip is not None:
-        path[-1] = path[-1].clamp(*clip)
+        if clip is not None and (clip_each_step or len(path) == len(nodes)):
+            path[-1] = path[-1].clamp(*clip)
     return torch.stack(path) if return_path else path[-1]

@@ -1,0 +1,89 @@
+"""Normal random numbers that are a function of a seed and a position: the same on every device, in any order."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_WORD = 0xFFFFFFFF
+
+
+def philox_normal(
+    seed: int | Tensor, shape: Sequence[int], device: torch.device | str, dtype: torch.dtype, *, first: int = 0
+) -> Tensor:
+    """N(0, 1) numbers from the counter-based generator Philox-4x32-10.
+
+    Element i of the flattened shape is what Triton's ``tl.randn(seed, first + i)`` gives, up to the rounding of log and
+    cos: the first two words of Philox for the counter (first + i) become uniforms, and Box-Muller a normal of them. Two
+    calls whose ranges of positions do not meet are independent.
+
+    Args:
+        seed: 64 bits: an int from -2^63 to 2^64 - 1, or a 0-d integer tensor on ``device``, whose value is not read by
+            the host.
+        shape: of the result.
+        device, dtype: of the result. The numbers are made in float32 and then converted.
+        first: position of the first element, at least 0.
+
+    Raises:
+        TypeError: ``seed`` is not an integer or an integer tensor.
+        ValueError: ``seed`` or ``first`` is out of range, a tensor seed has dimensions or is elsewhere.
+
+    Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
+    """
+    seed = check_seed("philox_normal", seed, torch.device(device))
+    if first < 0:
+        raise ValueError(f"philox_normal: first must be at least 0, got {first}")
+    position = torch.arange(first, first + math.prod(shape), dtype=torch.int64, device=device)
+    zero = torch.zeros_like(position)
+    words = philox((position & _WORD, position >> 32, zero, zero), (seed & _WORD, (seed >> 32) & _WORD))
+    radius, angle = _uniform(words[0]), _uniform(words[1])
+    radius = torch.sqrt(-2 * torch.log(radius.clamp(min=1e-7)))
+    return (radius * torch.cos(2 * math.pi * angle)).view(tuple(shape)).to(dtype)
+
+
+def check_seed(op: str, seed: int | Tensor, device: torch.device) -> int | Tensor:
+    """The seed as a signed 64-bit number or tensor."""
+    if isinstance(seed, Tensor):
+        if seed.dtype.is_floating_point or seed.dtype.is_complex or seed.dtype == torch.bool:
+            raise TypeError(f"{op}: seed must be an int or an integer tensor, got a tensor of {seed.dtype}")
+        if seed.ndim != 0:
+            raise ValueError(f"{op}: a tensor seed must have no dimensions, got shape {tuple(seed.shape)}")
+        if seed.device != device:
+            raise ValueError(f"{op}: a tensor seed must be on {device}, where it is read, got {seed.device}")
+        return seed.to(torch.int64)
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"{op}: seed must be an int or an integer tensor, got {type(seed).__name__}")
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"{op}: seed must have 64 bits, got {seed}")
+    return seed if seed < 2**63 else seed - 2**64
+
+
+def philox(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int | Tensor, int | Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Ten rounds of Philox-4x32 on words that are int64 tensors with values below 2^32."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        high_a, low_a = _product(0xD2511F53, c0)
+        high_b, low_b = _product(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = high_b ^ c1 ^ k0, low_b, high_a ^ c3 ^ k1, low_a
+        k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
+    return c0, c1, c2, c3
+
+
+def _product(constant: int, word: Tensor) -> tuple[Tensor, Tensor]:
+    """High and low word of a product of two words, without overflow of int64: the constant in two halves."""
+    high, low = word * (constant >> 16), word * (constant & 0xFFFF)
+    return (high + (low >> 16)) >> 16, (((high & 0xFFFF) << 16) + low) & _WORD
+
+
+def _uniform(word: Tensor) -> Tensor:
+    """A word as a number in [0, 1), in Triton's way: x as a signed word, or -x - 1 where that is negative, times 2^-31.
+
+    The scale is a little below 2^-31, so that the largest word stays below 1.
+    """
+    return torch.minimum(word, word ^ _WORD).to(torch.float32) * 4.6566127342e-10

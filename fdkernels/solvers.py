@@ -1,0 +1,85 @@
+"""Explicit Runge-Kutta methods as data, and the loop that steps along a grid of times with one of them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from fdkernels.validation import check_count
+
+Method = Literal["euler", "midpoint", "heun", "rk4"]
+Field: TypeAlias = Callable[[Tensor, float | Tensor], Tensor]  # v(x, t) for a fixed condition
+
+
+class Stage(NamedTuple):
+    """One evaluation of the velocity within a step from x at time t of size h.
+
+    Stage j evaluates k_j = v(z_j, t + at_j·h), where z_1 = x and z_{j+1} = x + reach_j·h·k_j. The step ends at
+    x + Σ_j weight_j·h·k_j. Methods in which a stage looks back further than to the one before it have no such form.
+    """
+
+    at: float
+    reach: float
+    weight: float
+
+
+METHODS: dict[Method, tuple[Stage, ...]] = {
+    "euler": (Stage(0.0, 0.0, 1.0),),
+    "midpoint": (Stage(0.0, 0.5, 0.0), Stage(0.5, 0.0, 1.0)),
+    "heun": (Stage(0.0, 1.0, 0.5), Stage(1.0, 0.0, 0.5)),
+    "rk4": (Stage(0.0, 0.5, 1 / 6), Stage(0.5, 0.5, 1 / 3), Stage(0.5, 1.0, 1 / 3), Stage(1.0, 0.0, 1 / 6)),
+}
+
+
+def check_time_grid(op: str, num_steps: int, time_grid: Sequence[float] | Tensor | None) -> list[float]:
+    """The S + 1 times: those of ``time_grid``, or i/S."""
+    if time_grid is None:
+        check_count(op, "num_steps", num_steps)
+        return [i / num_steps for i in range(num_steps + 1)]
+    grid = torch.as_tensor(time_grid, dtype=torch.float64)
+    if grid.ndim != 1 or len(grid) < 2 or not grid.isfinite().all():
+        raise ValueError(f"{op}: time_grid must hold two or more finite times, got {time_grid!r}")
+    return grid.tolist()
+
+
+def integrate(
+    field: Field,
+    x: Tensor,
+    times: Sequence[float],
+    method: Method,
+    clip: tuple[float, float] | None,
+    clip_each_step: bool = False,
+    return_path: bool = False,
+) -> Tensor:
+    """The loop, on checked arguments. Where autograd looks on, it keeps x of each step and computes the rest again.
+
+    ``torch.func`` transforms do not know checkpointing; under them autograd's usual memory is taken.
+    """
+    stages = METHODS[method]
+    forget = torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
+    path = [x]
+    last = len(times) - 2
+    for i, (t, next_t) in enumerate(itertools.pairwise(times)):
+        arguments = (stages, field, x, t, next_t - t)
+        x = checkpoint(_step, *arguments, use_reentrant=False) if forget else _step(*arguments)
+        if clip is not None and (clip_each_step or i == last):
+            x = x.clamp(*clip)
+        if return_path:
+            path.append(x)
+    return torch.stack(path) if return_path else x
+
+
+def _step(stages: tuple[Stage, ...], v: Field, x: Tensor, t: float, h: float) -> Tensor:
+    z = end = x
+    for at, reach, weight in stages:
+        k = v(z, t + at * h)
+        if reach:
+            z = torch.add(x, k, alpha=reach * h)
+        if weight:
+            end = torch.add(end, k, alpha=weight * h)
+    return end
