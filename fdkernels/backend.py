@@ -19,12 +19,9 @@ _INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"  # triton reads it once
 
 
 def choose_backend(op: str, backend: Backend | None, *tensors: Tensor) -> Backend:
-    """``None`` picks Triton for CUDA tensors that it serves; an explicit choice that cannot be honoured raises.
-
-    An operator without Triton kernels passes no tensors.
-    """
+    """``None`` picks Triton for CUDA tensors that it serves; an explicit choice that cannot be honoured raises."""
     check_choice(op, "backend", backend, (None, "triton", "torch"))  # type: ignore[arg-type]
-    on_gpu = bool(tensors) and tensors[0].device.type == "cuda"
+    on_gpu = tensors[0].device.type == "cuda"
     if backend == "torch" or (backend is None and not on_gpu):
         return "torch"
     reason = _why_not_triton(*tensors)
@@ -36,8 +33,6 @@ def choose_backend(op: str, backend: Backend | None, *tensors: Tensor) -> Backen
 
 
 def _why_not_triton(*tensors: Tensor) -> str | None:
-    if not tensors:
-        return "is not in this version"
     if not _HAS_TRITON:
         return "needs the triton package, which is not installed"
     device = tensors[0].device

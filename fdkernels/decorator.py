@@ -9,9 +9,11 @@ from torch import Tensor
 
 from fdkernels.backend import Backend, choose_backend
 from fdkernels.fisher import Normalize, Reduction, check_penalty_settings, penalty_from_score, reduce
-from fdkernels.flow import Precision, Velocity, bind_flow, check_solver
+from fdkernels.flow import Precision, Velocity, as_velocity, bind_flow, check_precision, check_rows, check_solver
+from fdkernels.fused import Implementation, choose_fused, fused_penalty
+from fdkernels.mlp import PackedMLP
 from fdkernels.philox import check_seed, philox_normal
-from fdkernels.score import Convention, check_score_settings, check_time, score_from_velocity
+from fdkernels.score import Convention, check_score_settings, check_time, score_coefficients, score_from_velocity
 from fdkernels.solvers import Method, check_time_grid, integrate
 from fdkernels.validation import check_count, check_floating, check_shape
 from fdkernels.velocity_penalty import penalty_from_velocity
@@ -43,12 +45,14 @@ def flow_fisher_penalty(
     return_score: bool = False,
     precision: Precision | None = None,
     backend: Backend | None = None,
+    implementation: Implementation | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Fisher penalty of a displacement under the behaviour flow itself.
 
     For each state, K samples a_k of the flow are brought to time t by fresh noise, x_k = (1−t)·x0_k + t·a_k; the
     velocity there gives the score s_k (:func:`velocity_to_score`), and the scores weigh the displacement
-    (:func:`fisher_penalty`).
+    (:func:`fisher_penalty`). For a packed MLP on CUDA one launch does it all, and leaves behind the gradient to the
+    displacement; from a ``seed`` it draws the noise as well.
 
     Args:
         velocity: as in :func:`integrate_flow`; a callable gets x (..., K, d), t (..., K, 1), cond (..., K, c).
@@ -71,7 +75,7 @@ def flow_fisher_penalty(
             ``bridge_noise`` n ... 2n - 1 of :func:`fdkernels.philox.philox_normal`. An int of 64 bits, or a 0-d
             integer tensor on the device, which is not read by the host.
         return_score: also return the scores (..., K, d), in the dtype of the samples.
-        precision, backend: as in :func:`integrate_flow`.
+        precision, backend, implementation: as in :func:`integrate_flow`.
 
     Returns:
         Penalty (...) or a scalar, and the scores when asked. Differentiable in ``displacement`` only: samples,
@@ -117,16 +121,35 @@ def flow_fisher_penalty(
     check_time(op, t, linear, displacement, torch.Size((*lead, num_samples, 1)))
     check_penalty_settings(op, damping, normalize, eps, reduction)
     check_solver(op, method, clip, clip_each_step)
-    choose_backend(op, backend)
+    check_precision(op, precision)
     times = check_time_grid(op, num_steps, time_grid)
+    velocity = as_velocity(op, velocity)
+    start = noise if samples is None else samples
+    fused = choose_fused(op, backend, implementation, velocity, (displacement, cond), precision, shape[:-1].numel())
 
     with torch.no_grad():
-        noise, bridge_noise = _drawn(
-            noise if samples is None else samples, bridge_noise, shape, cond, generator, drawn_by
-        )
-        flow, context = bind_flow(op, velocity, noise, precision)
+        if not fused or seed is None:  # the kernel draws from a seed by itself
+            start, bridge_noise = _drawn(start, bridge_noise, shape, cond, generator, drawn_by)
+    if fused:
+        assert isinstance(velocity, PackedMLP)
+        rows = cond.new_empty(0, d) if start is None else start
+        name = "noise" if samples is None else "samples"
+        check_rows(op, velocity, rows, cond, name, "cond", not torch.is_autocast_enabled(cond.device.type))
+        like = displacement.unsqueeze(-2)
+        penalty, score = fused_penalty(
+            velocity, cond, displacement, start, bridge_noise, drawn_by, num_samples, times if samples is None else [],
+            method, clip, clip_each_step, t, score_coefficients(like, like, t, linear, convention, min_sigma),
+            damping, normalize == "trace", eps, return_score, precision, implementation,
+        )  # fmt: skip
+        penalty = reduce(penalty, reduction)
+        return penalty if score is None else (penalty, score.to(rows.dtype))
+
+    with torch.no_grad():
+        assert start is not None
+        assert bridge_noise is not None
+        flow, context = bind_flow(op, velocity, start, precision)
         with context:
-            field, x = flow(noise, cond.unsqueeze(-2), "noise" if samples is None else "samples", "cond")
+            field, x = flow(start, cond.unsqueeze(-2), "noise" if samples is None else "samples", "cond")
             if samples is None:
                 x = integrate(field, x, times, method, clip, clip_each_step)
             if isinstance(t, Tensor):
@@ -141,7 +164,7 @@ def flow_fisher_penalty(
         )
         return reduce(penalty, reduction)
     penalty = penalty_from_score(displacement, score, damping, normalize, eps, triton)
-    return reduce(penalty, reduction), score.to(noise.dtype)
+    return reduce(penalty, reduction), score.to(start.dtype)
 
 
 def _drawn(

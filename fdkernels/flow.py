@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fdkernels import onednn
-from fdkernels.backend import Backend, choose_backend
+from fdkernels.backend import Backend
+from fdkernels.fused import Implementation, choose_fused, fused_integrate, fused_integrate_groups
 from fdkernels.mlp import PackedMLP, VelocityMLP, pack_mlp
 from fdkernels.solvers import METHODS, Field, Method, check_time_grid, integrate
 from fdkernels.validation import check_broadcast, check_choice, check_floating
@@ -33,6 +34,7 @@ def integrate_flow(
     differentiable: bool = False,
     precision: Precision | None = None,
     backend: Backend | None = None,
+    implementation: Implementation | None = None,
 ) -> Tensor:
     r"""Transport noise to actions along a flow: x_{i+1} = x_i + h_i·v(x_i, t_i, cond) for Euler.
 
@@ -40,8 +42,8 @@ def integrate_flow(
     the result is a constant to autograd.
 
     For a :class:`VelocityMLP` or a packed MLP the condition's share of the first layer is computed once for each row
-    of ``cond``, not at every step, and nothing is concatenated. On x86 CPUs its hidden layers run as oneDNN products
-    with the activation fused (float32, or bfloat16 where the processor has it).
+    of ``cond``, not at every step, and nothing is concatenated. On CUDA the whole solve is one launch. On x86 CPUs its
+    hidden layers run as oneDNN products with the activation fused (float32, or bfloat16 where the processor has it).
 
     Args:
         velocity: a :class:`VelocityMLP`, the result of :func:`pack_mlp`, or any callable v(x, t, cond) -> (..., d)
@@ -64,6 +66,11 @@ def integrate_flow(
             ``"high"`` take float32, whatever autocast says; they differ on CUDA only (float32-accurate and TF32). A
             callable runs under autocast for ``"bf16"``, and without it for the other two.
         backend: ``None`` picks by device; ``"torch"`` or ``"triton"`` insist.
+        implementation: how the kernels get at the weights, picked by a table from rows, widths, precision and GPU
+            unless given. ``"stationary"``: groups of programs hold them on the chip for the whole solve; for few rows,
+            and hidden layers of one width, a power of two, without layer norm. ``"streamed"``: every program reads all
+            of them at every evaluation; any network. ``"gemm"``: PyTorch's matrix products, a launch each, which many
+            rows keep busy; the PyTorch path. ``python benchmarks/tune.py`` measures the table.
 
     Returns:
         (..., d), or (S + 1, ..., d) with ``return_path``, in x0's dtype. The state of a packed MLP in half precision
@@ -84,8 +91,15 @@ def integrate_flow(
     op = "integrate_flow"
     check_start(op, x0, cond, "x0", "cond")
     check_solver(op, method, clip, clip_each_step)
-    choose_backend(op, backend)
+    check_precision(op, precision)
     times = check_time_grid(op, num_steps, time_grid)
+    velocity = as_velocity(op, velocity)
+    if choose_fused(op, backend, implementation, velocity, (x0,), precision, x0.shape[:-1].numel(), differentiable):
+        assert isinstance(velocity, PackedMLP)
+        check_rows(op, velocity, x0, cond, "x0", "cond", not torch.is_autocast_enabled(x0.device.type))
+        return fused_integrate(
+            velocity, x0, cond, times, method, clip, clip_each_step, return_path, precision, implementation
+        )
     with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
         flow, context = bind_flow(op, velocity, x0, precision)
         with context:
@@ -106,18 +120,19 @@ def integrate_flow_groups(
     differentiable: bool = False,
     precision: Precision | None = None,
     backend: Backend | None = None,
+    implementation: Implementation | None = None,
 ) -> tuple[Tensor, ...]:
     """Several groups of rows along the flow of the same weights: :func:`integrate_flow` of each, in one call.
 
     One update of an agent needs next actions (B, d), base actions (B, d) and Fisher samples (B, K, d), the last with
-    one condition (B, 1, c) for K samples. On the CPU nothing is gained by merging their rows, and they run one after
-    another.
+    one condition (B, 1, c) for K samples. The kernels take all rows in one launch. On the CPU nothing is gained by
+    merging them, and they run one after another.
 
     Args:
         velocity: as in :func:`integrate_flow`.
         x0s: where to start, one tensor (..., d) for each group; leading shapes may differ, device and dtype may not.
         conds: as many conditions (..., c), each broadcasting to its group's leading shape, or None.
-        num_steps, method, time_grid, clip, clip_each_step, differentiable, precision, backend: as in
+        num_steps, method, time_grid, clip, clip_each_step, differentiable, precision, backend, implementation: as in
             :func:`integrate_flow`, for all groups.
 
     Returns:
@@ -144,10 +159,20 @@ def integrate_flow_groups(
                 f"x0s[0] of {x0s[0].dtype} on {x0s[0].device}"
             )
     check_solver(op, method, clip, clip_each_step)
-    choose_backend(op, backend)
+    check_precision(op, precision)
     times = check_time_grid(op, num_steps, time_grid)
     if not x0s:
         return ()
+    velocity = as_velocity(op, velocity)
+    rows = sum(x0.shape[:-1].numel() for x0 in x0s)
+    if choose_fused(op, backend, implementation, velocity, x0s, precision, rows, differentiable):
+        assert isinstance(velocity, PackedMLP)
+        strict = not torch.is_autocast_enabled(x0s[0].device.type)
+        for i, (x0, cond) in enumerate(zip(x0s, conds)):
+            check_rows(op, velocity, x0, cond, f"x0s[{i}]", f"conds[{i}]", strict)
+        return fused_integrate_groups(
+            velocity, x0s, conds, times, method, clip, clip_each_step, False, precision, implementation
+        )
     ends = []
     with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
         flow, context = bind_flow(op, velocity, x0s[0], precision)
@@ -162,18 +187,25 @@ Flow: TypeAlias = Callable[[Tensor, "Tensor | None", str, str], "tuple[Field, Te
 """Velocity and weights as they stand for one call: from x0, cond and their names to v(x, t) and x0 as it is carried."""
 
 
-def bind_flow(
-    op: str, velocity: Velocity, like: Tensor, precision: Precision | None
-) -> tuple[Flow, contextlib.AbstractContextManager]:
-    """The flow from starts of ``like``'s dtype and device on the PyTorch path, and the context in which it runs."""
-    check_choice(op, "precision", precision, (None, "highest", "high", "bf16"))  # type: ignore[arg-type]
+def as_velocity(op: str, velocity: Velocity) -> PackedMLP | Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+    """A :class:`VelocityMLP` packed, everything else as it is."""
     if isinstance(velocity, VelocityMLP) and type(velocity).forward is VelocityMLP.forward:
-        velocity = pack_mlp(velocity)
+        return pack_mlp(velocity)
     if not callable(velocity):
         raise TypeError(
             f"{op}: velocity must be a VelocityMLP, a packed MLP or a callable v(x, t, cond), "
             f"got {type(velocity).__name__}"
         )
+    return velocity
+
+
+def bind_flow(
+    op: str,
+    velocity: PackedMLP | Callable[[Tensor, Tensor, Tensor | None], Tensor],
+    like: Tensor,
+    precision: Precision | None,
+) -> tuple[Flow, contextlib.AbstractContextManager]:
+    """The flow from starts of ``like``'s dtype and device on the PyTorch path, and the context in which it runs."""
     dtype = velocity.dtype if isinstance(velocity, PackedMLP) else like.dtype
     if precision in ("high", "bf16") and torch.float64 in (dtype, like.dtype):
         raise ValueError(f"{op}: precision={precision!r} is less than float64 tensors have; use None or 'highest'")
@@ -211,14 +243,7 @@ def _bind_mlp(op: str, mlp: PackedMLP, hidden: torch.dtype, *, strict: bool) -> 
     tensors = mlp.read(outer, hidden)
 
     def flow(x0: Tensor, cond: Tensor | None, x0_name: str, cond_name: str) -> tuple[Field, Tensor]:
-        _check_widths(op, mlp, x0, cond, x0_name, cond_name)
-        if strict:
-            for name, tensor in ((x0_name, x0), (cond_name, cond)):
-                if tensor is not None and tensor.dtype != mlp.dtype:
-                    raise ValueError(
-                        f"{op}: velocity's weights are {mlp.dtype}, got {name} of {tensor.dtype}; convert one, or use "
-                        "autocast"
-                    )
+        check_rows(op, mlp, x0, cond, x0_name, cond_name, strict)
         x = x0.to(outer)
         if onednn.serves(x, hidden):
             return onednn.fused_field(tensors, cond, x.shape[:-1]), x
@@ -227,12 +252,20 @@ def _bind_mlp(op: str, mlp: PackedMLP, hidden: torch.dtype, *, strict: bool) -> 
     return flow
 
 
-def _check_widths(op: str, mlp: PackedMLP, x: Tensor, cond: Tensor | None, x_name: str, cond_name: str) -> None:
+def check_rows(
+    op: str, mlp: PackedMLP, x: Tensor, cond: Tensor | None, x_name: str, cond_name: str, strict: bool
+) -> None:
+    """x and cond have the widths that the network wants, and where ``strict`` the dtype of its weights."""
     if x.shape[-1] != mlp.action_dim:
         raise ValueError(f"{op}: velocity moves {mlp.action_dim} dimensions, got {x_name} with d={x.shape[-1]}")
     given = 0 if cond is None else cond.shape[-1]
     if given != mlp.cond_dim:
         raise ValueError(f"{op}: velocity wants a condition of width {mlp.cond_dim}, got {cond_name} of width {given}")
+    for name, tensor in ((x_name, x), (cond_name, cond)):
+        if strict and tensor is not None and tensor.dtype != mlp.dtype:
+            raise ValueError(
+                f"{op}: velocity's weights are {mlp.dtype}, got {name} of {tensor.dtype}; convert one, or use autocast"
+            )
 
 
 def _bind_callable(op: str, velocity: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> Flow:
@@ -273,3 +306,7 @@ def check_solver(op: str, method: Method, clip: tuple[float, float] | None, clip
         raise ValueError(f"{op}: clip_each_step needs bounds, got clip=None")
     if clip is not None and not (len(clip) == 2 and clip[0] <= clip[1]):
         raise ValueError(f"{op}: clip must be None or (low, high) with low <= high, got {clip!r}")
+
+
+def check_precision(op: str, precision: Precision | None) -> None:
+    check_choice(op, "precision", precision, (None, "highest", "high", "bf16"))  # type: ignore[arg-type]

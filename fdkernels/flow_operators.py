@@ -79,7 +79,7 @@ def _unfold(out: Tensor, batch_size: int, by_model: bool, first: int = 0) -> tup
     return out.unflatten(at, (batch_size, out.shape[at] // batch_size)), at
 
 
-# ---- integrate_flow: start (models, rows, d), cond (models, conds, c) -> end (models, rows, d), or the states at all times
+# ---- integrate_flow: start (models, rows, d), cond (models, conds, c) -> end (models, rows, d), or all states
 
 
 def _integrate(
@@ -121,7 +121,9 @@ def _integrate_fake(
     return start.new_empty((len(times), *start.shape) if want_path else start.shape)
 
 
-def _integrate_vmap(info: Any, in_dims: Any, start: Tensor, cond: Tensor | None, parameters: Parameters, *rest: Any) -> Any:
+def _integrate_vmap(
+    info: Any, in_dims: Any, start: Tensor, cond: Tensor | None, parameters: Parameters, *rest: Any
+) -> Any:
     (start, cond), parameters = _fold(info.batch_size, in_dims[:3], [start, cond], parameters)
     by_model = any(dim is not None for dim in in_dims[2])
     want_path = rest[6]

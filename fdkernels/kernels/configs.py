@@ -1,9 +1,10 @@
 """How large a program's tile is: a table per GPU family, and a rule for the families it does not have.
 
-``configs.json`` maps family -> kernel -> list of entries. For the penalty and the score, an entry holds ``row_bytes`` (of the padded row it was chosen
-for), ``tile_bytes``, ``num_warps`` and ``source`` (what the choice rests on). The entry nearest to the row at hand, in
-the logarithm, is used; nothing is searched for at run time. ``python benchmarks/tune.py`` measures the candidates on a
-GPU and writes its family's entries. The entries of "flow" are those of :class:`FlowPlan`.
+``configs.json`` maps family -> kernel -> list of entries. For the penalty and the score, an entry holds ``row_bytes``
+(of the padded row it was chosen for), ``tile_bytes``, ``num_warps`` and ``source`` (what the choice rests on); for the
+flow, the fields of :class:`FlowPlan`, and the ``problem_rows``, ``width`` and ``itemsize`` it was chosen for. The entry
+nearest to the problem at hand, in the logarithm, is used; nothing is searched for at run time.
+``python benchmarks/tune.py`` measures the candidates on a GPU and writes its family's entries.
 """
 
 from __future__ import annotations
@@ -104,7 +105,10 @@ class FlowPlan(NamedTuple):
 
 # A tile that every GPU has the registers and the shared memory for.
 FLOW_HEURISTIC = FlowPlan("streamed", rows=16, block_n=64, block_inputs=32, num_stages=3, num_warps=4)
-ON_CHIP_BYTES = {"sm_90": 200 * 1024, "cpu": 8 * 1024}  # for weights, per multiprocessor; where groups are launched at all
+ON_CHIP_BYTES = {
+    "sm_90": 200 * 1024,
+    "cpu": 8 * 1024,
+}  # for weights, per multiprocessor; where groups are launched at all
 PROGRAMS_PER_SM = 4  # streamed programs beyond that take turns, so that their scratch stays in the L2 cache
 
 
@@ -131,7 +135,7 @@ def flow_plan(
         itemsize: bytes of an operand of the hidden products.
         rows: of one model, to be integrated in one call.
         least_rows: that must stay together.
-        implementation: insist on one.
+        implementation: insist on one, or on either of the two kernels: "fused".
 
     Raises:
         ValueError: the one insisted on cannot serve this network.
@@ -139,8 +143,8 @@ def flow_plan(
     widest = max(widths)
     split, why_not = _split(family, num_multiprocessors, widths, normalised, itemsize, models)
     entries = [entry for entry in TABLE.get(family, {}).get("flow", []) if entry["itemsize"] == itemsize]
-    if implementation is not None:
-        entries = [entry for entry in entries if entry["implementation"] == implementation]
+    wanted = {None: ("stationary", "streamed", "gemm"), "fused": ("stationary", "streamed")}
+    entries = [entry for entry in entries if entry["implementation"] in wanted.get(implementation, (implementation,))]
     entries = [
         entry
         for entry in entries
@@ -154,7 +158,7 @@ def flow_plan(
         nearest = min(entries, key=distance)
         plan = FlowPlan(**{name: nearest[name] for name in FlowPlan._fields if name in nearest})
     else:
-        plan = FLOW_HEURISTIC._replace(implementation=implementation or "streamed")
+        plan = FLOW_HEURISTIC._replace(implementation="stationary" if implementation == "stationary" else "streamed")
     if plan.implementation == "stationary":
         if why_not:
             raise ValueError(f"implementation='stationary' {why_not}; use implementation='streamed' or None")

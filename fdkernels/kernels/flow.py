@@ -6,8 +6,8 @@ Runge-Kutta method is a table with a line for each evaluation of the velocity:
     v = v(z, time);  total += weight·v;  and then, within a step:  z = x + reach·v
                                          at its end:              z = x = x + total, total = 0
 
-so that the network stands in the code once, for every method. Fisher samples take one evaluation more: at the end of the
-solve z becomes x_t = (1 − t)·x0' + t·a, and the velocity there the score p·v + q·x_t.
+so that the network stands in the code once, for every method. Fisher samples take one evaluation more: at the end of
+the solve z becomes x_t = (1 − t)·x0' + t·a, and the velocity there the score p·v + q·x_t.
 """
 
 import triton
@@ -24,9 +24,12 @@ def clamp(x, low, high):
 
 
 @triton.jit
-def normal(seed, first, at):
-    """Element first + at of the counter-based normal stream."""
-    return tl.randn(seed, (first + at).to(tl.uint32))
+def normal(seed, position):
+    """N(0, 1) by Philox-4x32-10 and Box-Muller: ``fdkernels.philox.philox_normal`` at a position of 64 bits."""
+    low, high = position.to(tl.uint32), (position >> 32).to(tl.uint32)
+    first, second, _, _ = tl.philox(seed, low, high, high * 0, high * 0)
+    number, _ = tl.pair_uniform_to_normal(tl.uint_to_uniform_float(first), tl.uint_to_uniform_float(second))
+    return number
 
 
 @triton.jit
@@ -51,8 +54,8 @@ def flow_kernel(
         table_ptr: (num_evals, 4) float32, a line for each evaluation of the solve: time, reach, weight (step size
             included), and 1 where a step ends. No lines: the rows of ``start_ptr`` are finished samples.
         weights, biases, scales, shifts: a pointer for each layer, the output layer last; (models, ...) stacked.
-        displacement_ptr ... eps: of the Fisher part, see ``penalty_kernel``. ``coefficient_ptr`` holds (t, p, q) of each
-            row where they are not one for all; bridge_ptr None draws x0' here.
+        displacement_ptr ... eps: of the Fisher part, see ``penalty_kernel``. ``coefficient_ptr`` holds (t, p, q) of
+            each row where they are not one for all; bridge_ptr None draws x0' here.
         share_ptr ... counter_ptr: scratch, see ``streamed`` and ``stationary``. The counters, one a group, are zero.
         groups_per_model: groups of SPLIT programs; they walk over the model's blocks of ROWS rows.
         CLIP: "end", "step" or "never".
@@ -103,7 +106,7 @@ def flow_kernel(
         tl.debug_barrier()
 
         if start_ptr is None:
-            x = tl.where(mask, normal(seed, 0, at), 0.0)
+            x = tl.where(mask, normal(seed, at), 0.0)
         else:
             x = tl.load(start_ptr + at, mask=mask, other=0.0).to(tl.float32)
         if path_ptr is not None:
@@ -117,7 +120,7 @@ def flow_kernel(
                 p_row = tl.load(coefficient_ptr + 3 * row + 1, mask=keep, other=0.0)
                 q_row = tl.load(coefficient_ptr + 3 * row + 2, mask=keep, other=0.0)
             if bridge_ptr is None:
-                bridge = tl.where(mask, normal(seed, total_size, at), 0.0)
+                bridge = tl.where(mask, normal(seed, total_size + at), 0.0)
             else:
                 bridge = tl.load(bridge_ptr + at, mask=mask, other=0.0).to(tl.float32)
 
@@ -136,8 +139,8 @@ def flow_kernel(
                 t = tl.where(e < num_evals, t, t_row)
             if SPLIT > 1:
                 v, meetings = stationary(
-                    z, t, share_ptr, hidden_ptr, partial_ptr, counter_ptr, meetings, part, slices, model, weights, biases,
-                    D, AT_X, AT_T, FAN_IN, DEPTH, WIDEST, ACTIVATIONS, PRECISION,
+                    z, t, share_ptr, hidden_ptr, partial_ptr, counter_ptr, meetings, part, slices, model, weights,
+                    biases, D, AT_X, AT_T, FAN_IN, DEPTH, WIDEST, ACTIVATIONS, PRECISION,
                     ROWS, SPLIT, BLOCK_INPUTS,
                 )  # fmt: skip
             else:

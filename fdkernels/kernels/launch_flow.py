@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import ast
 import functools
-import json
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fdkernels.kernels.configs import PROGRAMS_PER_SM, flow_plan, gpu_family, multiprocessors, next_power_of_two
+from fdkernels.kernels.configs import (
+    PROGRAMS_PER_SM,
+    FlowPlan,
+    flow_plan,
+    gpu_family,
+    multiprocessors,
+    next_power_of_two,
+)
 from fdkernels.kernels.flow import flow_kernel
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}  # operands of the products; "high" and "highest": float32
-MAX_D = 128  # x, its velocity and their sums stay in registers
-MAX_SAMPLES = 64  # a state's samples stay in one block of rows
 
 
 class Architecture(NamedTuple):
@@ -30,12 +35,12 @@ class Architecture(NamedTuple):
 
     def encode(self) -> str:
         """As an operator's argument."""
-        return json.dumps(self)
+        return repr(tuple(self))
 
     @staticmethod
     @functools.cache
     def decode(text: str) -> Architecture:
-        return Architecture(*(tuple(part) if isinstance(part, list) else part for part in json.loads(text)))
+        return Architecture(*ast.literal_eval(text))
 
     def column(self, name: str) -> int:
         """Where an input begins in the first layer's weight."""
@@ -123,6 +128,24 @@ def fisher(
     return penalty, gradient, score
 
 
+def prefers_products(architecture: str, device: torch.device, rows: int, precision: str) -> bool:
+    """Whether the table names PyTorch's matrix products for so many rows."""
+    net = Architecture.decode(architecture)
+    return _plan(net, device, (1, max(1, rows), 1), precision, None).implementation == "gemm"
+
+
+def _plan(
+    net: Architecture, device: torch.device, shape: tuple[int, int, int], precision: str, implementation: str | None
+) -> FlowPlan:
+    models, states, block_k = shape
+    normalised = any(norm != "none" for norm in net.norms)
+    itemsize = HALF.get(precision, torch.float32).itemsize
+    return flow_plan(
+        gpu_family(device), multiprocessors(device), net.widths, normalised, itemsize, states * block_k, models,
+        block_k, implementation,
+    )  # fmt: skip
+
+
 UNUSED: dict[str, Any] = {
     **dict.fromkeys(("start_ptr", "seed_ptr", "displacement_ptr", "bridge_ptr", "coefficient_ptr")),
     **dict.fromkeys(("end_ptr", "path_ptr", "score_ptr", "penalty_ptr", "gradient_ptr")),
@@ -146,12 +169,8 @@ def _launch(
     weight = weights[0]
     assert weight is not None
     device = weight.device
-    hidden_dtype = HALF.get(precision, torch.float32)
     block_k, block_d = next_power_of_two(num_samples), max(16, next_power_of_two(net.action_dim))
-    plan = flow_plan(
-        gpu_family(device), multiprocessors(device), net.widths, any(norm != "none" for norm in net.norms),
-        hidden_dtype.itemsize, states * block_k, models, block_k, implementation,
-    )  # fmt: skip
+    plan = _plan(net, device, (models, states, block_k), precision, implementation or "fused")
     blocks = -(-states * block_k // plan.rows)
     at_once = multiprocessors(device) * (1 if plan.split > 1 else PROGRAMS_PER_SM)
     groups = max(1, min(blocks, at_once // (plan.split * models)))
@@ -172,7 +191,7 @@ def _launch(
             shifts=shifts[:-1],
             norm_eps=net.norm_eps,
             share_ptr=scratch(True, torch.float32, programs, rows, net.widths[0]),
-            hidden_ptr=scratch(True, hidden_dtype, models * groups, 2, rows, widest),
+            hidden_ptr=scratch(True, HALF.get(precision, torch.float32), models * groups, 2, rows, widest),
             wide_ptr=scratch(any(norm != "none" for norm in net.norms), torch.float32, programs, rows, widest),
             partial_ptr=scratch(plan.split > 1, torch.float32, models * groups, plan.split, rows, block_d),
             counter_ptr=torch.zeros(models * groups, dtype=torch.int32, device=device) if plan.split > 1 else None,

@@ -99,7 +99,7 @@ def guarded_memory() -> Iterator[None]:
 
     def check(what: str, pointers: Any, mask: Any) -> None:
         size = pointers.get_element_ty().primitive_bitwidth // 8
-        addresses = pointers.data[mask.data].astype("int64")
+        addresses = pointers.data[mask.data.astype(bool)].astype("int64")  # a combined mask holds integers
         inside = sum(((low <= addresses) & (addresses + size <= high) for low, high in spans), start=addresses < 0)
         assert inside.all(), f"{what} outside of the kernel's arguments: {(~inside).sum()} elements"
 

@@ -1,7 +1,7 @@
 """Triton's interpreter with all programs of a launch at once, one thread each, instead of one after another.
 
-Programs that wait for one another never end otherwise; and with their turns shuffled, one that does not wait long enough
-reads what is not there yet.
+Programs that wait for one another never end otherwise; and with their turns shuffled, one that does not wait long
+enough reads what is not there yet.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def programs_together(seed: int = 0, pause: float = 0.0) -> Iterator[None]:
             own.index = index
             try:
                 self.fn(**args)
-            except BaseException as error:  # noqa: BLE001  raised again below
+            except BaseException as error:
                 failures.append(error)
                 stop.set()
 

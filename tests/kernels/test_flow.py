@@ -1,0 +1,498 @@
+"""The fused flow against the plain maths in float64: integration, and the whole chain to the penalty and its gradient."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from judge import BARS, DEVICE, INTERPRETED, guarded
+from together import programs_together
+from torch import Tensor, nn
+
+import fdkernels
+import fdkernels_ref
+from fdkernels.mlp import PackedMLP
+from fdkernels.philox import philox_normal
+
+on_gpu = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA GPU")
+IMPLEMENTATIONS = ("streamed", "stationary")
+# What the products may cost, as ‖error‖/‖truth‖ of the float64 result.
+PRECISIONS = {"highest": 1e-5} if INTERPRETED else {"highest": 1e-5, "high": 1e-3, "bf16": 1e-2}
+
+
+def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape))).to(dtype)
+
+
+def network(
+    cond_dim: int,
+    d: int,
+    hidden: tuple[int, ...],
+    activation: str = "gelu_tanh",
+    norm: str = "none",
+    order: tuple[str, ...] = ("cond", "x", "t"),
+    seed: int = 0,
+) -> PackedMLP:
+    """A packed stack whose biases and norms are not those of a fresh one."""
+    torch.manual_seed(seed)
+    width, modules = cond_dim + d + 1, []
+    names = {"gelu_tanh": lambda: nn.GELU("tanh"), "gelu": nn.GELU, "silu": nn.SiLU, "relu": nn.ReLU, "tanh": nn.Tanh}
+    for i, next_width in enumerate(hidden):
+        modules.append(nn.Linear(width, next_width, bias=i != 1))
+        layer = [names[activation]()] if activation != "none" else []
+        layer.insert(len(layer) if norm == "after" else 0, nn.LayerNorm(next_width, elementwise_affine=i != 1))
+        modules += layer if norm != "none" else layer[1:]
+        width = next_width
+    modules.append(nn.Linear(width, d))
+    stack = nn.Sequential(*modules)
+    for parameter in stack.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return fdkernels.pack_mlp(stack.to(DEVICE), order if cond_dim else tuple(n for n in order if n != "cond"))
+
+
+def in_double(mlp: PackedMLP) -> PackedMLP:
+    return copy.deepcopy(mlp_on(mlp, torch.device("cpu"), torch.float64))
+
+
+def mlp_on(mlp: PackedMLP, device: torch.device, dtype: torch.dtype) -> PackedMLP:
+    copied = copy.deepcopy(mlp)
+    for layer in copied.layers:
+        for module in (layer.linear, layer.norm_before, layer.norm_after):
+            if module is not None:
+                module.to(device, dtype)
+    return copied
+
+
+def at_once(implementation: str, pause: float = 0.0) -> contextlib.AbstractContextManager:
+    """Programs that wait for one another all run, in the interpreter as on a GPU."""
+    return (
+        programs_together(pause=pause) if INTERPRETED and implementation == "stationary" else contextlib.nullcontext()
+    )
+
+
+def relative(out: Tensor, truth: Tensor) -> float:
+    assert out.shape == truth.shape, f"shape {tuple(out.shape)}, wanted {tuple(truth.shape)}"
+    assert not out.isnan().any(), "NaN: unwritten output, or read beyond an input"
+    return ((out.double().cpu() - truth).norm() / truth.norm().clamp(min=1e-300)).item() if truth.numel() else 0.0
+
+
+def judge_flow(
+    mlp: PackedMLP, x0: Tensor, cond: Tensor | None, implementation: str, precision: str = "highest", **options: Any
+) -> None:
+    with at_once(implementation):
+        out = fdkernels.integrate_flow(
+            mlp, guarded(x0), None if cond is None else guarded(cond),
+            implementation=implementation, precision=precision, **options,
+        )  # fmt: skip
+    spread = None if cond is None else cond.double().expand(*x0.shape[:-1], cond.shape[-1])
+    truth = fdkernels_ref.integrate_flow(in_double(mlp), x0.double(), spread, **options)
+    assert relative(out, truth) < PRECISIONS[precision]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    ("rows", "cond_dim", "d", "hidden"),
+    [
+        ((256,), 17, 6, (64, 64, 64, 64)),
+        ((1,), 17, 6, (64, 64)),
+        ((3, 7), 29, 8, (32, 32)),
+        ((37,), 0, 1, (16, 16)),
+        ((20,), 40, 64, (64, 64, 64)),
+        *(
+            []
+            if INTERPRETED
+            else [((1000,), 17, 6, (512,) * 4), ((70,), 300, 21, (1024,) * 3), ((33,), 5, 2, (512,) * 8)]
+        ),
+    ],
+    ids=str,
+)
+def test_sizes(
+    rows: tuple[int, ...], cond_dim: int, d: int, hidden: tuple[int, ...], implementation: str, precision: str
+) -> None:
+    if DEVICE.type == "cuda" and implementation == "stationary" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("no table for this GPU")
+    mlp = network(cond_dim, d, hidden)
+    judge_flow(mlp, draw(*rows, d), draw(*rows, cond_dim) if cond_dim else None, implementation, precision, num_steps=5)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("method", ["euler", "midpoint", "heun", "rk4"])
+def test_methods_and_grids(method: str, implementation: str) -> None:
+    mlp, x0, cond = network(5, 3, (32, 32)), draw(19, 3), draw(19, 5)
+    judge = functools.partial(judge_flow, mlp, x0, cond, implementation, method=method)
+    judge(num_steps=2)
+    judge(time_grid=[1.0, 0.7, 0.0], clip=None, return_path=True)
+    judge(time_grid=[0.0, 0.5, 0.9, 1.0], clip=(-0.2, 0.3), clip_each_step=True, return_path=True)
+
+
+@given(
+    lead=st.lists(st.integers(1, 5), max_size=3).map(tuple),
+    cond_dim=st.integers(0, 40),
+    d=st.integers(1, 20),
+    hidden=st.lists(st.integers(1, 80), min_size=1, max_size=8).map(tuple),
+    activation=st.sampled_from(["gelu_tanh", "gelu", "silu", "relu", "tanh", "none"]),
+    norm=st.sampled_from(["none", "before", "after"]),
+    order=st.permutations(["cond", "x", "t"]).map(tuple),
+    method=st.sampled_from(["euler", "midpoint", "heun", "rk4"]),
+    clip=st.sampled_from([None, (-1.0, 1.0), (-0.1, 0.5)]),
+    each_step=st.booleans(),
+    path=st.booleans(),
+    shared=st.booleans(),
+)
+def test_any_network(
+    lead: tuple[int, ...], cond_dim: int, d: int, hidden: tuple[int, ...], activation: str, norm: str,
+    order: tuple[str, ...], method: str, clip: tuple[float, float] | None, each_step: bool, path: bool, shared: bool,
+) -> None:  # fmt: skip
+    if norm != "none" and 1 in hidden:
+        hidden = tuple(max(2, width) for width in hidden)  # the norm of one number is zero over zero
+    mlp = network(cond_dim, d, hidden, activation, norm, order)
+    cond_lead = (*lead[:-1], 1) if shared and lead else lead
+    judge_flow(
+        mlp, draw(*lead, d), draw(*cond_lead, cond_dim) if cond_dim else None, "streamed",
+        num_steps=2, method=method, clip=clip, clip_each_step=each_step and clip is not None, return_path=path,
+    )  # fmt: skip
+
+
+def judge_chain(
+    mlp: PackedMLP,
+    lead: tuple[int, ...],
+    num_samples: int,
+    implementation: str,
+    precision: str = "highest",
+    t: float | Tensor = 0.75,
+    from_samples: bool = False,
+    **options: Any,
+) -> None:
+    d, cond_dim = mlp.action_dim, mlp.cond_dim
+    cond, displacement = draw(*lead, cond_dim), draw(*lead, d, seed=1)
+    noise, bridge, upstream = (
+        draw(*lead, num_samples, d, seed=2),
+        draw(*lead, num_samples, d, seed=3),
+        draw(*lead, seed=4),
+    )
+    leaf = guarded(displacement).requires_grad_()
+    start = {"samples" if from_samples else "noise": guarded(noise)}
+    with at_once(implementation):
+        penalty, score = fdkernels.flow_fisher_penalty(
+            mlp, guarded(cond), leaf, **start, bridge_noise=guarded(bridge), num_steps=3, return_score=True,
+            t=guarded(t) if isinstance(t, Tensor) else t, implementation=implementation, precision=precision, **options,
+        )  # fmt: skip
+        alone = fdkernels.flow_fisher_penalty(
+            mlp, guarded(cond), leaf, **start, bridge_noise=guarded(bridge), num_steps=3,
+            t=guarded(t) if isinstance(t, Tensor) else t, implementation=implementation, precision=precision, **options,
+        )  # fmt: skip
+    assert torch.equal(alone, penalty)
+    (gradient,) = torch.autograd.grad(penalty, leaf, upstream.to(DEVICE))
+
+    reference = in_double(mlp)
+    spread = cond.double().unsqueeze(-2).expand(*lead, num_samples, cond_dim)
+    samples = (
+        noise.double() if from_samples else fdkernels_ref.integrate_flow(reference, noise.double(), spread, num_steps=3)
+    )
+    time = t.double() if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64)
+    time = time.expand(*lead, num_samples, 1)
+    x_t = (1 - time) * bridge.double() + time * samples
+    convention = options.pop("convention", "exact")
+    scores = fdkernels_ref.velocity_to_score(reference(x_t, time, spread), x_t, time, convention=convention)
+    truth_leaf = displacement.double().requires_grad_()
+    truth = fdkernels_ref.fisher_penalty(truth_leaf, scores, **options)
+    (truth_gradient,) = torch.autograd.grad(truth, truth_leaf, upstream.double())
+    bar = PRECISIONS[precision]
+    assert relative(score, scores.detach()) < bar
+    assert relative(penalty.detach(), truth.detach()) < 2 * bar  # quadratic in the scores
+    assert relative(gradient, truth_gradient) < 2 * bar
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("num_samples", [1, 3, 4, 5, 16])
+def test_chain(num_samples: int, implementation: str, precision: str) -> None:
+    judge_chain(network(17, 6, (64, 64, 64)), (21,), num_samples, implementation, precision)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_chain_options(implementation: str) -> None:
+    mlp = network(5, 3, (32, 32))
+    judge = functools.partial(judge_chain, mlp, (2, 5), 3, implementation)
+    judge(normalize="none", damping=0.5)
+    judge(convention="velocity", eps=1e3)
+    judge(from_samples=True)
+    judge(t=0.5 + 0.4 * draw(2, 5, 3, 1).sigmoid())
+    judge(t=torch.full((1,), 0.5), from_samples=True)
+
+
+def test_more_samples_than_a_program_holds() -> None:
+    judge_chain(network(3, 2, (16, 16)), (4,), 70, "streamed")
+
+
+def test_noise_from_a_seed() -> None:
+    """The same numbers as the generator in PyTorch gives, and others for another seed."""
+    mlp, cond, displacement = network(5, 3, (16, 16)), guarded(draw(7, 5)), guarded(draw(7, 3))
+    seed = 2**40 + 17
+    noise, bridge = (philox_normal(seed, (7, 4, 3), DEVICE, torch.float32, first=first) for first in (0, 84))
+    penalty = functools.partial(
+        fdkernels.flow_fisher_penalty, mlp, cond, displacement, implementation="streamed", num_steps=2
+    )
+    drawn = penalty(seed=seed)
+    given_noise = penalty(noise=noise, bridge_noise=bridge)
+    torch.testing.assert_close(drawn, given_noise, rtol=1e-4, atol=0)
+    assert torch.equal(drawn, penalty(seed=torch.tensor(seed, device=DEVICE)))
+    assert not torch.equal(drawn, penalty(seed=seed + 1))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_groups_equal_separate_calls(implementation: str) -> None:
+    mlp, obs = network(5, 3, (32, 32)), guarded(draw(6, 5))
+    x0s, conds = [guarded(draw(6, 3)), guarded(draw(6, 4, 3))], [obs, obs.unsqueeze(1)]
+    with at_once(implementation):
+        together = fdkernels.integrate_flow_groups(mlp, x0s, conds, num_steps=3, implementation=implementation)
+        apart = [
+            fdkernels.integrate_flow(mlp, x0, cond, num_steps=3, implementation=implementation)
+            for x0, cond in zip(x0s, conds)
+        ]
+    for one, other in zip(together, apart):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_many_networks_in_one_launch(implementation: str) -> None:
+    """What vmap over stacked parameters gives, with and without rows in common."""
+    modules = [fdkernels.VelocityMLP(5, 3, (16, 16)).to(DEVICE) for _ in range(3)]
+    parameters, _ = torch.func.stack_module_state(modules)
+    x0, cond, shared = guarded(draw(3, 9, 3)), guarded(draw(3, 9, 5)), guarded(draw(9, 5))
+
+    def end(parameters: dict[str, Tensor], x0: Tensor, cond: Tensor) -> Tensor:
+        base = modules[0]
+
+        def solve(module: nn.Module) -> Tensor:
+            return fdkernels.integrate_flow(
+                module, x0, cond, num_steps=2, implementation=implementation, return_path=True
+            )
+
+        return torch.func.functional_call(_Calls(base, solve), {f"module.{k}": v for k, v in parameters.items()}, ())
+
+    def penalty(parameters: dict[str, Tensor], displacement: Tensor, cond: Tensor, noise: Tensor) -> Tensor:
+        def solve(module: nn.Module) -> Tensor:
+            return fdkernels.flow_fisher_penalty(
+                module, cond, displacement, noise=noise, bridge_noise=noise, num_steps=2, implementation=implementation
+            )
+
+        return torch.func.functional_call(
+            _Calls(modules[0], solve), {f"module.{k}": v for k, v in parameters.items()}, ()
+        )
+
+    displacement = guarded(draw(3, 9, 3, seed=5)).requires_grad_()
+    noise = guarded(draw(3, 9, 4, 3))
+    with at_once(implementation):
+        ends = torch.vmap(end)(parameters, x0, cond)
+        ends_shared = torch.vmap(end, in_dims=(0, 0, None))(parameters, x0, shared)
+        rows_only = torch.vmap(end, in_dims=(None, 0, 0))({k: v[1] for k, v in parameters.items()}, x0, cond)
+        penalties = torch.vmap(penalty)(parameters, displacement, cond, noise)
+        (gradient,) = torch.autograd.grad(penalties.sum(), displacement)
+        for i, module in enumerate(modules):
+            single = functools.partial(
+                fdkernels.integrate_flow, num_steps=2, implementation=implementation, return_path=True
+            )
+            torch.testing.assert_close(ends[i], single(module, x0[i], cond[i]))
+            torch.testing.assert_close(ends_shared[i], single(module, x0[i], shared))
+            torch.testing.assert_close(rows_only[i], single(modules[1], x0[i], cond[i]))
+            leaf = displacement[i].detach().requires_grad_()
+            one = fdkernels.flow_fisher_penalty(
+                module, cond[i], leaf, noise=noise[i], bridge_noise=noise[i], num_steps=2, implementation=implementation
+            )
+            torch.testing.assert_close(penalties[i], one)
+            torch.testing.assert_close(gradient[i], torch.autograd.grad(one.sum(), leaf)[0])
+
+
+class _Calls(nn.Module):
+    """A module whose forward is a function of another: what ``functional_call`` can replace the parameters of."""
+
+    def __init__(self, module: nn.Module, function: Any) -> None:
+        super().__init__()
+        self.module, self.function = module, function
+
+    def forward(self) -> Tensor:
+        return self.function(self.module)
+
+
+def test_weights_are_read_in_place() -> None:
+    """An optimiser's step on the module is seen by the next call."""
+    module = fdkernels.VelocityMLP(5, 3, (16, 16)).to(DEVICE)
+    packed, x0, cond = fdkernels.pack_mlp(module), guarded(draw(9, 3)), guarded(draw(9, 5))
+    run = functools.partial(
+        fdkernels.integrate_flow, packed, x0, cond, num_steps=2, clip=None, implementation="streamed"
+    )
+    before = run()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.mul_(1.5)
+    after = run()
+    assert not torch.equal(before, after)
+    judge_flow(packed, x0.cpu(), cond.cpu(), "streamed", num_steps=2, clip=None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16] if INTERPRETED else [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_half_precision_weights(dtype: torch.dtype, implementation: str) -> None:
+    """Products in the weights' dtype: at most twice the error of the plain loop in that dtype."""
+    mlp = mlp_on(network(17, 6, (64, 64, 64)), DEVICE, dtype)
+    x0, cond = draw(40, 6, dtype=dtype), draw(40, 17, dtype=dtype)
+    with at_once(implementation):
+        out = fdkernels.integrate_flow(mlp, guarded(x0), guarded(cond), implementation=implementation)
+    assert out.dtype == dtype
+    truth = fdkernels_ref.integrate_flow(in_double(mlp), x0.double(), cond.double())
+    plain = fdkernels_ref.integrate_flow(mlp_on(mlp, torch.device("cpu"), dtype), x0, cond)
+    assert relative(out, truth) < min(2 * relative(plain, truth), BARS[dtype]["triton"])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_empty_batch_and_bad_rows(implementation: str) -> None:
+    mlp = network(5, 3, (32, 32))
+    run = functools.partial(fdkernels.integrate_flow, mlp, num_steps=2, implementation=implementation)
+    assert run(torch.empty(0, 3, device=DEVICE), torch.empty(0, 5, device=DEVICE)).shape == (0, 3)
+    x0, cond = draw(20, 3), draw(20, 5)
+    with at_once(implementation):
+        clean = run(guarded(x0), guarded(cond))
+        x0[4, 1] = torch.nan
+        out = run(guarded(x0), guarded(cond))
+    good = [row for row in range(20) if row != 4]
+    assert torch.equal(out[good], clean[good])
+    assert out[4].isnan().all()
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the interpreter's scheduler")
+def test_programs_that_dawdle() -> None:
+    """Whatever the order in which a group's programs get on, nobody reads what is not there yet."""
+    mlp, x0, cond = network(5, 3, (32, 32, 32, 32)), draw(50, 3), draw(50, 5)
+    run = functools.partial(fdkernels.integrate_flow, mlp, guarded(x0), guarded(cond), num_steps=2)
+    outs = []
+    for seed in range(4):
+        with programs_together(seed, pause=0.002):
+            outs.append(run(implementation="stationary"))
+    assert all(torch.equal(out, outs[0]) for out in outs)
+    judge_flow(mlp, x0, cond, "stationary", num_steps=2)
+
+
+@on_gpu
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("rows", [1, 256, 1536])
+def test_a_thousand_times_the_same_bits(implementation: str, rows: int) -> None:
+    """A race shows as a difference sooner or later; other work on the GPU shifts who is late."""
+    module = fdkernels.VelocityMLP(17, 6).to(DEVICE)
+    x0, cond = draw(rows, 6).to(DEVICE), draw(rows, 17).to(DEVICE)
+    run = functools.partial(fdkernels.integrate_flow, module, x0, cond, implementation=implementation, precision="bf16")
+    first, differences = run(), torch.zeros((), dtype=torch.int64, device=DEVICE)
+    side, load = torch.cuda.Stream(), torch.randn(2048, 2048, device=DEVICE)
+    for i in range(1000):
+        if i % 10 == 0:
+            with torch.cuda.stream(side):
+                load @ load
+        differences += (run() != first).any()
+    assert differences.item() == 0
+
+
+@on_gpu
+def test_capture_in_a_graph() -> None:
+    """A captured solve follows its inputs, its weights and a seed that counts on the device."""
+    module = fdkernels.VelocityMLP(17, 6).to(DEVICE)
+    x0, cond, seed = (
+        draw(256, 6).to(DEVICE),
+        draw(256, 17).to(DEVICE),
+        torch.zeros((), dtype=torch.int64, device=DEVICE),
+    )
+    displacement = draw(256, 6).to(DEVICE)
+
+    def step() -> tuple[Tensor, Tensor]:
+        seed.add_(1)
+        return fdkernels.integrate_flow(module, x0, cond), fdkernels.flow_fisher_penalty(
+            module, cond, displacement, seed=seed
+        )
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        end, penalty = step()
+    graph.replay()
+    first = penalty.clone()
+    with torch.no_grad():
+        x0.normal_()
+        for parameter in module.parameters():
+            parameter.mul_(1.1)
+    graph.replay()
+    torch.testing.assert_close(end, fdkernels.integrate_flow(module, x0, cond))
+    torch.testing.assert_close(penalty, fdkernels.flow_fisher_penalty(module, cond, displacement, seed=seed))
+    assert not torch.equal(first, penalty)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_opcheck(requires_grad: bool) -> None:
+    from fdkernels.fused import architecture_and_parameters
+
+    torch.use_deterministic_algorithms(False)  # NaN in fresh memory is not equal to itself
+    architecture, parameters = architecture_and_parameters(network(5, 3, (16, 16)))
+    x0, cond, displacement = draw(1, 8, 3).to(DEVICE), draw(1, 8, 5).to(DEVICE), draw(1, 2, 3).to(DEVICE)
+    times, bounds = [0.0, 0.5, 1.0], (-1.0, 1.0, "end")
+    for want_path in (False, True):
+        arguments = (x0, cond, parameters, architecture, times, "heun", *bounds, want_path, "highest", "streamed")
+        torch.library.opcheck(torch.ops.fdkernels.integrate_flow.default, arguments)
+    settings = (4, 0.5, 1.0, -2.0, True, 1e-3, True, 1e-6, True, "highest", "streamed")
+    arguments = (
+        x0, x0, cond[:, :2].contiguous(), displacement.requires_grad_(requires_grad), None, parameters, None,
+        architecture, times, "euler", *bounds, *settings,
+    )  # fmt: skip
+    torch.library.opcheck(torch.ops.fdkernels.flow_fisher_penalty.default, arguments)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_whole(dynamic: bool) -> None:
+    module = fdkernels.VelocityMLP(5, 3, (16, 16)).to(DEVICE)
+    cond, displacement = draw(8, 5).to(DEVICE), draw(8, 3).to(DEVICE).requires_grad_()
+    noise = draw(8, 4, 3).to(DEVICE)
+
+    def chain(cond: Tensor, displacement: Tensor, noise: Tensor) -> Tensor:
+        action = fdkernels.integrate_flow(module, noise[:, 0], cond, num_steps=2, backend="triton")
+        penalty = fdkernels.flow_fisher_penalty(
+            module, cond, displacement, noise=noise, bridge_noise=noise, num_steps=2, backend="triton"
+        )
+        return penalty.sum() + action.sum()
+
+    compiled = torch.compile(chain, fullgraph=True, dynamic=dynamic)
+    for out, right in zip(
+        *[
+            (value.detach(), *torch.autograd.grad(value, displacement))
+            for value in (f(cond, displacement, noise) for f in (compiled, chain))
+        ]
+    ):
+        torch.testing.assert_close(out, right)
+
+
+def test_what_the_kernels_do_not_serve() -> None:
+    x0, cond = guarded(draw(4, 3)), guarded(draw(4, 5))
+    run = functools.partial(fdkernels.integrate_flow, x0=x0, cond=cond, backend="triton")
+    with pytest.raises(RuntimeError, match="integrate_flow: backend='triton' serves a VelocityMLP or a packed MLP"):
+        run(lambda x, t, cond: x)
+    with pytest.raises(RuntimeError, match="no gradient through the solver, which differentiable=True asks for"):
+        run(network(5, 3, (16,)), differentiable=True)
+    with pytest.raises(RuntimeError, match="serves networks with a hidden layer"):
+        run(network(5, 3, ()))
+    with pytest.raises(RuntimeError, match=r"serves float32, bfloat16 and float16, got torch\.float64"):
+        run(network(5, 3, (16,)), x0=x0.double())
+    with pytest.raises(ValueError, match="implementation='stationary' serves two or more hidden layers of one width"):
+        run(network(5, 3, (16, 32)), implementation="stationary")
+    with pytest.raises(ValueError, match="implementation='gemm' belongs to backend='torch', got backend='triton'"):
+        run(network(5, 3, (16,)), implementation="gemm")
+    with pytest.raises(ValueError, match="implementation='streamed' belongs to backend='triton', got backend='torch'"):
+        run(network(5, 3, (16,)), implementation="streamed", backend="torch")
+    with pytest.raises(ValueError, match="implementation must be one of"):
+        run(network(5, 3, (16,)), implementation="fast")
