@@ -1,4 +1,4 @@
-"""The flow on the PyTorch path: against the reference in float64, closed forms, and the same network in each precision."""
+"""The flow on the PyTorch path: against the reference in float64, closed forms, and itself in each precision."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_precision(kind: str, activation: int, norms: str, shared: bool) -> None
     """float32; bf16 asked for, by autocast, by weights; float16: judged by what the reference makes of the same."""
     torch.manual_seed(activation)
     net = stack(5 + 3 + 1, (64, 48, 96), 3, ACTIVATIONS[activation], BROAD[norms])
-    for linear in net[::1]:
+    for linear in net:
         if isinstance(linear, nn.Linear):
             nn.init.xavier_uniform_(linear.weight)
     low = {"float32": torch.float32, "float16": torch.float16}.get(kind, torch.bfloat16)
@@ -144,10 +144,10 @@ def test_precision(kind: str, activation: int, norms: str, shared: bool) -> None
             packed, x0.to(stored), cond.to(stored), precision="bf16" if kind == "bf16" else None, **options
         )
     assert ours.dtype == stored
-    assert_close(kind, ours.to(low), reference(F64), reference(low), "torch")
+    truth = reference(F64)
+    assert_close(kind, ours.to(low), truth, reference(low), "torch", size=truth)
 
 
-@pytest.mark.skipif(not onednn.serves(torch.ones(64, 1), torch.float32) and not torch.is_grad_enabled(), reason="")
 def test_large_batches_take_the_fused_products() -> None:
     flow, x0, cond = fdkernels.VelocityMLP(3, 2, hidden=(8, 8)), torch.randn(64, 2), torch.randn(64, 3)
     fused = mock.patch.object(onednn, "fused_field", side_effect=onednn.fused_field)
@@ -298,14 +298,14 @@ def kept_by(call: Any) -> int:
 
 def test_memory_grows_by_the_state_alone() -> None:
     flow = fdkernels.VelocityMLP(3, 2, hidden=(256, 256))
-    x0, cond = torch.randn(64, 2), torch.randn(64, 3)
+    x0, cond = torch.randn(2048, 2), torch.randn(2048, 3)
     few, many = (
         kept_by(lambda steps=steps: fdkernels.integrate_flow(flow, x0, cond, num_steps=steps, differentiable=True))
         for steps in (8, 24)
     )
-    state, activation = 4 * x0.numel(), 4 * 64 * 256
+    state, activation, generator = 4 * x0.numel(), 4 * 2048 * 256, torch.get_rng_state().nbytes
     per_step = (many - few) / 16
-    assert state <= per_step < 3 * state, f"{per_step} bytes a step, the state has {state}"
+    assert state <= per_step < 1.1 * state + generator, f"{per_step} bytes a step, the state has {state}"
     naive = kept_by(lambda: fdkernels_ref.integrate_flow(flow, x0, cond, num_steps=8))
     assert naive > 8 * activation, f"the measure does not see activations: {naive}"
 
@@ -371,6 +371,7 @@ def test_compiles_without_a_graph_break(kind: str, precision: str | None) -> Non
         return fdkernels.integrate_flow(velocity, x0, cond, method="heun", num_steps=2, precision=precision)
 
     x0, cond = torch.randn(64, 2), torch.randn(64, 3)
+    torch.compiler.reset()  # every case compiles the same lines anew, which dynamo allows eight times
     compiled = torch.compile(act, fullgraph=True, backend="aot_eager")
     tolerance = {"rtol": 2e-2, "atol": 2e-2} if precision == "bf16" else {}
     torch.testing.assert_close(compiled(x0, cond), act(x0, cond), **tolerance)
@@ -378,7 +379,7 @@ def test_compiles_without_a_graph_break(kind: str, precision: str | None) -> Non
 
 @pytest.mark.parametrize("precision", [None, "bf16"])
 def test_an_optimiser_step_is_seen_by_the_next_call(precision: str | None) -> None:
-    net = nn.Sequential(nn.Linear(3 + 2 + 1, 8), nn.GELU(approximate="tanh"), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    net = stack(3 + 2 + 1, (8, 8), 2, nn.SiLU, ["none"])
     packed = fdkernels.pack_mlp(net)
     x0, cond = torch.randn(64, 2), torch.randn(64, 3)
     optimizer = torch.optim.Adam(net.parameters(), lr=0.1)
@@ -453,7 +454,7 @@ BAD = {
     "group's width": (lambda: solve_groups([X, X[:, :2]], [C, C]), ValueError, r"6 dimensions, got x0s\[1\] with d=2"),
     "group's missing cond": (lambda: solve_groups([X, X], [C, None]), ValueError, r"got conds\[1\] of width 0"),
     "group's dtype": (lambda: solve_groups([X, X.double()], [C, C]), ValueError, r"got x0s\[1\] of torch.float64"),
-    "group's tensor": (lambda: solve_groups([X, None], [C, C]), (TypeError, ValueError), r"x0s\[1\]"),
+    "group's tensor": (lambda: solve_groups([X, None], [C, C]), TypeError, r"x0s\[1\] must be a torch.Tensor"),
 }  # fmt: skip
 
 
