@@ -206,9 +206,12 @@ def _check_float32_products(op: str, precision: str, device: torch.device) -> No
         )
 
 
-@torch.compiler.assume_constant_result
 def _float32_products() -> str:
     return torch.get_float32_matmul_precision()
+
+
+# what torch.compiler.assume_constant_result does, which would import the compiler, and Triton with it
+_float32_products._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _bind_mlp(op: str, mlp: PackedMLP, hidden: torch.dtype, *, strict: bool) -> Flow:
