@@ -138,6 +138,19 @@ def test_seeded_noise_is_the_documented_one(as_tensor: bool) -> None:
     torch.testing.assert_close(again, ours)
 
 
+@pytest.mark.parametrize("return_score", [False, True])
+def test_the_displacement_alone_gets_a_gradient(return_score: bool) -> None:
+    flow, *tensors = penalty_case()
+    cond, displacement, noise, bridge = (x.requires_grad_() for x in tensors)
+    t = torch.full((5, 1, 1), 0.9, dtype=F64, requires_grad=True)
+    out = fdkernels.flow_fisher_penalty(
+        flow, cond, displacement, noise=noise, bridge_noise=bridge, t=t, return_score=return_score
+    )
+    (out[0] if return_score else out).sum().backward()
+    assert displacement.grad is not None
+    assert all(x.grad is None for x in (cond, noise, bridge, t, *flow.parameters()))
+
+
 def test_the_condition_is_multiplied_once_per_state() -> None:
     flow = fdkernels.VelocityMLP(4, 3, hidden=(16,)).double()
     cond, displacement = torch.randn(5, 4, dtype=F64), torch.randn(5, 3, dtype=F64)
