@@ -10,6 +10,7 @@ each architecture; so what is measured is what would run. Must not run under TRI
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import re
@@ -25,14 +26,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fdkernels.kernels import launch
+from fdkernels.kernels import launch, launch_flow
+from fdkernels.kernels.configs import TABLE
 
 ARCHITECTURES = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64"}
 INTEGERS = {bool: "i1", int: "i32", float: "fp32"}
 # (K, d): the sizes of the method, rows that no vector divides, one number a row, and rows walked over in blocks of K.
 SHAPES = [(4, 6), (4, 8), (1, 1), (5, 7), (3, 17), (16, 60), (256, 1023), (256, 1024)]
@@ -59,6 +61,35 @@ def calls(dtype: torch.dtype, num_samples: int, d: int) -> Iterator[tuple[str, A
     yield "score+times", launch.score, (score, score, pairs, 1.0, 0.0, True)
 
 
+def flow_calls(architecture: str, dtype: torch.dtype) -> Iterator[tuple[str, int, int, int, Any, tuple]]:
+    """The flow and the chain to the penalty, for each entry of the table and for a network that has none."""
+    precision = {torch.float32: "high", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+    entries = [
+        (entry["implementation"], entry["problem_rows"], entry["width"])
+        for entry in TABLE.get(architecture, {}).get("flow", [])
+        if entry["itemsize"] == dtype.itemsize and entry["implementation"] != "gemm"
+    ]
+    for implementation, rows, width in [*entries, ("streamed", 256, 300)]:
+        depth, cond_dim, d, num_samples = 4, 17, 6, 4
+        net = launch_flow.Architecture(
+            cond_dim, d, ("cond", "x", "t"), (width,) * depth, ("gelu_tanh",) * depth, ("none",) * depth, (0.0,) * depth
+        )
+        sizes = [(width, cond_dim + d + 1), *[(width, width)] * (depth - 1), (d, width)]
+        parameters: list[torch.Tensor | None] = []
+        for size in sizes:
+            weight, bias = (torch.empty(shape, dtype=dtype, device="meta") for shape in (size, size[:1]))
+            parameters += [weight, bias, None, None]
+        x0, cond = (torch.empty(1, rows, size, dtype=dtype, device="meta") for size in (d, cond_dim))
+        solver = (parameters, net.encode(), [0.0, 0.0, 1.0, 1.0], -1.0, 1.0, "end")
+        how = (precision, implementation)
+        yield f"flow {implementation} {rows}", width, depth, 1, launch_flow.integrate, (x0, cond, *solver, False, *how)
+        states = torch.empty(1, max(1, rows // num_samples), d, dtype=dtype, device="meta")
+        noise = torch.empty(1, states.shape[1] * num_samples, d, dtype=dtype, device="meta")
+        chain = (noise, noise, cond[:, : states.shape[1]], states, None, parameters, None, *solver[1:])
+        settings = (num_samples, 0.95, 19.0, -20.0, True, 1e-3, True, 1e-6, False)
+        yield f"chain {implementation} {rows}", width, depth, num_samples, launch_flow.fisher, (*chain, *settings, *how)
+
+
 class AheadOfTime:
     """Stands in for a kernel: ``kernel[grid](...)`` compiles it for ``target`` and notes what came out."""
 
@@ -69,30 +100,36 @@ class AheadOfTime:
     def __getitem__(self, grid: tuple[int, ...]) -> AheadOfTime:
         return self
 
-    def __call__(self, *args: Any, num_warps: int, **constants: Any) -> None:
+    def __call__(self, *args: Any, **given: Any) -> None:
         names = self.kernel.arg_names
-        given = dict(zip(names, args)) | constants
-        signature, aligned = {}, {}
-        for i, name in enumerate(names):
-            value = given[name]
-            if name in constants:
-                signature[name] = "constexpr"
-            elif isinstance(value, torch.Tensor):
-                signature[name] = "*" + DTYPES[value.dtype]
-                aligned[(i,)] = [["tt.divisibility", 16]]  # what the allocator gives
+        given |= dict(zip(names, args))
+        options = {name: given.pop(name) for name in list(given) if name not in names}
+        constants: dict[tuple[int, ...], Any] = {}
+        aligned: dict[tuple[int, ...], list] = {}
+
+        def type_of(path: tuple[int, ...], value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(type_of((*path, i), part) for i, part in enumerate(value))
+            if value is None:
+                constants[path] = None
+                return "constexpr"
+            if isinstance(value, torch.Tensor):
+                aligned[path] = [["tt.divisibility", 16]]  # what the allocator gives
+                return "*" + DTYPES[value.dtype]
+            return INTEGERS[type(value)]
+
+        signature = {}
+        for i, parameter in enumerate(self.kernel.params):
+            if parameter.is_constexpr:
+                signature[parameter.name], constants[(i,)] = "constexpr", given[parameter.name]
             else:
-                signature[name] = INTEGERS[type(value)]
-        source = ASTSource(
-            self.kernel,
-            signature,
-            constexprs={(names.index(name),): value for name, value in constants.items()},
-            attrs=aligned,
-        )
-        compiled = triton.compile(source, target=self.target, options={"num_warps": num_warps})
+                signature[parameter.name] = type_of((i,), given[parameter.name])
+        source = ASTSource(self.kernel, signature, constexprs=constants, attrs=aligned)
+        compiled = triton.compile(source, target=self.target, options=options)
         inspect = inspect_cuda if self.target.backend == "cuda" else inspect_hip
+        integers = {names[path[0]]: value for path, value in constants.items() if type(value) is int}
         self.found = {
-            "config": {name: value for name, value in constants.items() if type(value) is int}
-            | {"num_warps": num_warps},
+            "config": integers | {"num_warps": options["num_warps"]},
             "shared_bytes": compiled.metadata.shared,
             **inspect(compiled.asm),
         }
@@ -126,25 +163,59 @@ def inspect_hip(asm: dict[str, Any]) -> dict[str, int]:
 
 
 def report(architectures: list[str], dtypes: list[torch.dtype]) -> Iterator[dict[str, Any]]:
-    for architecture, dtype, (num_samples, d) in itertools.product(architectures, dtypes, SHAPES):
-        kernels = {name: AheadOfTime(getattr(launch, name), ARCHITECTURES[architecture]) for name in KERNELS}
-        with mock.patch.multiple(launch, gpu_family=lambda _: architecture, **kernels):  # noqa: B023
-            for name, launcher, args in calls(dtype, num_samples, d):
-                launcher(*args)
-                (found,) = (kernel.found for kernel in kernels.values() if kernel.found)
-                yield {"kernel": name, "arch": architecture, "dtype": DTYPES[dtype], "K": num_samples, "d": d} | found
-                for kernel in kernels.values():
-                    kernel.found = {}
+    for architecture, dtype in itertools.product(architectures, dtypes):
+        with Compiler(architecture) as compiler:
+            for num_samples, d in SHAPES:
+                for name, launcher, args in calls(dtype, num_samples, d):
+                    yield {"kernel": name, "arch": architecture, "dtype": DTYPES[dtype], "K": num_samples, "d": d} | (
+                        compiler.compile(launcher, args)
+                    )
+            for name, width, depth, num_samples, launcher, args in flow_calls(architecture, dtype):
+                row = {"kernel": name, "arch": architecture, "dtype": DTYPES[dtype], "K": num_samples, "d": 6}
+                yield row | {"widths": [width] * depth} | compiler.compile(launcher, args)
 
 
-KERNELS = ("penalty_kernel", "score_gradient_kernel", "score_kernel")
+class Compiler:
+    """Within it, launchers compile for an architecture what they would launch on it."""
+
+    def __init__(self, architecture: str) -> None:
+        self.kernels = {
+            (module, name): AheadOfTime(getattr(module, name), ARCHITECTURES[architecture])
+            for module, names in KERNELS.items()
+            for name in names
+        }
+        self.patches = contextlib.ExitStack()
+        self.architecture = architecture
+
+    def __enter__(self) -> Compiler:
+        for (module, name), kernel in self.kernels.items():
+            self.patches.enter_context(mock.patch.object(module, name, kernel))
+        for module in KERNELS:
+            self.patches.enter_context(mock.patch.object(module, "gpu_family", lambda _: self.architecture))
+        processors = MULTIPROCESSORS[self.architecture]
+        self.patches.enter_context(mock.patch.object(launch_flow, "multiprocessors", lambda _: processors))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.patches.close()
+
+    def compile(self, launcher: Any, args: tuple) -> dict[str, Any]:
+        for kernel in self.kernels.values():
+            kernel.found = {}
+        launcher(*args)
+        (found,) = (kernel.found for kernel in self.kernels.values() if kernel.found)
+        return found
+
+
+KERNELS = {launch: ("penalty_kernel", "score_gradient_kernel", "score_kernel"), launch_flow: ("flow_kernel",)}
+MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "gfx942": 304}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--json", action="store_true", help="print a list of rows instead of a table")
     parser.add_argument("--arch", nargs="+", default=list(ARCHITECTURES), choices=ARCHITECTURES)
-    names = {name: dtype for dtype, name in DTYPES.items()}
+    names = {name: dtype for dtype, name in DTYPES.items() if dtype.is_floating_point}
     parser.add_argument("--dtype", nargs="+", default=list(names), choices=names)
     args = parser.parse_args()
     rows = report(args.arch, [names[name] for name in args.dtype])

@@ -42,3 +42,12 @@ def _why_not_triton(*tensors: Tensor) -> str | None:
         if tensor.dtype not in _SERVED:
             return f"serves float32, bfloat16 and float16, got {tensor.dtype}"
     return None
+
+
+def float32_products() -> str:
+    """What ``torch.set_float32_matmul_precision`` was told."""
+    return torch.get_float32_matmul_precision()
+
+
+# What torch.compiler.assume_constant_result does, which would import the compiler, and Triton with it.
+float32_products._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fdkernels import onednn
-from fdkernels.backend import Backend
+from fdkernels.backend import Backend, float32_products
 from fdkernels.fused import Implementation, choose_fused, fused_integrate, fused_integrate_groups
 from fdkernels.mlp import PackedMLP, VelocityMLP, pack_mlp
 from fdkernels.solvers import METHODS, Field, Method, check_time_grid, integrate
@@ -230,20 +230,12 @@ def bind_flow(
 
 def _check_float32_products(op: str, precision: str, device: torch.device) -> None:
     """PyTorch's float32 products follow one global setting, which is the caller's and is not touched here."""
-    setting = _float32_products()
+    setting = float32_products()
     if setting == "medium" or (device.type == "cuda" and setting != precision):
         raise RuntimeError(
             f"{op}: precision={precision!r} on the PyTorch path needs torch.set_float32_matmul_precision({precision!r})"
             f", got {setting!r}"
         )
-
-
-def _float32_products() -> str:
-    return torch.get_float32_matmul_precision()
-
-
-# what torch.compiler.assume_constant_result does, which would import the compiler, and Triton with it
-_float32_products._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _bind_mlp(op: str, mlp: PackedMLP, hidden: torch.dtype, *, strict: bool) -> Flow:

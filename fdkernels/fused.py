@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fdkernels.backend import Backend, choose_backend
+from fdkernels.backend import Backend, choose_backend, float32_products
 from fdkernels.flow_operators import architecture_and_parameters, fisher_operator, integrate_operator
 from fdkernels.mlp import PackedMLP
 from fdkernels.operators import penalty_operator
@@ -56,7 +56,7 @@ def choose_fused(
         return False
     if insisted or torch.compiler.is_compiling():  # the number of rows may not be known while a graph is traced
         return True
-    if precision in ("highest", "high") and precision != torch.get_float32_matmul_precision():
+    if precision in ("highest", "high") and precision != float32_products():
         return True  # PyTorch's products follow that setting
     from fdkernels.kernels.launch_flow import prefers_products
 
@@ -87,7 +87,7 @@ def _resolve(precision: str | None, mlp: PackedMLP) -> str:
     half = {torch.bfloat16: "bf16", torch.float16: "fp16"}
     device = mlp.layers[0].linear.weight.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else mlp.dtype
-    return half.get(dtype) or ("highest" if torch.get_float32_matmul_precision() == "highest" else "high")
+    return half.get(dtype) or ("highest" if float32_products() == "highest" else "high")
 
 
 def fused_integrate(
@@ -176,7 +176,8 @@ def fused_penalty(
     scores = score.reshape(*lead, num_samples, d) if want_score or not whole else None
     if not whole:
         assert scores is not None
-        return penalty_operator(displacement, scores, damping, normalize, eps, False, False, True)[0], scores
+        penalty = penalty_operator(displacement, scores, damping, normalize, eps, False, False, True)[0]
+        return penalty, scores if want_score else None
     return penalty.reshape(lead), scores
 
 

@@ -105,10 +105,9 @@ class FlowPlan(NamedTuple):
 
 # A tile that every GPU has the registers and the shared memory for.
 FLOW_HEURISTIC = FlowPlan("streamed", rows=16, block_n=64, block_inputs=32, num_stages=3, num_warps=4)
-ON_CHIP_BYTES = {
-    "sm_90": 200 * 1024,
-    "cpu": 8 * 1024,
-}  # for weights, per multiprocessor; where groups are launched at all
+# Shared memory for weights, of a multiprocessor, where groups are launched at all; little in the interpreter, so that
+# small networks are split as well.
+ON_CHIP_BYTES = {"sm_90": 200 * 1024, "cpu": 16 * 1024}
 PROGRAMS_PER_SM = 4  # streamed programs beyond that take turns, so that their scratch stays in the L2 cache
 
 

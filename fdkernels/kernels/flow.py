@@ -133,7 +133,7 @@ def flow_kernel(
                 z = (1 - t_row)[:, None] * bridge + t_row[:, None] * x
         # Fisher samples are evaluated once more, at x_t; what that turn does to the state is not used.
         for e in tl.range(0, num_evals + FISHER, num_stages=1):
-            line = table_ptr + 4 * min(e, num_evals - 1)
+            line = table_ptr + 4 * tl.maximum(tl.minimum(e, num_evals - 1), 0)
             t = tl.zeros((ROWS,), tl.float32) + tl.load(line)
             if FISHER:
                 t = tl.where(e < num_evals, t, t_row)

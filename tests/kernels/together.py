@@ -35,7 +35,7 @@ def programs_together(seed: int = 0, pause: float = 0.0) -> Iterator[None]:
         index = own.index[axis] if hasattr(own, "index") else self.grid_idx[axis]
         return interpreter.TensorHandle(interpreter.np.array([index], dtype=interpreter.np.int32), interpreter.tl.int32)
 
-    def slowly(access: Any) -> Any:
+    def slowly(access: Any, pause: float) -> Any:
         def paused(*args: Any) -> Any:
             if stop.is_set():
                 raise TimeoutError("the launch took too long, or another program failed")
@@ -87,8 +87,8 @@ def programs_together(seed: int = 0, pause: float = 0.0) -> Iterator[None]:
     with (
         mock.patch.object(interpreter.GridExecutor, "__call__", run_all),
         mock.patch.object(builder, "create_get_program_id", program_id),
-        mock.patch.object(builder, "create_masked_load", slowly(load)),
-        mock.patch.object(builder, "create_masked_store", slowly(store)),
-        mock.patch.object(builder, "create_atomic_rmw", slowly(atomic)),
+        mock.patch.object(builder, "create_masked_load", slowly(load, pause)),
+        mock.patch.object(builder, "create_masked_store", slowly(store, pause)),
+        mock.patch.object(builder, "create_atomic_rmw", slowly(atomic, 5e-4)),
     ):
         yield
