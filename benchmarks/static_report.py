@@ -191,9 +191,9 @@ class Compiler:
         for (module, name), kernel in self.kernels.items():
             self.patches.enter_context(mock.patch.object(module, name, kernel))
         for module in KERNELS:
-            self.patches.enter_context(mock.patch.object(module, "gpu_family", lambda _: self.architecture))
+            self.patches.enter_context(mock.patch.object(module, "gpu_family", return_value=self.architecture))
         processors = MULTIPROCESSORS[self.architecture]
-        self.patches.enter_context(mock.patch.object(launch_flow, "multiprocessors", lambda _: processors))
+        self.patches.enter_context(mock.patch.object(launch_flow, "multiprocessors", return_value=processors))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -222,10 +222,11 @@ def main() -> None:
     if args.json:
         print(json.dumps(list(rows), indent=1))
         return
+    hidden = {*"KD", "BLOCK_D", "BLOCK_K", "COND", "AT_COND", "AT_X", "AT_T"}
     columns = [("arch", 8), ("dtype", 6), ("K", 5), ("d", 6), ("regs", 6), ("spills", 8), ("shared", 8), ("load", 6)]
     print(f"{'kernel':26}" + "".join(f"{title:>{width}}" for title, width in columns) + "  mma  config")
     for row in rows:
-        config = " ".join(f"{name}={value}" for name, value in row["config"].items() if name not in "KD")
+        config = " ".join(f"{name}={value}" for name, value in row["config"].items() if name not in hidden)
         print(
             f"{row['kernel']:26}{row['arch']:>8}{row['dtype']:>6}{row['K']:5}{row['d']:6}{row['registers']:6}"
             f"{row['spills']:8}{row['shared_bytes']:8}{row['widest_load_bits']:6}{row['mma']:5}  {config}",

@@ -104,7 +104,7 @@ class FlowPlan(NamedTuple):
 
 
 # A tile that every GPU has the registers and the shared memory for.
-FLOW_HEURISTIC = FlowPlan("streamed", rows=16, block_n=64, block_inputs=32, num_stages=3, num_warps=4)
+FLOW_HEURISTIC = FlowPlan("streamed", rows=16, block_n=64, block_inputs=32, num_stages=3, num_warps=8)
 # Shared memory for weights, of a multiprocessor, where groups are launched at all; little in the interpreter, so that
 # small networks are split as well.
 ON_CHIP_BYTES = {"sm_90": 200 * 1024, "cpu": 16 * 1024}

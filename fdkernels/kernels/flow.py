@@ -32,7 +32,8 @@ def normal(seed, position):
     return number
 
 
-@triton.jit
+# Compilation takes seconds: sizes are not built in.
+@triton.jit(do_not_specialize=["num_states", "num_models", "rows_per_cond", "num_evals", "groups_per_model"])
 def flow_kernel(
     start_ptr, cond_ptr, table_ptr, seed_ptr, weights, biases, scales, shifts, norm_eps,
     displacement_ptr, bridge_ptr, coefficient_ptr,
