@@ -18,8 +18,8 @@ from torch import Tensor
 
 import fdkernels_ref
 from train.agents import AGENTS, Agent, DecoratorAgent, Draws, FiDec
-from train.config import AgentConfig
-from train.data import Batch
+from train.dataset import Batch
+from train.hyperparameters import AgentConfig
 
 Arrays = Mapping[str, np.ndarray]
 CONVENTIONS = {"v_over_1mt": "velocity", "exact": "exact", None: "exact"}
@@ -121,7 +121,6 @@ class Replay:
                     state[ours] = torch.zeros_like(parameter)
                     view(state[ours]).copy_(self.tensor(f"opt/{theirs}/{name}"))
         assert names == {key for key in self.case if key.startswith("init/")}, "a recorded parameter has no counterpart"
-        self.agent.updates.fill_(int(self.case["step0"]) - 1)
 
     def _record(self, prefix: str, *, gradients: bool = False) -> None:
         for name, parameter, view in published_parameters(self.agent):
@@ -147,10 +146,10 @@ class Replay:
     def _update(self, i: int) -> dict[str, Tensor]:
         agent, batch = self.agent, self._batch(i)
         mse_actions = agent.act(batch.observations, self.tensor("rand/mse_noise")[i])
-        flow_is_trained = agent.config.freeze_flow_after is None or agent.updates < agent.config.freeze_flow_after
-        seen = agent.backward(batch, self._draws(i))
+        parts = agent.agent_parts(int(self.case["step0"]) - 1 + i)
+        seen = agent.backward(batch, self._draws(i), parts, log=True)
         gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p, _ in published_parameters(agent)}
-        info = self._info(batch, seen, mse_actions, gradients, flow_is_trained)
+        info = self._info(batch, seen, mse_actions, gradients)
         if i == 0:
             self.results["total_loss"] = seen["total_loss"]
             self._record("grad", gradients=True)
@@ -166,10 +165,9 @@ class Replay:
         seen: dict[str, Tensor],
         mse_actions: Tensor,
         gradients: dict[str, Tensor],
-        flow_is_trained: bool,
     ) -> dict[str, Tensor]:
         config = self.agent.config
-        flow_loss = seen["flow_loss"] if flow_is_trained else torch.zeros((), dtype=self.dtype)
+        flow_loss = seen.get("flow_loss", torch.zeros((), dtype=self.dtype))  # none once the flow is frozen
         global_norm = torch.stack([g.square().sum() for g in gradients.values()]).sum().sqrt()
         info = {
             "critic/critic_loss": seen["critic_loss"],
