@@ -130,7 +130,7 @@ def flow_fisher_penalty(
             if samples is None:
                 x = integrate(field, x, times, method, clip, clip_each_step)
             if isinstance(t, Tensor):
-                t = t.to(x.dtype)
+                t = t.detach().to(x.dtype)
             x_t = (1 - t) * bridge_noise.to(x.dtype) + t * x
             v_t = field(x_t, t)
         score = score_from_velocity(v_t, x_t, t, linear, convention, min_sigma) if return_score else None

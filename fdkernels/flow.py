@@ -56,8 +56,8 @@ def integrate_flow(
         clip_each_step: apply them after every step. Nothing to do with the inner stages of a step.
         return_path: return the states at all times, (S + 1, ..., d), as stepped and clipped; x0 first, untouched.
         differentiable: let autograd through to x0, cond and the weights, where gradients are enabled. Each step is
-            checkpointed: memory grows by the state x alone with the number of steps, and the backward pass computes
-            every step again. Weights must not change in between.
+            checkpointed: with the number of steps memory grows by the state x alone (and 5 kB, the state of the random
+            generator), and the backward pass computes every step again. Weights must not change in between.
         precision: of the matrix products. ``None`` takes bfloat16 or float16 under autocast, the weights' own dtype
             otherwise, float32 as ``torch.set_float32_matmul_precision`` says. ``"bf16"`` takes bfloat16 for the hidden
             layers of a packed MLP; state, first layer, last layer and norms stay float32. ``"highest"`` and
@@ -198,12 +198,20 @@ def bind_flow(
 
 def _check_float32_products(op: str, precision: str, device: torch.device) -> None:
     """PyTorch's float32 products follow one global setting, which is the caller's and is not touched here."""
-    setting = torch.get_float32_matmul_precision()
+    setting = _float32_products()
     if setting == "medium" or (device.type == "cuda" and setting != precision):
         raise RuntimeError(
             f"{op}: precision={precision!r} on the PyTorch path needs torch.set_float32_matmul_precision({precision!r})"
             f", got {setting!r}"
         )
+
+
+def _float32_products() -> str:
+    return torch.get_float32_matmul_precision()
+
+
+# what torch.compiler.assume_constant_result does, which would import the compiler, and Triton with it
+_float32_products._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _bind_mlp(op: str, mlp: PackedMLP, hidden: torch.dtype, *, strict: bool) -> Flow:
@@ -255,6 +263,8 @@ def _bind_callable(op: str, velocity: Callable[[Tensor, Tensor, Tensor | None], 
 
 def check_start(op: str, x0: Tensor, cond: Tensor | None, x0_name: str, cond_name: str) -> None:
     """x0 is (..., d), and cond (..., c) has a leading shape that broadcasts to x0's."""
+    if not isinstance(x0, Tensor):
+        raise TypeError(f"{op}: {x0_name} must be a torch.Tensor, got {type(x0).__name__}")
     check_floating(op, None, **{x0_name: x0, cond_name: cond})
     if x0.ndim == 0:
         raise ValueError(f"{op}: {x0_name} must be (..., d), got a scalar")

@@ -1,19 +1,17 @@
-"""The public operators on the PyTorch path, against the reference in float64 and against closed forms."""
+"""The penalty and the score on the PyTorch path, against the reference in float64 and against closed forms."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
 import fdkernels
 import fdkernels_ref
-from tests.closed_forms import anisotropic_gaussian
 from tests.kernels.judge import assert_close, with_gradients
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -139,221 +137,6 @@ def test_a_time_outside_the_path_gives_nan_not_a_number() -> None:
     assert score[1].isfinite().all()
 
 
-# -- flow ------------------------------------------------------------------------------------------------------------
-
-FLOWS = {
-    "plain": fdkernels.VelocityMLP(3, 2, hidden=(16, 8)),
-    "layer_norm": fdkernels.VelocityMLP(3, 2, hidden=(16, 8), layer_norm=True, activation="silu"),
-    "unconditional": fdkernels.VelocityMLP(0, 2, hidden=(16,), activation="tanh"),
-    "deep": fdkernels.VelocityMLP(5, 3, hidden=(7, 9, 5, 4), activation="gelu"),
-    "linear": fdkernels.VelocityMLP(1, 1, hidden=(), activation="relu"),
-}
-
-
-@pytest.mark.parametrize("method", ["euler", "midpoint", "heun", "rk4"])
-@pytest.mark.parametrize("name", FLOWS)
-@pytest.mark.parametrize("return_path", [False, True])
-def test_integrate_flow(name: str, method: str, return_path: bool) -> None:
-    flow = FLOWS[name].double()
-    packed = fdkernels.pack_mlp(flow)
-    x0 = torch.randn(4, 3, packed.action_dim, dtype=torch.float64)
-    cond = torch.randn(4, 3, packed.cond_dim, dtype=torch.float64) if packed.cond_dim else None
-    grid = [0.0, 0.1, 0.5, 0.45, 1.0]
-    for options in (
-        {"num_steps": 3},
-        {"time_grid": grid},
-        {"time_grid": torch.tensor(grid, dtype=torch.float64), "clip": None},
-    ):
-        theirs = fdkernels_ref.integrate_flow(
-            flow, x0, cond, method=method, return_path=return_path,
-            **({**options, "time_grid": grid} if "time_grid" in options else options),
-        )  # fmt: skip
-        for velocity in (flow, packed, lambda x, t, cond: flow(x, t, cond)):
-            ours = fdkernels.integrate_flow(velocity, x0, cond, method=method, return_path=return_path, **options)
-            torch.testing.assert_close(ours, theirs.detach(), rtol=1e-10, atol=1e-12)
-
-
-def test_gradients_through_the_solver_only_when_asked() -> None:
-    flow = fdkernels.VelocityMLP(3, 2, hidden=(8,)).double()
-    x0 = torch.randn(5, 2, dtype=torch.float64, requires_grad=True)
-    cond = torch.randn(5, 3, dtype=torch.float64)
-    assert not fdkernels.integrate_flow(flow, x0, cond).requires_grad
-    ours = fdkernels.integrate_flow(flow, x0, cond, differentiable=True).sum()
-    theirs = fdkernels_ref.integrate_flow(flow, x0, cond).sum()
-    inputs = [x0, *flow.parameters()]
-    for mine, other in zip(torch.autograd.grad(ours, inputs), torch.autograd.grad(theirs, inputs)):
-        torch.testing.assert_close(mine, other)
-
-
-@pytest.mark.parametrize(("method", "order"), [("euler", 1), ("midpoint", 2), ("heun", 2), ("rk4", 4)])
-def test_order_of_convergence(method: str, order: int) -> None:
-    # along the cosine path: on the linear one a Gaussian makes the midpoint rule third order
-    gaussian = anisotropic_gaussian(3, path="cosine")
-    x0 = torch.randn(64, 3, dtype=torch.float64)
-    exact = gaussian.transport(x0, 0.0, 1.0)
-    errors = [
-        (fdkernels.integrate_flow(gaussian.velocity, x0, num_steps=s, method=method, clip=None) - exact).norm()
-        for s in (64, 128, 256)
-    ]
-    for coarse, fine in itertools.pairwise(errors):
-        assert torch.log2(coarse / fine).item() == pytest.approx(order, abs=0.15)
-
-
-def test_an_optimiser_step_is_seen_by_the_next_call() -> None:
-    net = nn.Sequential(nn.Linear(3 + 2 + 1, 8), nn.GELU(approximate="tanh"), nn.Linear(8, 2))
-    packed = fdkernels.pack_mlp(net)
-    x0, cond = torch.randn(4, 2), torch.randn(4, 3)
-    before = fdkernels.integrate_flow(packed, x0, cond, clip=None)
-    with torch.no_grad():
-        net[2].bias += 1.0
-    after = fdkernels.integrate_flow(packed, x0, cond, clip=None)
-    assert not torch.allclose(after, before)
-    torch.testing.assert_close(after, fdkernels.integrate_flow(fdkernels.pack_mlp(net), x0, cond, clip=None))
-
-
-class Wrapped(nn.Module):
-    """An actor as people write it: the stack hides under other names."""
-
-    def __init__(self, stack: nn.Module) -> None:
-        super().__init__()
-        self.mean_net = nn.Sequential(nn.Identity(), stack)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.mean_net(x)
-
-
-@pytest.mark.parametrize("order", [("cond", "x", "t"), ("x", "t", "cond"), ("t", "cond", "x")])
-def test_pack_mlp_reads_what_people_have(order: tuple[str, ...]) -> None:
-    net = nn.Sequential(
-        nn.Linear(6, 8),
-        nn.LayerNorm(8),
-        nn.SiLU(),
-        nn.Sequential(nn.Linear(8, 8, bias=False), nn.ReLU(), nn.LayerNorm(8)),
-        nn.Linear(8, 2),
-    )
-    inputs = {"x": torch.randn(4, 2), "t": torch.rand(4, 1), "cond": torch.randn(4, 3)}
-    packed = fdkernels.pack_mlp(Wrapped(net), order)
-    expected = net(torch.cat([inputs[name] for name in order], dim=-1))
-    torch.testing.assert_close(packed(**inputs), expected)
-    field = packed.read(torch.float32, torch.float32).field(inputs["cond"])
-    torch.testing.assert_close(field(inputs["x"], inputs["t"]), expected)
-
-
-class Residual(nn.Sequential):
-    def forward(self, x: Tensor) -> Tensor:
-        return x[:, :2] + super().forward(x)
-
-
-class Squashed(Wrapped):
-    def forward(self, x: Tensor) -> Tensor:
-        return 3 * self.mean_net(x).tanh()
-
-
-class Doubled(fdkernels.VelocityMLP):
-    def forward(self, x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
-        return 2 * super().forward(x, t, cond)
-
-
-def test_a_forward_of_ones_own_is_never_passed_over() -> None:
-    stack = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))
-    for module in (Squashed(stack), Residual(*stack)):
-        with pytest.raises(TypeError, match="computes something else"):
-            fdkernels.pack_mlp(module)
-    flow, x0, cond = Doubled(3, 2, hidden=(8,)), torch.randn(4, 2), torch.randn(4, 3)
-    with pytest.raises(TypeError, match="Doubled cannot be called with the concatenated inputs alone"):
-        fdkernels.pack_mlp(flow)
-    expected = fdkernels_ref.integrate_flow(flow, x0, cond)
-    torch.testing.assert_close(fdkernels.integrate_flow(flow, x0, cond), expected.detach())
-
-
-@pytest.mark.parametrize(
-    ("module", "message"),
-    [
-        (nn.Sequential(nn.Linear(6, 8), nn.Softmax(-1), nn.Linear(8, 2)), "Softmax"),
-        (nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(9, 2)), "widths do not chain"),
-        (nn.Sequential(nn.ReLU(), nn.Linear(6, 2)), "begin and end"),
-        (nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.ReLU(), nn.Linear(8, 2)), "at most norm, activation, norm"),
-        (nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(4), nn.Linear(8, 2)), "must normalise"),
-        (nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 2)), "must take"),
-        (nn.Bilinear(2, 2, 2), "Bilinear"),
-    ],
-)
-def test_pack_mlp_refuses_the_rest(module: nn.Module, message: str) -> None:
-    with pytest.raises((TypeError, ValueError), match=message):
-        fdkernels.pack_mlp(module)
-
-
-# -- the chain -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("tensor_time", [False, True])
-@pytest.mark.parametrize("convention", ["exact", "velocity"])
-def test_flow_fisher_penalty(convention: str, tensor_time: bool) -> None:
-    flow = fdkernels.VelocityMLP(4, 3, hidden=(16, 16)).double()
-    cond, displacement = torch.randn(5, 4, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
-    noise, bridge = torch.randn(2, 5, 7, 3, dtype=torch.float64)
-    options = {
-        "t": torch.rand(5, 7, 1, dtype=torch.float64) if tensor_time else 0.9,
-        "num_steps": 4, "damping": 1e-2, "convention": convention,
-        "noise": noise, "bridge_noise": bridge, "num_samples": 7,
-    }  # fmt: skip
-    for velocity in (flow, lambda x, t, cond: flow(x, t, cond)):
-        ours, theirs = displacement.clone().requires_grad_(), displacement.clone().requires_grad_()
-        penalty, score = fdkernels.flow_fisher_penalty(velocity, cond, ours, return_score=True, **options)
-        expected, their_score = fdkernels_ref.flow_fisher_penalty(flow, cond, theirs, return_score=True, **options)
-        torch.testing.assert_close(score, their_score)
-        torch.testing.assert_close(penalty, expected)
-        penalty.sum().backward()
-        expected.sum().backward()
-        torch.testing.assert_close(ours.grad, theirs.grad)
-        assert all(p.grad is None for p in flow.parameters())
-
-
-def test_flow_fisher_penalty_meets_the_closed_form() -> None:
-    gaussian = anisotropic_gaussian(3)
-    torch.manual_seed(0)
-    k, t = 20_000, 0.8
-    displacement = torch.randn(4, 3, dtype=torch.float64)
-    penalty = fdkernels.flow_fisher_penalty(
-        gaussian.velocity, torch.zeros(4, 1, dtype=torch.float64), displacement,
-        num_samples=k, t=t, num_steps=40, method="rk4", clip=None, damping=0.0, normalize="none",
-    )  # fmt: skip
-    precision = torch.linalg.inv(gaussian.covariance_t(t))
-    exact = torch.einsum("bi,ij,bj->b", displacement, precision, displacement) / 3
-    # (s·δ)² is exact·d times a χ² of one degree: relative standard error √(2/K)
-    z = (penalty / exact - 1).abs() / (2 / k) ** 0.5
-    assert (z < 4.5).all(), f"{z} standard errors"
-
-
-def test_what_is_drawn_comes_from_the_generator() -> None:
-    flow = fdkernels.VelocityMLP(4, 3, hidden=(8,))
-    cond, displacement = torch.randn(5, 4), torch.randn(5, 3)
-    first, again, other = (
-        fdkernels.flow_fisher_penalty(flow, cond, displacement, generator=torch.Generator().manual_seed(seed))
-        for seed in (1, 1, 2)
-    )
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
-
-
-def test_the_chain_takes_other_precisions() -> None:
-    flow = fdkernels.VelocityMLP(4, 3, hidden=(8,))
-    cond, displacement, noise = torch.randn(5, 4), torch.randn(5, 3), torch.randn(5, 2, 3)
-    given = {"noise": noise, "bridge_noise": noise.flip(0)}
-    expected = fdkernels.flow_fisher_penalty(flow, cond, displacement, t=0.75, **given)
-    wide_time = torch.full((5, 1, 1), 0.75, dtype=torch.float64)
-    torch.testing.assert_close(fdkernels.flow_fisher_penalty(flow, cond, displacement, t=wide_time, **given), expected)
-    short = fdkernels.flow_fisher_penalty(flow, cond, displacement.bfloat16(), t=0.75, **given)
-    torch.testing.assert_close(short, expected, rtol=2e-2, atol=1e-3)
-    with torch.autocast("cpu", torch.bfloat16):
-        automatic = fdkernels.flow_fisher_penalty(flow, cond, displacement, t=0.75, **given)
-    torch.testing.assert_close(automatic.float(), expected, rtol=0.2, atol=0.02)
-    low = fdkernels.VelocityMLP(4, 3, hidden=(8,)).bfloat16()
-    assert fdkernels.integrate_flow(low, noise[:, 0].bfloat16(), cond.bfloat16()).dtype == torch.bfloat16
-    with pytest.raises(ValueError, match=r"weights are torch.bfloat16, got noise of torch.float32"):
-        fdkernels.integrate_flow(low, noise[:, 0], cond)
-
-
 def test_spectrum_is_not_rounded_by_autocast() -> None:
     score = torch.randn(4, 5, 3)
     with torch.autocast("cpu", torch.bfloat16):
@@ -367,25 +150,9 @@ def test_spectrum() -> None:
     torch.testing.assert_close(fdkernels.fisher_spectrum(score, damping=0.1), torch.linalg.eigvalsh(fisher).flip(-1))
 
 
-def test_compiles_without_a_graph_break() -> None:
-    flow = fdkernels.VelocityMLP(4, 3, hidden=(8,))
-
-    def chain(cond: Tensor, displacement: Tensor, noise: Tensor) -> Tensor:
-        action = fdkernels.integrate_flow(flow, noise[:, 0], cond, num_steps=3)
-        penalty = fdkernels.flow_fisher_penalty(
-            flow, cond, displacement, noise=noise, bridge_noise=noise.flip(0), num_steps=3
-        )
-        return penalty + action.sum(-1)
-
-    inputs = torch.randn(6, 4), torch.randn(6, 3), torch.randn(6, 2, 3)
-    compiled = torch.compile(chain, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(*inputs), chain(*inputs))
-
-
 # -- bad input -------------------------------------------------------------------------------------------------------
 
 D, S = torch.randn(4, 6), torch.randn(4, 3, 6)
-FLOW = fdkernels.VelocityMLP(5, 6, hidden=(8,))
 BAD = {
     "no tensor": (lambda: fdkernels.fisher_penalty([1.0], S), TypeError, "displacement must be a torch.Tensor"),
     "integers": (lambda: fdkernels.fisher_penalty(D.long(), S), TypeError, "displacement must be float32.*int64"),
@@ -408,25 +175,6 @@ BAD = {
     "t shape": (lambda: fdkernels.velocity_to_score(D, D, torch.rand(3, 1)), ValueError, "t must broadcast"),
     "x shape": (lambda: fdkernels.velocity_to_score(D, D[:2], 0.5), ValueError, "x must be velocity's shape"),
     "path": (lambda: fdkernels.velocity_to_score(D, D, 0.5, path="ve"), ValueError, "path must be an AffinePath or"),
-    "steps": (lambda: fdkernels.integrate_flow(FLOW, D, torch.randn(4, 5), num_steps=0), ValueError, "num_steps must"),
-    "method": (lambda: fdkernels.integrate_flow(FLOW, D, torch.randn(4, 5), method="rk5"), ValueError, "method must"),
-    "grid": (lambda: fdkernels.integrate_flow(FLOW, D, torch.randn(4, 5), time_grid=[0.0]), ValueError, "time_grid"),
-    "clip": (lambda: fdkernels.integrate_flow(FLOW, D, torch.randn(4, 5), clip=(1, -1)), ValueError, "low <= high"),
-    "cond rows": (lambda: fdkernels.integrate_flow(FLOW, D, torch.randn(3, 5)), ValueError, "leading shape"),
-    "cond width": (lambda: fdkernels.integrate_flow(FLOW, D, torch.randn(4, 4)), ValueError, "width 5, got .* width 4"),
-    "no cond": (lambda: fdkernels.integrate_flow(FLOW, D), ValueError, "width 5, got cond of width 0"),
-    "x width": (lambda: fdkernels.integrate_flow(FLOW, D[:, :2], torch.randn(4, 5)), ValueError, "6 dimensions"),
-    "velocity": (lambda: fdkernels.integrate_flow("flow", D), TypeError, "velocity must be"),
-    "its shape": (lambda: fdkernels.integrate_flow(lambda x, t, c: x[:2], D), ValueError, "must return x's shape"),
-    "K": (lambda: fdkernels.flow_fisher_penalty(FLOW, torch.randn(4, 5), D, num_samples=0), ValueError, "num_samples"),
-    "noise": (
-        lambda: fdkernels.flow_fisher_penalty(FLOW, torch.randn(4, 5), D, noise=S, bridge_noise=S[:, :2]),
-        ValueError,
-        "bridge_noise must be",
-    ),
-    "widths": (lambda: fdkernels.VelocityMLP(-1, 2), ValueError, "cond_dim must be >= 0"),
-    "activation": (lambda: fdkernels.VelocityMLP(1, 2, activation="mish"), ValueError, "activation must be one of"),
-    "order": (lambda: fdkernels.pack_mlp(FLOW.net, ("cond", "x")), ValueError, "order must name"),
 }  # fmt: skip
 
 
@@ -444,6 +192,3 @@ def test_empty_batches(lead: tuple[int, ...]) -> None:
     assert penalty.shape == lead
     penalty.sum().backward()
     assert displacement.grad is not None
-    cond = torch.randn(*lead, 5)
-    assert fdkernels.integrate_flow(FLOW, displacement.detach(), cond).shape == (*lead, 6)
-    assert fdkernels.flow_fisher_penalty(FLOW, cond, displacement).shape == lead
