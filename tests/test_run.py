@@ -225,8 +225,11 @@ def test_a_trace_that_one_can_open(
     assert any(event.get("name") == "aten::addmm" for event in events)
     ours, theirs = load_file(out / "policy.safetensors"), load_file(finished[0] / "policy.safetensors")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    # one that ends in the middle of it, and one before
     assert main([*TINY, "--profile", "--steps", "12", "--out", str(tmp_path / "short")]) == 0
-    assert "profile    none: it takes 15 updates of the agent, and this run made 12" in capsys.readouterr().out
+    assert f"profile    {tmp_path / 'short' / 'trace.json'}: 2 updates" in capsys.readouterr().out
+    assert main([*TINY, "--profile", "--steps", "7", "--out", str(tmp_path / "shorter")]) == 0
+    assert "profile    none: it begins after 10 updates of the agent, and this run made 7" in capsys.readouterr().out
 
 
 GROUP = [*TINY, "--num-seeds", "2"]
@@ -272,17 +275,33 @@ def test_seeds_together_leave_what_each_leaves_alone(
         assert_same_weights(out / "fidec-seed1", alone)
 
 
-def test_the_table_and_the_picture_of_a_group(group: tuple[Path, str]) -> None:
+def test_the_table_of_a_group(group: tuple[Path, str]) -> None:
     out, printed = group
     last = [float(read(out / f"fidec-seed{seed}" / "evaluations.csv")[-2]["score_mean"]) for seed in (0, 1)]
     table = printed[printed.index("D4RL-normalised score (HalfCheetah-v5)") :]
     # of two, nothing is cut off
     for text in ("seed 0", "seed 1", "interquartile mean", f"{sum(last) / 2:.1f} [", "fidec-seeds0to1.png"):
         assert text in table
-    picture = plt.imread(out / "fidec-seeds0to1.png")
+    assert (out / "fidec-seeds0to1.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_picture_of_a_group(tmp_path: Path) -> None:
+    config = parse(["--env", "halfcheetah-medium", "--preset", "quick", "--num-seeds", "4", "--out", str(tmp_path)])
+    warmup = config.flow_warmup + config.critic_warmup
+    gains = {"policy": 30.0, "flow": 0.0}
+    evaluations = [
+        [
+            {"step": warmup + step, "role": role, "score_mean": 40 + gain * step / 1000 + seed}
+            for step in (0, 500, 1000)
+            for role, gain in gains.items()
+        ]
+        for seed in range(4)
+    ]
+    picture = plt.imread(curve.draw_group_curve(config, evaluations, 65.0, "score"))
     for colour in (curve.BLUE, curve.ORANGE):
         drawn = np.abs(picture[..., :3] - matplotlib.colors.to_rgb(colour)).max(-1) < 0.02
-        assert drawn.sum() > 500, f"no line in {colour}"
+        columns = np.flatnonzero(drawn.any(0))
+        assert np.ptp(columns) > 0.8 * picture.shape[1], f"no line from left to right in {colour}"
 
 
 def test_the_interval_is_that_of_the_interquartile_mean() -> None:

@@ -21,31 +21,36 @@ class ProfiledUpdate(Generic[Output]):
 
     def __init__(self, update: Callable[[Parts, bool], Output], path: Path) -> None:
         self._update, self._path = update, path
-        self._updates = 0
-        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
-        self._profile = profile(activities=activities)
+        self._updates = self.traced = 0
+        self._profile: profile | None = None
 
-    @property
-    def written(self) -> bool:
-        return self._updates >= LAST
+    def __call__(self, parts: Parts, log: bool) -> Output:
+        if "actor" not in parts:
+            return self._update(parts, log)
+        if self._updates == FIRST:
+            activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
+            self._profile = profile(activities=activities)
+            self._profile.start()
+        output = self._update(parts, log)
+        self._updates += 1
+        self.traced += self._profile is not None
+        if self._updates == LAST:
+            self.close()
+        return output
+
+    def close(self) -> None:
+        """Write what has been traced. To be called wherever training ends: a profiler must not be left running."""
+        if self._profile is None:
+            return
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self._profile.stop()
+        self._profile.export_chrome_trace(str(self._path))
+        self._profile = None
 
     @property
     def outcome(self) -> str:
         """For people."""
-        if self.written:
-            return f"profile    {self._path}: {LAST - FIRST} updates, to be opened at https://ui.perfetto.dev"
-        return f"profile    none: it takes {LAST} updates of the agent, and this run made {self._updates}"
-
-    def __call__(self, parts: Parts, log: bool) -> Output:
-        if "actor" not in parts or self.written:
-            return self._update(parts, log)
-        if self._updates == FIRST:
-            self._profile.start()
-        output = self._update(parts, log)
-        self._updates += 1
-        if self.written:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            self._profile.stop()
-            self._profile.export_chrome_trace(str(self._path))
-        return output
+        if self.traced:
+            return f"profile    {self._path}: {self.traced} updates, to be opened at https://ui.perfetto.dev"
+        return f"profile    none: it begins after {FIRST} updates of the agent, and this run made {self._updates}"

@@ -122,6 +122,8 @@ class Run:
                 if stage.start <= self.step < stage.end and not self.stop_requested:
                     self._train(stage)
         finally:
+            if isinstance(self.update, ProfiledUpdate):
+                self.update.close()
             for member in self.members:
                 member.record.close()
             for signum, handler in handlers.items():
