@@ -70,8 +70,9 @@ FROZEN_FLOW_PARTS: Parts = ("critic", "frozen_flow", "actor")
 class Learner(nn.Module, abc.ABC):
     """One update, from a batch to new parameters: of an agent, or of several side by side (``train/seeds.py``).
 
-    Calling it gives the sum of the losses of ``parts``, which `update` differentiates, and the intermediate tensors
-    that `Agent.metrics` reads; with ``log=False`` none of those, nor what is computed for them alone.
+    Calling it gives the sum of the losses of ``parts``, which `update` differentiates, from what `integrate` found, and
+    the intermediate tensors that `Agent.metrics` reads; with ``log=False`` none of those, nor what is computed for them
+    alone.
     """
 
     config: AgentConfig
@@ -113,7 +114,8 @@ class Learner(nn.Module, abc.ABC):
     def backward(self, batch: Batch, draws: Draws, parts: Parts = ALL_PARTS, *, log: bool = False) -> dict[str, Tensor]:
         """Gradients of the sum of the losses, into ``.grad``. Returns the intermediate tensors, detached."""
         self.zero_grad()
-        total_loss, seen = self(batch, draws, parts, log)
+        flows = self.integrate(batch, draws, parts)
+        total_loss, seen = self(batch, draws, flows, parts, log)
         total_loss.sum().backward()
         if "frozen_flow" in parts:
             # As in the published code, the loss is gone but Adam's momentum still moves the flow a little.
@@ -129,6 +131,10 @@ class Learner(nn.Module, abc.ABC):
         target: list[Tensor] = list(self.target_critic.parameters())
         torch._foreach_lerp_(target, [p.detach() for p in self.critic.parameters()], self.config.tau)
         optimizer.step()
+
+    @abc.abstractmethod
+    def integrate(self, batch: Batch, draws: Draws, parts: Parts) -> dict[str, Tensor]:
+        """Everything that an update integrates along the flow, without gradient."""
 
     @abc.abstractmethod
     def sample(
@@ -203,8 +209,9 @@ class Agent(Learner):
 
     # -- the losses ----------------------------------------------------------------------------------------------
 
-    def forward(self, batch: Batch, draws: Draws, parts: Parts, log: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        flows = self.integrate(batch, draws, parts)
+    def forward(
+        self, batch: Batch, draws: Draws, flows: dict[str, Tensor], parts: Parts, log: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         losses: list[Tensor] = []
         seen: dict[str, Tensor] = {}
         for part in parts:
@@ -227,7 +234,7 @@ class Agent(Learner):
 
     @torch.no_grad()
     def integrate(self, batch: Batch, draws: Draws, parts: Parts) -> dict[str, Tensor]:
-        """Everything that an update integrates along the flow, by the names of `starts`, in one call."""
+        """In one call, by the names of `starts`."""
         starts = self.starts(batch, draws, parts)
         noises, observations = [noise for noise, _ in starts.values()], [obs for _, obs in starts.values()]
         config = self.config
