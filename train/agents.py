@@ -108,7 +108,7 @@ class Learner(nn.Module, abc.ABC):
     ) -> dict[str, Tensor]:
         """Batch to parameters. Returns what `Agent.metrics` reads, if it is to be logged."""
         seen = self.backward(batch, draws, parts, log=log)
-        self.step(optimizer)
+        self.step(optimizer, parts)
         return seen
 
     def backward(self, batch: Batch, draws: Draws, parts: Parts = ALL_PARTS, *, log: bool = False) -> dict[str, Tensor]:
@@ -123,13 +123,14 @@ class Learner(nn.Module, abc.ABC):
                 p.grad = torch.zeros_like(p)
         return {name: tensor.detach() for name, tensor in seen.items()}
 
-    def step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Clip the gradients, move the target network, move the parameters."""
+    def step(self, optimizer: torch.optim.Optimizer, parts: Parts = ALL_PARTS) -> None:
+        """Clip the gradients, move the target network if its critic moves, move the parameters."""
         if self.config.grad_clip is not None:
             self.clip_gradients(self.config.grad_clip)
-        # As in the published code, the target follows the critic from before this step.
-        target: list[Tensor] = list(self.target_critic.parameters())
-        torch._foreach_lerp_(target, [p.detach() for p in self.critic.parameters()], self.config.tau)
+        if "critic" in parts or "data_critic" in parts:
+            # As in the published code, the target follows the critic from before this step.
+            target: list[Tensor] = list(self.target_critic.parameters())
+            torch._foreach_lerp_(target, [p.detach() for p in self.critic.parameters()], self.config.tau)
         optimizer.step()
 
     @abc.abstractmethod

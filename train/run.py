@@ -74,6 +74,7 @@ class Run:
         self.update = self._make_update()
         self.step = 0
         self.seconds = 0.0
+        self.learning_rate = config.hyper.lr
         self.stop_requested = False
 
         flow_end = config.flow_warmup
@@ -182,6 +183,9 @@ class Run:
         if stage is not self.stages[-1]:
             progress = (self.step - stage.start) / (stage.end - stage.start)
             lr = self.config.warmup_lr * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
+        if lr == self.learning_rate:
+            return
+        self.learning_rate = lr
         for group in self.optimizer.param_groups:
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(lr)  # where a captured update reads it
@@ -336,7 +340,7 @@ def preset_line(config: RunConfig) -> str:
 
 def choose_device(name: str) -> torch.device:
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     try:
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
@@ -390,6 +394,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         spec = resolve(config.env)
         device = choose_device(config.device)
         if device.type == "cuda":
+            torch.cuda.set_device(device)
             torch.set_float32_matmul_precision(config.matmul_precision)
         singles = config.of_each_seed()
         for single in singles:
