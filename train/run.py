@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
@@ -396,6 +397,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if device.type == "cuda":
             torch.cuda.set_device(device)
             torch.set_float32_matmul_precision(config.matmul_precision)
+            # the first updates run without a graph, all of them with --capture off
+            warnings.filterwarnings("ignore", message="This instance was constructed with capturable=True")
         singles = config.of_each_seed()
         for single in singles:
             check_folder(single.folder, single)
