@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from train.agents import AGENTS, Agent
-from train.checkpoint import DamagedCheckpoint, newest_checkpoint, read_checkpoint, save_checkpoint
-from train.config import AgentConfig
-from train.data import Batch
+from train.checkpoint import DamagedCheckpoint, newest_checkpoints, read_checkpoint, save_checkpoint
+from train.dataset import Batch
+from train.hyperparameters import AgentConfig
 
 CONFIG = AgentConfig(actor_hidden=(8,), critic_hidden=(8,), flow_steps=2, num_fisher_samples=2)
 
@@ -53,8 +53,7 @@ def test_continues_bit_for_bit(tmp_path: Path, name: str) -> None:
 
 
 def found(folder: Path) -> Path:
-    checkpoint, problems = newest_checkpoint(folder)
-    assert checkpoint is not None
+    (checkpoint,), problems = newest_checkpoints([folder])
     assert not problems
     return checkpoint.path
 
@@ -84,8 +83,7 @@ def test_a_damaged_checkpoint_is_refused_for_the_one_before(tmp_path: Path, how:
     damage(newest, how)
     with pytest.raises(DamagedCheckpoint, match=newest.name):
         read_checkpoint(newest)
-    checkpoint, problems = newest_checkpoint(tmp_path)
-    assert checkpoint is not None
+    (checkpoint,), problems = newest_checkpoints([tmp_path])
     assert checkpoint.path == before
     assert len(problems) == 1
     assert str(newest) in problems[0]
@@ -112,4 +110,4 @@ def test_a_half_written_checkpoint_does_not_count(tmp_path: Path, monkeypatch: p
 
 
 def test_nothing_to_find(tmp_path: Path) -> None:
-    assert newest_checkpoint(tmp_path / "nowhere") == (None, [])
+    assert newest_checkpoints([tmp_path / "nowhere"]) == ([], [])

@@ -25,6 +25,11 @@ def test_matches_the_published_agent(case: Case, dtype: torch.dtype) -> None:
     assert not problems, "\n".join(problems)
 
 
+def test_matches_when_compiled(case: Case) -> None:
+    problems = mismatches(case, Replay(case, torch.float64, "compiled").results, torch.float64)
+    assert not problems, "\n".join(problems)
+
+
 def test_a_spoiled_output_is_noticed(case: Case) -> None:
     inputs = "(?!init/|opt/|batch/|rand/|eval/.*(obs|noise))"
     for dtype, outputs in ((torch.float64, "x64/"), (torch.float32, f"(?!x64/){inputs}")):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
+import io
 import json
 import shutil
 import signal
@@ -14,12 +16,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import huggingface_hub
+import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import train.run
+from train import curve
 from train.agents import METRICS
 from train.config import preset_config
 from train.evaluate import run_episodes
@@ -68,6 +73,7 @@ def test_first_lines_say_what_is_trained_on_what(finished: tuple[Path, str]) -> 
     lines = printed.splitlines()
     assert lines[0] == "run        fidec on halfcheetah-medium (HalfCheetah-v5), seed 0, cpu"
     assert lines[1].startswith("preset     quick: 6 + 4 warm-up and 20 agent updates")
+    assert lines[2] == "update     plain, no CUDA graphs on the CPU"
     data = [line for line in lines if line.startswith("data ")]
     assert any("mujoco/halfcheetah/medium-v0" in line for line in data)
     assert any("fdkernels/halfcheetah/medium-100ep-v0" in line and "100,000 transitions" in line for line in data)
@@ -207,6 +213,140 @@ def test_the_other_agents_run(tmp_path: Path, agent: str, capsys: pytest.Capture
     assert (tmp_path / "run" / "curve.png").exists()
 
 
+def test_a_trace_that_one_can_open(
+    finished: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert main([*TINY, "--profile", "--out", str(out)]) == 0
+    assert f"profile    {out / 'trace.json'}: 5 updates" in capsys.readouterr().out
+    events = json.loads((out / "trace.json").read_text())["traceEvents"]
+    steps = [event for event in events if str(event.get("name", "")).startswith("Optimizer.step")]
+    assert len(steps) == 5
+    assert any(event.get("name") == "aten::addmm" for event in events)
+    ours, theirs = load_file(out / "policy.safetensors"), load_file(finished[0] / "policy.safetensors")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    # one that ends in the middle of it, and one before
+    assert main([*TINY, "--profile", "--steps", "12", "--out", str(tmp_path / "short")]) == 0
+    assert f"profile    {tmp_path / 'short' / 'trace.json'}: 2 updates" in capsys.readouterr().out
+    assert main([*TINY, "--profile", "--steps", "7", "--out", str(tmp_path / "shorter")]) == 0
+    assert "profile    none: it begins after 10 updates of the agent, and this run made 7" in capsys.readouterr().out
+
+
+GROUP = [*TINY, "--num-seeds", "2"]
+
+
+@pytest.fixture(scope="module")
+def group(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Two seeds side by side, and what the run printed."""
+    out = tmp_path_factory.mktemp("group")
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert main([*GROUP, "--out", str(out)]) == 0
+    return out, printed.getvalue()
+
+
+def figures(folder: Path) -> list[float]:
+    """The table of metrics without what depends on the clock."""
+    rows = read(folder / "metrics.csv")
+    return [float(v) for row in rows for name, v in row.items() if v and name not in ("stage", "updates_per_second")]
+
+
+def assert_same_weights(ours: Path, theirs: Path) -> None:
+    weights, expected = load_file(ours / "policy.safetensors"), load_file(theirs / "policy.safetensors")
+    torch.testing.assert_close(weights, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_seeds_together_leave_what_each_leaves_alone(
+    finished: tuple[Path, str], group: tuple[Path, str], tmp_path: Path
+) -> None:
+    alone, (out, printed) = finished[0], group
+    assert printed.startswith("run        fidec on halfcheetah-medium (HalfCheetah-v5), seed 0 to 1, cpu")
+    assert sorted(p.name for p in out.iterdir()) == ["fidec-seed0", "fidec-seed1", "fidec-seeds0to1.png"]
+    for seed in (0, 1):
+        folder = out / f"fidec-seed{seed}"
+        assert sorted(p.name for p in folder.iterdir()) == sorted(p.name for p in alone.iterdir())
+        assert json.loads((folder / "config.json").read_text())["seed"] == seed
+        rows = [(row["step"], row["role"]) for row in read(folder / "evaluations.csv")]
+        assert rows == [(step, role) for step in ("10", "20", "30") for role in ("policy", "flow")]
+    np.testing.assert_allclose(figures(out / "fidec-seed0"), figures(alone), rtol=1e-3, atol=1e-4)
+    assert_same_weights(out / "fidec-seed0", alone)
+    assert main([*TINY, "--seed", "1", "--out", str(tmp_path / "one")]) == 0
+    assert_same_weights(out / "fidec-seed1", tmp_path / "one")
+    with pytest.raises(AssertionError):
+        assert_same_weights(out / "fidec-seed1", alone)
+
+
+def test_the_table_of_a_group(group: tuple[Path, str]) -> None:
+    out, printed = group
+    last = [float(read(out / f"fidec-seed{seed}" / "evaluations.csv")[-2]["score_mean"]) for seed in (0, 1)]
+    table = printed[printed.index("D4RL-normalised score (HalfCheetah-v5)") :]
+    # of two, nothing is cut off
+    for text in ("seed 0", "seed 1", "interquartile mean", f"{sum(last) / 2:.1f} [", "fidec-seeds0to1.png"):
+        assert text in table
+    assert (out / "fidec-seeds0to1.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_picture_of_a_group(tmp_path: Path) -> None:
+    config = parse(["--env", "halfcheetah-medium", "--preset", "quick", "--num-seeds", "4", "--out", str(tmp_path)])
+    warmup = config.flow_warmup + config.critic_warmup
+    gains = {"policy": 30.0, "flow": 0.0}
+    evaluations = [
+        [
+            {"step": warmup + step, "role": role, "score_mean": 40 + gain * step / 1000 + seed}
+            for step in (0, 500, 1000)
+            for role, gain in gains.items()
+        ]
+        for seed in range(4)
+    ]
+    picture = plt.imread(curve.draw_group_curve(config, evaluations, 65.0, "score"))
+    for colour in (curve.BLUE, curve.ORANGE):
+        drawn = np.abs(picture[..., :3] - matplotlib.colors.to_rgb(colour)).max(-1) < 0.02
+        columns = np.flatnonzero(drawn.any(0))
+        assert np.ptp(columns) > 0.8 * picture.shape[1], f"no line from left to right in {colour}"
+
+
+def test_the_interval_is_that_of_the_interquartile_mean() -> None:
+    scores = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 1000.0]
+    middle, (low, high) = curve.interquartile_mean(scores)
+    assert middle == 4.5
+    assert 2 < low < 3.5
+    assert 5.5 < high < 400
+    assert curve.interquartile_mean([3.0, 3.0]) == (3.0, (3.0, 3.0))
+
+
+def test_a_group_goes_on_where_all_its_seeds_were(
+    group: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "group"
+    assert main([*GROUP, "--steps", "10", "--out", str(out)]) == 0
+    newest = out / "fidec-seed1" / "checkpoints" / "step-000000020.safetensors"
+    newest.write_bytes(newest.read_bytes()[:1000])  # seed 0 has step 20, seed 1 only the one before
+    assert main([*GROUP, "--out", str(out), "--resume"]) == 0
+    printed = capsys.readouterr().out
+    assert f"refused    checkpoint {newest}" in printed
+    assert printed.count("step-000000015.safetensors, step 15") == 2
+    for seed in (0, 1):
+        ours, theirs = (load_file(f / f"fidec-seed{seed}" / "policy.safetensors") for f in (out, group[0]))
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_one_seed_of_a_group_goes_on_alone(group: tuple[Path, str], tmp_path: Path) -> None:
+    out = tmp_path / "seed"
+    shutil.copytree(group[0] / "fidec-seed1", out)
+    assert main([*TINY, "--seed", "1", "--steps", "25", "--out", str(out), "--resume"]) == 0
+    assert [row["step"] for row in read(out / "evaluations.csv")][-2:] == ["35", "35"]
+
+
+def test_a_group_is_not_mixed_or_lost(
+    group: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "group"
+    shutil.copytree(group[0], out)
+    assert main([*GROUP, "--out", str(out)]) == 2
+    assert "fidec-seed0 already holds a run: --resume continues it" in capsys.readouterr().err
+    assert main([*GROUP, "--num-seeds", "3", "--out", str(out), "--resume"]) == 2
+    assert "the seeds have no checkpoint of the same step" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -214,6 +354,7 @@ def test_the_other_agents_run(tmp_path: Path, agent: str, capsys: pytest.Capture
         (["--env", "halfcheetah-simple"], "no data for halfcheetah-simple"),
         (["--env", "halfcheetah-medium", "--device", "cuda:99"], "--device cuda:99 cannot be used"),
         (["--env", "halfcheetah-medium", "--device", "meta"], "--device must be auto, cpu or cuda"),
+        (["--env", "halfcheetah-medium", "--device", "cpu", "--capture", "on"], "CUDA graphs need a CUDA device"),
     ],
 )
 def test_errors_are_for_people(
@@ -231,6 +372,11 @@ def test_errors_are_for_people(
         (["--fisher-t", "1.0"], "--fisher-t must be at least 0 and below 1, got 1.0"),
         (["--num-fisher-samples", "0"], "--num-fisher-samples must be positive"),
         (["--tau", "1.5"], "--tau must be between 0 and 1"),
+        (["--num-seeds", "0"], "--num-seeds must be positive, got 0"),
+        (["--agent", "fql", "--num-seeds", "-1"], "--num-seeds must be positive, got -1"),
+        (["--num-seeds", "two"], "num-seeds"),
+        (["--capture", "yes"], "capture"),
+        (["--flow-precision", "fp8"], "flow-precision"),
         (["--seed", "-2"], "--seed must be zero or more"),
         (["--alpha", "inf"], "--alpha must be finite"),
         (["--actor-hidden", "16", "0"], "--actor-hidden must be positive widths"),

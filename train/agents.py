@@ -6,7 +6,8 @@
 ``fql``     flow Q-learning (arXiv 2502.02538): a one-step policy distilled from the flow while it climbs Q.
 
 They share networks, critic, flow matching and optimiser; `actor_loss` is where they differ. One update is
-`Agent.update`: backward of critic loss + flow-matching loss + actor loss, target network, Adam.
+`Learner.update`: all that is integrated along the flow, critic loss + flow-matching loss + actor loss, their gradients,
+target network, Adam.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fdkernels
-from train.config import AgentConfig
-from train.data import Batch
+from train.dataset import Batch, OfflineDataset
+from train.hyperparameters import AgentConfig
 from train.networks import TwinCritic
 
 METRICS = {
@@ -60,11 +61,98 @@ class Draws(NamedTuple):
     """That time where it varies, (B, K, 1); None for a constant one."""
 
 
-Part = Literal["critic", "data_critic", "flow", "actor"]
-ALL_PARTS: tuple[Part, ...] = ("critic", "flow", "actor")
+Part = Literal["critic", "data_critic", "flow", "frozen_flow", "actor"]
+Parts = tuple[Part, ...]
+ALL_PARTS: Parts = ("critic", "flow", "actor")
+FROZEN_FLOW_PARTS: Parts = ("critic", "frozen_flow", "actor")
 
 
-class Agent(nn.Module, abc.ABC):
+class Learner(nn.Module, abc.ABC):
+    """One update, from a batch to new parameters: of an agent, or of several side by side (``train/seeds.py``).
+
+    Calling it gives the sum of the losses of ``parts``, which `update` differentiates, from what `integrate` found, and
+    the intermediate tensors that `Agent.metrics` reads; with ``log=False`` none of those, nor what is computed for them
+    alone.
+    """
+
+    config: AgentConfig
+    flow: fdkernels.VelocityMLP
+    critic: TwinCritic
+    target_critic: TwinCritic
+
+    def make_optimizer(self) -> torch.optim.Adam:
+        """One Adam over everything that learns. Call it once the module is on its device."""
+        learning = [p for p in self.parameters() if p.requires_grad]
+        on_gpu = learning[0].is_cuda
+        # A captured update reads the learning rate and counts its steps on the device, and cannot create state.
+        lr = torch.tensor(self.config.lr, device=learning[0].device) if on_gpu else self.config.lr
+        optimizer = torch.optim.Adam(learning, lr=lr, fused=True, capturable=on_gpu)
+        for p in learning:
+            moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            optimizer.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=p.device), **moments}
+        return optimizer
+
+    def agent_parts(self, updates: int) -> Parts:
+        """Losses of an update of the whole agent, when ``updates`` of those have been made."""
+        freeze_after = self.config.freeze_flow_after
+        return ALL_PARTS if freeze_after is None or updates < freeze_after else FROZEN_FLOW_PARTS
+
+    def update(
+        self,
+        optimizer: torch.optim.Optimizer,
+        batch: Batch,
+        draws: Draws,
+        parts: Parts = ALL_PARTS,
+        *,
+        log: bool = False,
+    ) -> dict[str, Tensor]:
+        """Batch to parameters. Returns what `Agent.metrics` reads, if it is to be logged."""
+        seen = self.backward(batch, draws, parts, log=log)
+        self.step(optimizer, parts)
+        return seen
+
+    def backward(self, batch: Batch, draws: Draws, parts: Parts = ALL_PARTS, *, log: bool = False) -> dict[str, Tensor]:
+        """Gradients of the sum of the losses, into ``.grad``. Returns the intermediate tensors, detached."""
+        self.zero_grad()
+        flows = self.integrate(batch, draws, parts)
+        total_loss, seen = self(batch, draws, flows, parts, log)
+        total_loss.sum().backward()
+        if "frozen_flow" in parts:
+            # As in the published code, the loss is gone but Adam's momentum still moves the flow a little.
+            for p in self.flow.parameters():
+                p.grad = torch.zeros_like(p)
+        return {name: tensor.detach() for name, tensor in seen.items()}
+
+    def step(self, optimizer: torch.optim.Optimizer, parts: Parts = ALL_PARTS) -> None:
+        """Clip the gradients, move the target network if its critic moves, move the parameters."""
+        if self.config.grad_clip is not None:
+            self.clip_gradients(self.config.grad_clip)
+        if "critic" in parts or "data_critic" in parts:
+            # As in the published code, the target follows the critic from before this step.
+            target: list[Tensor] = list(self.target_critic.parameters())
+            torch._foreach_lerp_(target, [p.detach() for p in self.critic.parameters()], self.config.tau)
+        optimizer.step()
+
+    @abc.abstractmethod
+    def integrate(self, batch: Batch, draws: Draws, parts: Parts) -> dict[str, Tensor]:
+        """Everything that an update integrates along the flow, without gradient."""
+
+    @abc.abstractmethod
+    def sample(
+        self, dataset: OfflineDataset, batch_size: int, generators: Sequence[torch.Generator]
+    ) -> tuple[Batch, Draws]:
+        """A batch and the random numbers of one update, from a generator for each agent."""
+
+    @abc.abstractmethod
+    def figures(self, batch: Batch, seen: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        """`Agent.metrics` of each agent."""
+
+    @abc.abstractmethod
+    def clip_gradients(self, bound: float) -> None:
+        """Scale the gradients so that their norm, over all parameters of an agent together, is at most ``bound``."""
+
+
+class Agent(Learner):
     """What the three agents share."""
 
     q_scale_floor = 0.0
@@ -81,18 +169,11 @@ class Agent(nn.Module, abc.ABC):
         )
         self.critic = TwinCritic(obs_dim, action_dim, config.critic_hidden, config.critic_layer_norm)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
-        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
         # raw observations are standardised with these before the networks see them
         self.register_buffer("obs_mean", torch.zeros(obs_dim))
         self.register_buffer("obs_std", torch.ones(obs_dim))
-        self.updates: Tensor
         self.obs_mean: Tensor
         self.obs_std: Tensor
-
-    def make_optimizer(self) -> torch.optim.Adam:
-        """One Adam over everything that learns. Call it once the module is on its device."""
-        learning = [p for p in self.parameters() if p.requires_grad]
-        return torch.optim.Adam(learning, lr=self.config.lr, fused=True)
 
     @torch.no_grad()
     def center_critics(self, mean_reward: float) -> None:
@@ -115,63 +196,64 @@ class Agent(nn.Module, abc.ABC):
     def _normal(self, generator: torch.Generator | None, *shape: int) -> Tensor:
         return torch.randn(*shape, self.action_dim, generator=generator, **self._like())
 
-    # -- one update ----------------------------------------------------------------------------------------------
+    def sample(
+        self, dataset: OfflineDataset, batch_size: int, generators: Sequence[torch.Generator]
+    ) -> tuple[Batch, Draws]:
+        (generator,) = generators
+        return dataset.sample(batch_size, generator), self.draw(batch_size, generator)
 
-    def update(
-        self, optimizer: torch.optim.Optimizer, batch: Batch, draws: Draws, parts: Sequence[Part] = ALL_PARTS
-    ) -> dict[str, Tensor]:
-        """Batch to parameters. Returns what `metrics` reads; nothing is computed for it."""
-        seen = self.backward(batch, draws, parts)
-        self.step(optimizer, warm_up="actor" not in parts)
-        return seen
+    def figures(self, batch: Batch, seen: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        return [self.metrics(batch, seen)]
 
-    def backward(self, batch: Batch, draws: Draws, parts: Sequence[Part] = ALL_PARTS) -> dict[str, Tensor]:
-        """Gradients of the sum of the losses, into ``.grad``. Returns the intermediate tensors, detached."""
-        self.zero_grad()
-        losses = {
-            "critic": self.critic_loss,
-            "data_critic": self.data_critic_loss,
-            "flow": self.flow_matching_loss,
-            "actor": self.actor_loss,
-        }
-        freeze_after = self.config.freeze_flow_after
-        if "actor" in parts and freeze_after is not None and self.updates >= freeze_after:
-            parts = [part for part in parts if part != "flow"]
-            # As in the published code, the loss is gone but Adam's momentum still moves the flow a little.
-            for p in self.flow.parameters():
-                p.grad = torch.zeros_like(p)
-        total_loss = torch.zeros_like(self.obs_mean[0])
-        seen: dict[str, Tensor] = {}
-        for part in parts:
-            loss, part_seen = losses[part](batch, draws)
-            total_loss = total_loss + loss
-            seen |= part_seen
-        total_loss.backward()
-        return {name: tensor.detach() for name, tensor in seen.items()} | {"total_loss": total_loss.detach()}
-
-    def step(self, optimizer: torch.optim.Optimizer, *, warm_up: bool = False) -> None:
-        """Clip the gradients, move the target network, move the parameters, count the update unless it is warm-up."""
-        if self.config.grad_clip is not None:
-            nn.utils.clip_grad_norm_(self.parameters(), self.config.grad_clip)
-        # As in the published code, the target follows the critic from before this step.
-        target: list[Tensor] = list(self.target_critic.parameters())
-        torch._foreach_lerp_(target, [p.detach() for p in self.critic.parameters()], self.config.tau)
-        optimizer.step()
-        if not warm_up:
-            self.updates += 1
+    def clip_gradients(self, bound: float) -> None:
+        nn.utils.clip_grad_norm_(self.parameters(), bound)
 
     # -- the losses ----------------------------------------------------------------------------------------------
 
-    def critic_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
-        """Temporal-difference error of both critics against r + γ·m·Q_target(s', π(s'))."""
-        return self._temporal_difference(batch, self.act(batch.next_observations, draws.next_noise))
+    def forward(
+        self, batch: Batch, draws: Draws, flows: dict[str, Tensor], parts: Parts, log: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        losses: list[Tensor] = []
+        seen: dict[str, Tensor] = {}
+        for part in parts:
+            if part == "critic":
+                loss, part_seen = self.critic_loss(batch, self.next_actions(batch, draws, flows))
+            elif part == "data_critic":
+                assert batch.next_actions is not None
+                # the action that the data took next (SARSA): the value of the behaviour, not of the policy
+                loss, part_seen = self.critic_loss(batch, batch.next_actions)
+            elif part == "flow":
+                loss, part_seen = self.flow_matching_loss(batch, draws)
+            elif part == "actor":
+                loss, part_seen = self.actor_loss(batch, draws, flows, log)
+            else:
+                continue
+            losses.append(loss)
+            seen |= part_seen
+        total_loss = torch.stack(losses).sum()
+        return total_loss, {**seen, "total_loss": total_loss} if log else {}
 
-    def data_critic_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
-        """The same with the action that the data took next (SARSA): the value of the behaviour, not of the policy."""
-        assert batch.next_actions is not None
-        return self._temporal_difference(batch, batch.next_actions)
+    @torch.no_grad()
+    def integrate(self, batch: Batch, draws: Draws, parts: Parts) -> dict[str, Tensor]:
+        """In one call, by the names of `starts`."""
+        starts = self.starts(batch, draws, parts)
+        noises, observations = [noise for noise, _ in starts.values()], [obs for _, obs in starts.values()]
+        config = self.config
+        ends = fdkernels.integrate_flow_groups(
+            self.flow, noises, observations, num_steps=config.flow_steps, precision=config.flow_precision
+        )
+        return dict(zip(starts, ends))
 
-    def _temporal_difference(self, batch: Batch, next_actions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def starts(self, batch: Batch, draws: Draws, parts: Parts) -> dict[str, tuple[Tensor, Tensor]]:
+        """Noise (..., d) to integrate the flow from, and observations that broadcast to it: ``base``, for the actor."""
+        return {"base": (draws.base_noise, batch.observations)} if "actor" in parts else {}
+
+    @abc.abstractmethod
+    def next_actions(self, batch: Batch, draws: Draws, flows: dict[str, Tensor]) -> Tensor:
+        """The policy's actions at the next observations, (B, d), without gradient."""
+
+    def critic_loss(self, batch: Batch, next_actions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Temporal-difference error of both critics against r + γ·m·Q_target(s', a')."""
         with torch.no_grad():
             next_qs = self.target_critic(batch.next_observations, next_actions)
             next_q = next_qs.amin(0) if self.config.q_aggregation == "min" else next_qs.mean(0)
@@ -195,7 +277,9 @@ class Agent(nn.Module, abc.ABC):
         return loss, {"x_t": x_t, "velocity": velocity, "predicted_velocity": predicted, "flow_loss": loss}
 
     @abc.abstractmethod
-    def actor_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
+    def actor_loss(
+        self, batch: Batch, draws: Draws, flows: dict[str, Tensor], log: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The agent's own part: climb Q, stay near the data."""
 
     def q_loss(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -222,7 +306,7 @@ class Agent(nn.Module, abc.ABC):
 
     @torch.no_grad()
     def metrics(self, batch: Batch, seen: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The figures worth watching, named in `METRICS`, as far as an update's intermediate tensors give them."""
+        """The figures worth watching, named in `METRICS`, as far as the tensors of a logged update give them."""
         figures = {name: tensor for name, tensor in seen.items() if name in METRICS}
         if "critic_q" in seen:
             figures["q_data"] = seen["critic_q"].mean()
@@ -253,15 +337,30 @@ class DecoratorAgent(Agent):
         """δ(s, a), (..., d), unclipped."""
         return self.actor(torch.cat([obs, action], dim=-1))
 
+    def starts(self, batch: Batch, draws: Draws, parts: Parts) -> dict[str, tuple[Tensor, Tensor]]:
+        """Also ``next``, for the critic's target."""
+        starts = super().starts(batch, draws, parts)
+        if "critic" in parts:
+            starts["next"] = draws.next_noise, batch.next_observations
+        return starts
+
+    @torch.no_grad()
+    def next_actions(self, batch: Batch, draws: Draws, flows: dict[str, Tensor]) -> Tensor:
+        return self.refine(batch.next_observations, flows["next"])
+
     @abc.abstractmethod
-    def penalty(self, obs: Tensor, displacement: Tensor, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
+    def penalty(
+        self, obs: Tensor, displacement: Tensor, draws: Draws, flows: dict[str, Tensor], log: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Size of each displacement, (B,), and what there is to log. Gradient to the displacement only."""
 
-    def actor_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
+    def actor_loss(
+        self, batch: Batch, draws: Draws, flows: dict[str, Tensor], log: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """α·penalty − Q(s, clip(a + δ)); α rises while the penalty is above its target (dual ascent)."""
-        base_actions = self.flow_action(batch.observations, draws.base_noise)
+        base_actions = flows["base"]
         displacement = self.displacement(batch.observations, base_actions)
-        row_penalty, seen = self.penalty(batch.observations, displacement, draws)
+        row_penalty, seen = self.penalty(batch.observations, displacement, draws, flows, log)
         penalty = row_penalty.mean()
         policy_actions = (base_actions + displacement).clamp(-1, 1)
         q_loss, q_seen = self.q_loss(batch.observations, policy_actions)
@@ -331,39 +430,58 @@ class FiDec(DecoratorAgent):
         uniform = torch.rand(batch_size, k, 1, generator=generator, **self._like())
         return draws._replace(fisher_t=low + (high - low) * uniform)
 
-    def penalty(self, obs: Tensor, displacement: Tensor, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
+    def starts(self, batch: Batch, draws: Draws, parts: Parts) -> dict[str, tuple[Tensor, Tensor]]:
+        """Also ``fisher``, K samples for each state."""
+        starts = super().starts(batch, draws, parts)
+        if "actor" in parts:
+            assert draws.fisher_noise is not None
+            starts["fisher"] = draws.fisher_noise, batch.observations.unsqueeze(1)
+        return starts
+
+    def penalty(
+        self, obs: Tensor, displacement: Tensor, draws: Draws, flows: dict[str, Tensor], log: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Size of the displacement in the behaviour density's Fisher metric, (B,); gradient to the displacement."""
         config = self.config
-        penalty, score = fdkernels.flow_fisher_penalty(
+        found = fdkernels.flow_fisher_penalty(
             self.flow,
             obs,
             displacement,
             t=config.fisher_t if draws.fisher_t is None else draws.fisher_t,
-            num_steps=config.flow_steps,
             damping=config.fisher_damping,
             eps=config.fisher_trace_eps,
             convention=config.score_convention,
             min_sigma=config.min_sigma,
-            noise=draws.fisher_noise,
+            samples=flows["fisher"],
             bridge_noise=draws.bridge_noise,
-            return_score=True,
+            return_score=log,
         )
+        if isinstance(found, Tensor):
+            return found, {}
+        penalty, score = found
         return penalty, {"score": score}
 
 
 class DeFlow(DecoratorAgent):
     """The isotropic trust region: the size is ‖δ‖²/d."""
 
-    def penalty(self, obs: Tensor, displacement: Tensor, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
+    def penalty(
+        self, obs: Tensor, displacement: Tensor, draws: Draws, flows: dict[str, Tensor], log: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         return displacement.square().mean(-1), {}
 
 
 class FQL(Agent):
     """Flow Q-learning: π(s) = clip(μ(s, noise)), kept near the flow's action from the same noise."""
 
-    def actor_loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
+    def next_actions(self, batch: Batch, draws: Draws, flows: dict[str, Tensor]) -> Tensor:
+        return self.act(batch.next_observations, draws.next_noise)
+
+    def actor_loss(
+        self, batch: Batch, draws: Draws, flows: dict[str, Tensor], log: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """α·‖μ(s, noise) − flow(s, noise)‖²/d − Q(s, clip(μ))."""
-        base_actions = self.flow_action(batch.observations, draws.base_noise)
+        base_actions = flows["base"]
         actions = self.actor(torch.cat([batch.observations, draws.base_noise], dim=-1))
         penalty = F.mse_loss(actions, base_actions)
         policy_actions = actions.clamp(-1, 1)

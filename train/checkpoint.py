@@ -10,7 +10,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,18 +65,17 @@ class Checkpoint(NamedTuple):
     tensors: dict[str, Tensor]
 
     def restore(self, agent: Agent, optimizer: torch.optim.Optimizer, generator: torch.Generator) -> None:
-        """Bring everything back to where it was."""
+        """Bring everything back to where it was, in place: the tensors may be views of others."""
         parts: dict[str, dict[str, Tensor]] = {"agent": {}, "adam": {}}
         for name, tensor in self.tensors.items():
             group, _, rest = name.partition("/")
             if group in parts:
                 parts[group][rest] = tensor
         agent.load_state_dict(parts["agent"])
-        state: dict[int, dict[str, Tensor]] = {}
+        (learning,) = (group["params"] for group in optimizer.param_groups)
         for name, tensor in parts["adam"].items():
             index, _, field = name.partition("/")
-            state.setdefault(int(index), {})[field] = tensor
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+            optimizer.state[learning[int(index)]][field].copy_(tensor)
         generator.set_state(self.tensors["generator"])
 
 
@@ -97,16 +96,28 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise DamagedCheckpoint(f"checkpoint {path} is damaged ({type(error).__name__}: {error})") from error
 
 
-def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that is whole, and what is wrong with newer ones, which are renamed to ``*.damaged``."""
+def newest_checkpoints(folders: Sequence[Path]) -> tuple[list[Checkpoint], list[str]]:
+    """The checkpoints of the newest step that every folder has whole, one each; none if there is no such step.
+
+    Also what is wrong with damaged ones, which are renamed to ``*.damaged``. Where some folders had got further, those
+    checkpoints are dropped: training comes there again.
+    """
     problems: list[str] = []
-    for _, path in _newest_first(folder):
-        try:
-            return read_checkpoint(path), problems
-        except DamagedCheckpoint as error:
-            problems.append(str(error))
-            path.rename(path.with_suffix(".damaged"))
-    return None, problems
+    paths = [dict(_newest_first(folder)) for folder in folders]
+    for step in sorted(set.intersection(*map(set, paths)), reverse=True):
+        found = []
+        for path in (of_folder[step] for of_folder in paths):
+            try:
+                found.append(read_checkpoint(path))
+            except DamagedCheckpoint as error:
+                problems.append(str(error))
+                path.rename(path.with_suffix(".damaged"))
+        if len(found) == len(folders):
+            for of_folder in paths:
+                for later in (path for at, path in of_folder.items() if at > step):
+                    later.unlink(missing_ok=True)
+            return found, problems
+    return [], problems
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:

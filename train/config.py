@@ -4,96 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import tyro
 
-
-def _require_finite(config: object) -> None:
-    for field in dataclasses.fields(config):  # type: ignore[arg-type]
-        value = getattr(config, field.name)
-        _require(field.name, value, not isinstance(value, float) or math.isfinite(value), "finite")
-
-
-def _require(name: str, value: object, holds: bool, wants: str) -> None:
-    if not holds:
-        raise ValueError(f"--{name.replace('_', '-')} must be {wants}, got {value}")
-
-
-@dataclasses.dataclass(frozen=True)
-class AgentConfig:
-    """Hyper-parameters of an agent; the defaults are the published ones, but for the score convention."""
-
-    actor_hidden: tuple[int, ...] = (512, 512, 512, 512)
-    """Hidden widths of the flow and of the displacement (or one-step) network."""
-    critic_hidden: tuple[int, ...] = (512, 512, 512, 512)
-    """Hidden widths of both critics."""
-    actor_layer_norm: bool = False
-    """Layer norm in flow and displacement network."""
-    critic_layer_norm: bool = True
-    """Layer norm in the critics."""
-    lr: float = 3e-4
-    """Adam's learning rate, for everything."""
-    grad_clip: float | None = 5.0
-    """Bound of the global gradient norm; None leaves it (FQL's published setting)."""
-    discount: float = 0.99
-    """γ."""
-    tau: float = 0.005
-    """Rate of the target critics."""
-    q_aggregation: Literal["mean", "min"] = "mean"
-    """How the two target critics are combined."""
-    normalize_q: bool = False
-    """Divide the Q term of the actor loss by the batch mean of |Q|."""
-    flow_steps: int = 10
-    """Euler steps of the flow."""
-    freeze_flow_after: int | None = None
-    """Stop the flow-matching loss after this many updates of the agent."""
-
-    alpha: float = 10.0
-    """Weight of the penalty: where the multiplier starts, or the constant weight without one."""
-    lagrange: bool = True
-    """Adapt the weight so that the penalty meets target_divergence (fidec, deflow)."""
-    target_divergence: float = 1e-3
-    """Size of the trust region: mean of δᵀF̂δ/d (fidec) or ‖δ‖²/d (deflow)."""
-    zero_init_displacement: bool = False
-    """Start with δ = 0, so that refinement begins at the behaviour flow (fidec, deflow)."""
-
-    num_fisher_samples: int = 4
-    """K, samples of the flow per state (fidec)."""
-    fisher_t: float = 0.95
-    """Time at which the score is taken."""
-    fisher_t_width: float = 0.0
-    """Draw that time uniformly from [fisher_t − width, fisher_t)."""
-    fisher_damping: float = 1e-3
-    """λ, added to the diagonal of F."""
-    fisher_trace_eps: float = 1e-6
-    """Lower bound of tr F / d in the normalisation."""
-    min_sigma: float = 1e-6
-    """Lower bound of 1 − t in the score."""
-    score_convention: Literal["exact", "velocity"] = "exact"
-    """exact: (t·v − x)/(1 − t), the score. velocity: v/(1 − t), what the published code uses."""
-
-    def __post_init__(self) -> None:
-        _require_finite(self)
-        freeze = self.freeze_flow_after
-        _require("freeze_flow_after", freeze, freeze is None or freeze >= 0, "zero or more")
-        for name in ("lr", "alpha", "flow_steps", "num_fisher_samples", "fisher_trace_eps"):
-            _require(name, getattr(self, name), getattr(self, name) > 0, "positive")
-        for name in ("target_divergence", "fisher_damping", "fisher_t_width", "min_sigma"):
-            _require(name, getattr(self, name), getattr(self, name) >= 0, "zero or more")
-        for name in ("discount", "tau"):
-            _require(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "between 0 and 1")
-        _require("fisher_t", self.fisher_t, 0 <= self.fisher_t < 1, "at least 0 and below 1")
-        for name in ("actor_hidden", "critic_hidden"):
-            _require(name, getattr(self, name), all(width > 0 for width in getattr(self, name)), "positive widths")
-        _require("grad_clip", self.grad_clip, self.grad_clip is None or self.grad_clip > 0, "positive")
-
+from train.hyperparameters import AgentConfig, require, require_finite
 
 MAY_CHANGE_ON_RESUME = {
-    *("steps", "preset", "device", "out", "resume", "overwrite"),
+    *("steps", "preset", "device", "out", "resume", "overwrite", "num_seeds", "capture", "profile"),
     *("eval_every", "eval_episodes", "log_every", "checkpoint_every"),
 }
 
@@ -121,10 +41,20 @@ class RunConfig:
     """Transitions per update."""
     seed: int = 0
     """Of everything drawn: parameters, batches, noise, evaluation."""
+    num_seeds: int = 1
+    """Train so many agents side by side, with seeds from --seed upward, each as if alone: AGENT-seedN is its folder."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
+    capture: Literal["auto", "on", "off"] = "auto"
+    """Replay updates as CUDA graphs. auto: where a CUDA device is used."""
+    compile: bool = False
+    """Compile the losses with torch.compile; the first update of each kind then takes a minute or more."""
+    matmul_precision: Literal["highest", "high"] = "high"
+    """Of float32 products on CUDA. high: TF32, as JAX does there. No effect on the CPU."""
+    profile: bool = False
+    """Write a trace of a few updates of the agent to trace.json in the folder; ui.perfetto.dev opens it."""
     out: Path | None = None
-    """Folder of the run; runs/ENV/AGENT-seedN when not given."""
+    """Folder of the run; runs/ENV/AGENT-seedN when not given. With several seeds, the folder that holds theirs."""
     resume: bool = False
     """Go on from the last checkpoint in the folder, if there is one."""
     overwrite: bool = False
@@ -145,22 +75,37 @@ class RunConfig:
     """Divide rewards by the dataset's standard deviation."""
     center_critics: bool = False
     """Start both critics at the dataset's mean reward / (1 − γ) instead of near 0, so that they need not climb."""
-    hyper: AgentConfig = AgentConfig()
+    hyper: AgentConfig = dataclasses.field(default_factory=AgentConfig)
     """Hyper-parameters."""
 
     def __post_init__(self) -> None:
-        _require_finite(self)
-        _require("seed", self.seed, self.seed >= 0, "zero or more")
-        for name in ("steps", "batch_size", "eval_every", "eval_episodes", "log_every", "checkpoint_every"):
-            _require(name, getattr(self, name), getattr(self, name) > 0, "positive")
-        _require("discount", self.hyper.discount, self.hyper.discount < 1 or not self.center_critics, "below 1 here")
-        _require("warmup_lr", self.warmup_lr, self.warmup_lr > 0, "positive")
+        require_finite(self)
+        require("seed", self.seed, self.seed >= 0, "zero or more")
+        everies = ("eval_every", "log_every", "checkpoint_every")
+        for name in ("num_seeds", "steps", "batch_size", "eval_episodes", *everies):
+            require(name, getattr(self, name), getattr(self, name) > 0, "positive")
+        require("discount", self.hyper.discount, self.hyper.discount < 1 or not self.center_critics, "below 1 here")
+        require("warmup_lr", self.warmup_lr, self.warmup_lr > 0, "positive")
         for name in ("flow_warmup", "critic_warmup"):
-            _require(name, getattr(self, name), getattr(self, name) >= 0, "zero or more")
+            require(name, getattr(self, name), getattr(self, name) >= 0, "zero or more")
 
     @property
     def folder(self) -> Path:
-        return self.out or Path("runs") / self.env / f"{self.agent}-seed{self.seed}"
+        return self.out or self.group_folder / f"{self.agent}-seed{self.seed}"
+
+    @property
+    def group_folder(self) -> Path:
+        """Where the folders of several seeds lie."""
+        return self.out or Path("runs") / self.env
+
+    def of_each_seed(self) -> list[RunConfig]:
+        """The settings with which each agent would be trained alone."""
+        if self.num_seeds == 1:
+            return [self]
+        alone = [dataclasses.replace(self, seed=self.seed + i, num_seeds=1) for i in range(self.num_seeds)]
+        if self.out is None:
+            return alone
+        return [dataclasses.replace(config, out=self.out / f"{config.agent}-seed{config.seed}") for config in alone]
 
     def as_json(self) -> dict[str, Any]:
         """As JSON gives it back: lists for tuples, text for paths."""

@@ -10,77 +10,113 @@ import shutil
 import signal
 import sys
 import time
-import zlib
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 import tyro
+from torch import Tensor
 from tqdm import tqdm
 
-from train.agents import AGENTS, ALL_PARTS, Agent, Part
-from train.checkpoint import newest_checkpoint, save_checkpoint, write_safetensors, write_whole
+from train.agents import AGENTS, Agent, Learner, Parts
+from train.capture import CapturedUpdate, CaptureError
+from train.checkpoint import newest_checkpoints, write_whole
 from train.config import MAY_CHANGE_ON_RESUME, RunConfig, choose_preset, preset_config
-from train.curve import draw_curve
-from train.data import DatasetUnavailable, OfflineDataset, load_dataset
-from train.environments import EnvSpec, UnknownEnvironment, normalized_score, resolve
-from train.evaluate import evaluate
-from train.record import Record
+from train.curve import draw_group_curve, group_curve_path, interquartile_mean
+from train.data import DatasetUnavailable, load_dataset
+from train.dataset import Batch, OfflineDataset
+from train.environments import EnvSpec, UnknownEnvironment, resolve
+from train.member import Member, RunError, score_label
+from train.profiling import ProfiledUpdate
+from train.seeds import SeedGroup
 
-
-class RunError(RuntimeError):
-    """Something the user can mend; shown without a traceback."""
+Update: TypeAlias = Callable[[Parts, bool], tuple[Batch, dict[str, Tensor]]]
 
 
 class Stage(NamedTuple):
     name: str
     start: int
     end: int
-    parts: Sequence[Part]
-    """Losses of its updates."""
 
 
 class Run:
-    """Data, agent and optimiser of one run, and the loop over them."""
+    """Data, agents and optimiser of one run, and the loop over them. Several seeds are several members."""
 
     def __init__(self, config: RunConfig, spec: EnvSpec, dataset: OfflineDataset, device: torch.device) -> None:
         self.config, self.spec = config, spec
-        torch.manual_seed(config.seed)
-        agent = AGENTS[config.agent](config.hyper, dataset.observations.shape[1], dataset.actions.shape[1])
         if config.standardize_observations:
-            agent.obs_mean.copy_(dataset.observations.mean(0))
-            agent.obs_std.copy_(dataset.observations.std(0) + 1e-3)
+            mean, std = dataset.observations.mean(0), dataset.observations.std(0) + 1e-3
+        else:
+            mean, std = torch.zeros(dataset.observations.shape[1]), torch.ones(dataset.observations.shape[1])
         self.dataset = dataclasses.replace(
             dataset,
-            observations=(dataset.observations - agent.obs_mean) / agent.obs_std,
-            next_observations=(dataset.next_observations - agent.obs_mean) / agent.obs_std,
+            observations=(dataset.observations - mean) / std,
+            next_observations=(dataset.next_observations - mean) / std,
             rewards=dataset.rewards / dataset.rewards.std() if config.scale_rewards else dataset.rewards,
         ).to(device)
-        if config.center_critics:
-            agent.center_critics(float(self.dataset.rewards.mean()))
-        self.agent: Agent = agent.to(device)
-        self.optimizer = self.agent.make_optimizer()
-        self.generator = torch.Generator(device).manual_seed(config.seed)
+        configs = config.of_each_seed()
+        agents = [self._make_agent(single.seed, mean, std).to(device) for single in configs]
+        self.generators = [torch.Generator(device).manual_seed(single.seed) for single in configs]
+        if config.num_seeds == 1:
+            self.learner: Learner = agents[0]
+            self.optimizer = self.learner.make_optimizer()
+            optimizers = [self.optimizer]
+        else:
+            self.learner = group = SeedGroup(agents)
+            self.optimizer = group.make_optimizer()
+            optimizers = [group.optimizer_of(i, self.optimizer) for i in range(config.num_seeds)]
+        self.members = [
+            Member(single, spec, self.dataset, agent, optimizer, generator)
+            for single, agent, optimizer, generator in zip(configs, agents, optimizers, self.generators)
+        ]
+        self.update = self._make_update()
         self.step = 0
         self.seconds = 0.0
-        self.evaluations: list[dict[str, Any]] = []
+        self.learning_rate = config.hyper.lr
         self.stop_requested = False
 
         flow_end = config.flow_warmup
         critic_end = flow_end + config.critic_warmup
         self.stages = [
-            Stage("flow warm-up", 0, flow_end, ("flow",)),
-            Stage("critic warm-up", flow_end, critic_end, ("data_critic",)),
-            Stage(config.agent, critic_end, critic_end + config.steps, ALL_PARTS),
+            Stage("flow warm-up", 0, flow_end),
+            Stage("critic warm-up", flow_end, critic_end),
+            Stage(config.agent, critic_end, critic_end + config.steps),
         ]
+
+    def _make_agent(self, seed: int, obs_mean: Tensor, obs_std: Tensor) -> Agent:
+        config = self.config
+        torch.manual_seed(seed)
+        agent = AGENTS[config.agent](config.hyper, self.dataset.observations.shape[1], self.dataset.actions.shape[1])
+        agent.obs_mean.copy_(obs_mean)
+        agent.obs_std.copy_(obs_std)
+        if config.center_critics:
+            agent.center_critics(float(self.dataset.rewards.mean()))
+        return agent
+
+    def _make_update(self) -> Update:
+        if self.config.compile:
+            self.learner.compile(fullgraph=True, dynamic=False)
+        update: Update = self._update
+        if captures(self.config, self.generators[0].device):
+            update = CapturedUpdate(update, self.generators)
+        if self.config.profile:
+            update = ProfiledUpdate(update, self.members[0].config.folder / "trace.json")
+        return update
+
+    def _update(self, parts: Parts, log: bool) -> tuple[Batch, dict[str, Tensor]]:
+        """One update, the sampling of its batch included."""
+        batch, draws = self.learner.sample(self.dataset, self.config.batch_size, self.generators)
+        return batch, self.learner.update(self.optimizer, batch, draws, parts, log=log)
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
     def train(self) -> None:
         """Go through the stages from the step reached so far; a checkpoint holds whatever was done when it returns."""
-        self.record = Record(self.config.folder, self.step, self.evaluations)
+        for member in self.members:
+            member.open_record(self.step)
         self.clock = time.perf_counter() - self.seconds
         handlers = {signum: signal.signal(signum, self.request_stop) for signum in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -88,13 +124,16 @@ class Run:
                 if stage.start <= self.step < stage.end and not self.stop_requested:
                     self._train(stage)
         finally:
-            self.record.close()
+            if isinstance(self.update, ProfiledUpdate):
+                self.update.close()
+            for member in self.members:
+                member.record.close()
             for signum, handler in handlers.items():
                 signal.signal(signum, handler)
 
     def _train(self, stage: Stage) -> None:
         config, last = self.config, stage is self.stages[-1]
-        if last and self.step == stage.start and not self.evaluations:
+        if last and self.step == stage.start and not self.members[0].evaluations:
             self.evaluate()
         bar = tqdm(
             desc=stage.name,
@@ -107,21 +146,20 @@ class Run:
         with bar:
             logged_step, logged_at = self.step, time.perf_counter()
             while self.step < stage.end and not self.stop_requested:
-                batch = self.dataset.sample(config.batch_size, self.generator)
-                draws = self.agent.draw(config.batch_size, self.generator)
+                done = self.step - stage.start + 1
+                log = done % config.log_every == 0 or self.step + 1 == stage.end
                 self.set_learning_rate(stage)
-                seen = self.agent.update(self.optimizer, batch, draws, stage.parts)
+                batch, seen = self.update(self.parts(stage), log)
                 self.step += 1
                 bar.update()
-                done = self.step - stage.start
-                if done % config.log_every == 0 or self.step == stage.end:
-                    figures = {name: value.item() for name, value in self.agent.metrics(batch, seen).items()}
+                if log:
+                    figures = self.learner.figures(batch, seen)
                     rate = (self.step - logged_step) / (time.perf_counter() - logged_at)
-                    self.record.add_metrics(self.step, stage.name, rate, figures)
-                    broken = [f"{name} = {value}" for name, value in figures.items() if not math.isfinite(value)]
-                    if broken:
-                        raise RunError(f"training diverged before step {self.step}: {', '.join(broken)}")
-                    bar.set_postfix_str(postfix(figures), refresh=False)
+                    numbers = [
+                        member.log(self.step, stage.name, rate, of_member)
+                        for member, of_member in zip(self.members, figures)
+                    ]
+                    bar.set_postfix_str(postfix(numbers), refresh=False)
                     logged_step, logged_at = self.step, time.perf_counter()
                 if last and (done % config.eval_every == 0 or self.step == stage.end):
                     self.evaluate()
@@ -131,14 +169,29 @@ class Run:
         if self.stop_requested:
             self.save()
 
+    def parts(self, stage: Stage) -> Parts:
+        """Losses of the next update."""
+        flow_warmup, critic_warmup, _ = self.stages
+        if stage is flow_warmup:
+            return ("flow",)
+        if stage is critic_warmup:
+            return ("data_critic",)
+        return self.learner.agent_parts(self.step - stage.start)
+
     def set_learning_rate(self, stage: Stage) -> None:
         """Constant for the agent, annealed in each warm-up, which a noisy last iterate would spoil."""
         lr = self.config.hyper.lr
         if stage is not self.stages[-1]:
             progress = (self.step - stage.start) / (stage.end - stage.start)
             lr = self.config.warmup_lr * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
+        if lr == self.learning_rate:
+            return
+        self.learning_rate = lr
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr)  # where a captured update reads it
+            else:
+                group["lr"] = lr
 
     def request_stop(self, signum: int, frame: FrameType | None) -> None:
         """Signal handler: finish what is under way, write a checkpoint, leave. A second signal acts at once."""
@@ -149,127 +202,116 @@ class Run:
     # -- what it leaves behind -----------------------------------------------------------------------------------
 
     def evaluate(self) -> None:
-        """Returns of the policy and of the behaviour flow alone, from the same initial states."""
-        config = self.config
-        # the same initial states at every evaluation, other ones for another seed
-        returns = evaluate(
-            self.agent, self.spec.env_id, episodes=config.eval_episodes, seed=1_000_000 * (config.seed + 1)
-        )
-        self.seconds = time.perf_counter() - self.clock
-        for role, values in returns.items():
-            sem = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0.0
-            scores = normalized_score(self.spec, values)
-            row = {
-                "step": self.step,
-                "role": role,
-                "return_mean": float(values.mean()),
-                "return_sem": float(sem),
-                "score_mean": float(scores.mean()),
-                "score_sem": float(sem * 100 / (self.spec.expert_return - self.spec.random_return)),
-                "episodes": len(values),
-            }
-            self.evaluations.append(row)
-            self.record.add_evaluation(row)
-        policy, flow = self.evaluations[-2:]
-        tqdm.write(
-            f"update {self.step - self.stages[-1].start:>7,}  score {policy['score_mean']:5.1f} ± "
-            f"{policy['score_sem']:.1f}   flow alone {flow['score_mean']:5.1f} ± {flow['score_sem']:.1f}"
-            f"   {self.seconds / 60:.1f} min"
-        )
-        draw_curve(config.folder, config, self.dataset_score, score_label(self.spec))
+        for member in self.members:
+            policy, flow = member.evaluate(self.step)
+            seed = f"seed {member.config.seed:<4}" if len(self.members) > 1 else ""
+            self.seconds = time.perf_counter() - self.clock
+            tqdm.write(
+                f"update {self.step - self.stages[-1].start:>7,}  {seed}score {policy['score_mean']:5.1f} ± "
+                f"{policy['score_sem']:.1f}   flow alone {flow['score_mean']:5.1f} ± {flow['score_sem']:.1f}"
+                f"   {self.seconds / 60:.1f} min"
+            )
+        if len(self.members) > 1:
+            rows = [member.evaluations for member in self.members]
+            draw_group_curve(self.config, rows, self.members[0].dataset_score, score_label(self.spec))
 
     def save(self) -> None:
         self.seconds = time.perf_counter() - self.clock
-        notes = {"data": self.data_identity, "evaluations": self.evaluations, "seconds": self.seconds}
-        folder = self.config.folder / "checkpoints"
-        save_checkpoint(folder, self.step, self.agent, self.optimizer, self.generator, notes)
+        for member in self.members:
+            member.save(self.step, self.seconds)
 
     def resume(self) -> None:
-        """Continue from the newest whole checkpoint in the folder; without one, begin."""
-        checkpoint, problems = newest_checkpoint(self.config.folder / "checkpoints")
+        """Continue from the newest whole checkpoint that all members have; where there is none at all, begin."""
+        folders = [member.config.folder / "checkpoints" for member in self.members]
+        checkpoints, problems = newest_checkpoints(folders)
         for problem in problems:
             print(f"refused    {problem}")
-        if checkpoint is None:
-            print(f"resume     no checkpoint in {self.config.folder}: starting at update 0")
+        if not checkpoints:
+            lonely = [str(folder) for folder in folders if any(folder.glob("step-*.safetensors"))]
+            if lonely:
+                raise RunError(
+                    f"--resume: the seeds have no checkpoint of the same step; there are some in {', '.join(lonely)}. "
+                    "Finish the seeds one by one with --num-seeds 1, or begin anew with --overwrite"
+                )
+            print(f"resume     no checkpoint in {', '.join(str(f.parent) for f in folders)}: starting at update 0")
             return
-        if checkpoint.notes["data"] != self.data_identity:
-            raise RunError(
-                f"--resume: {checkpoint.path} was trained on other data: {checkpoint.notes['data']}, "
-                f"and now there is {self.data_identity}"
-            )
-        checkpoint.restore(self.agent, self.optimizer, self.generator)
-        self.step = checkpoint.step
-        self.evaluations, self.seconds = checkpoint.notes["evaluations"], checkpoint.notes["seconds"]
-        print(f"resume     {checkpoint.path}, step {self.step:,}")
-
-    @property
-    def data_identity(self) -> dict[str, Any]:
-        """What a resumed run must find again."""
-        returns = zlib.crc32(self.dataset.episode_returns.tobytes())
-        return {"ids": list(self.dataset.dataset_ids), "transitions": len(self.dataset), "returns_crc32": returns}
-
-    @property
-    def dataset_score(self) -> float:
-        return float(normalized_score(self.spec, float(self.dataset.episode_returns.mean())))
+        for member, checkpoint in zip(self.members, checkpoints):
+            member.restore(checkpoint)
+            print(f"resume     {checkpoint.path}, step {checkpoint.step:,}")
+        self.step, self.seconds = checkpoints[0].step, checkpoints[0].notes["seconds"]
 
     def finish(self) -> None:
         """Weights, summary and the final table."""
-        config = self.config
-        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.agent.state_dict().items()}
-        header = {"env": config.env, "agent": config.agent, "hyper": json.dumps(config.as_json()["hyper"])}
-        write_safetensors(config.folder / "policy.safetensors", weights, header)
-        results = {
-            role: {
-                "last": rows[-1],
-                "best": max(rows, key=lambda row: row["score_mean"]),
-            }
-            for role in ("policy", "flow")
-            if (rows := [row for row in self.evaluations if row["role"] == role])
-        }
-        summary = {
-            "config": config.as_json(),
-            "env_id": self.spec.env_id,
-            "dataset_ids": self.dataset.dataset_ids,
-            "dataset_return": float(self.dataset.episode_returns.mean()),
-            "dataset_score": self.dataset_score,
-            "seconds": self.seconds,
-            "torch": torch.__version__,
-            "results": results,
-        }
-        write_whole(config.folder / "result.json", json.dumps(summary, indent=2) + "\n")
-        print(final_table(self, results))
+        for member in self.members:
+            member.finish(self.seconds)
+        print(final_table(self) if len(self.members) == 1 else group_table(self))
+        if isinstance(self.update, ProfiledUpdate):
+            print(self.update.outcome)
 
 
-def postfix(figures: dict[str, float]) -> str:
-    """The figures that fit behind a progress bar."""
+def captures(config: RunConfig, device: torch.device) -> bool:
+    """Whether updates are to be replayed as CUDA graphs."""
+    if config.capture == "on" and device.type != "cuda":
+        raise RunError(f"--capture on: CUDA graphs need a CUDA device, and this run is on {device}")
+    return config.capture != "off" and device.type == "cuda"
+
+
+def update_line(config: RunConfig, device: torch.device) -> str:
+    how = "compiled" if config.compile else "plain"
+    if captures(config, device):
+        return f"{how}, replayed as CUDA graphs"
+    return how + (", no CUDA graphs (--capture off)" if device.type == "cuda" else ", no CUDA graphs on the CPU")
+
+
+def postfix(numbers: list[dict[str, float]]) -> str:
+    """The figures that fit behind a progress bar, means over the members."""
     shown = {"flow": "flow_loss", "td": "critic_loss", "penalty": "penalty", "α": "alpha", "Q": "q_policy"}
     shown |= {"‖δ‖": "displacement_norm", "λ₁/Σλ": "top_eigenvalue_share"}
-    return " ".join(f"{label}={figures[name]:.3g}" for label, name in shown.items() if name in figures)
+    means = {name: sum(row[name] for row in numbers) / len(numbers) for name in numbers[0]}
+    return " ".join(f"{label}={means[name]:.3g}" for label, name in shown.items() if name in means)
 
 
-def score_label(spec: EnvSpec) -> str:
-    return f"D4RL-normalised score ({spec.env_id})"
-
-
-def final_table(run: Run, results: dict[str, dict[str, dict[str, Any]]]) -> str:
-    warmup = run.stages[-1].start
-    lines = [
-        "",
+def table_title(run: Run) -> str:
+    return (
         f"{score_label(run.spec)}: 0 = random ({run.spec.random_return:,.0f}), 100 = expert "
-        f"({run.spec.expert_return:,.0f}); {run.config.eval_episodes} episodes, ± standard error",
-        "",
-        f"{'':24}{'return, last':>18}{'score, last':>16}{'score, best':>16}{'at update':>12}",
-    ]
+        f"({run.spec.expert_return:,.0f}); {run.config.eval_episodes} episodes, ± standard error"
+    )
+
+
+def final_table(run: Run) -> str:
+    (member,) = run.members
+    warmup = run.stages[-1].start
+    header = f"{'':24}{'return, last':>18}{'score, last':>16}{'score, best':>16}{'at update':>12}"
+    lines = ["", table_title(run), "", header]
     for role, name in (("policy", run.config.agent), ("flow", "behaviour flow (δ = 0)")):
-        last, best = results[role]["last"], results[role]["best"]
+        last, best = member.results[role]["last"], member.results[role]["best"]
         lines.append(
             f"{name:24}{last['return_mean']:>10,.0f} ± {last['return_sem']:<5,.0f}"
             f"{last['score_mean']:>9.1f} ± {last['score_sem']:<4.1f}"
             f"{best['score_mean']:>9.1f} ± {best['score_sem']:<4.1f}{best['step'] - warmup:>12,}"
         )
-    lines.append(f"{'dataset':24}{run.dataset.episode_returns.mean():>10,.0f}{'':8}{run.dataset_score:>9.1f}")
+    lines.append(f"{'dataset':24}{run.dataset.episode_returns.mean():>10,.0f}{'':8}{member.dataset_score:>9.1f}")
     lines += ["", f"{run.seconds / 60:.1f} minutes. In {run.config.folder}: curve.png, metrics.csv, evaluations.csv, "]
     lines[-1] += "tensorboard/, policy.safetensors, result.json"
+    return "\n".join(lines)
+
+
+def group_table(run: Run) -> str:
+    """A line for each seed, then the interquartile mean over them."""
+    lines = ["", table_title(run), "", f"{'':24}{f'{run.config.agent}, last':>18}{'flow alone, last':>18}"]
+    last = {role: [member.results[role]["last"] for member in run.members] for role in ("policy", "flow")}
+    for member, policy, flow in zip(run.members, last["policy"], last["flow"]):
+        scores = "".join(f"{row['score_mean']:>11.1f} ± {row['score_sem']:<4.1f}" for row in (policy, flow))
+        lines.append(f"{f'seed {member.config.seed}':24}{scores}")
+    cells = []
+    for role in ("policy", "flow"):
+        middle, (low, high) = interquartile_mean([row["score_mean"] for row in last[role]])
+        cells.append(f"{middle:.1f} [{low:.1f}, {high:.1f}]")
+    lines.append(f"{'interquartile mean':24}{cells[0]:>18}{cells[1]:>18}   [95 % interval over seeds]")
+    lines.append(f"{'dataset':24}{run.members[0].dataset_score:>11.1f}")
+    folders = f"{run.config.agent}-seed{run.config.seed} ... {run.config.agent}-seed{run.members[-1].config.seed}"
+    picture = group_curve_path(run.config)
+    lines += ["", f"{run.seconds / 60:.1f} minutes. {picture}; in {folders} what each seed leaves alone"]
     return "\n".join(lines)
 
 
@@ -299,7 +341,7 @@ def preset_line(config: RunConfig) -> str:
 
 def choose_device(name: str) -> torch.device:
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     try:
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
@@ -311,7 +353,7 @@ def choose_device(name: str) -> torch.device:
 
 LEFT_BY_A_RUN = (
     *("config.json", "metrics.csv", "evaluations.csv", "curve.png", "policy.safetensors", "result.json"),
-    *("checkpoints", "tensorboard"),
+    *("trace.json", "checkpoints", "tensorboard"),
 )
 
 
@@ -352,20 +394,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         spec = resolve(config.env)
         device = choose_device(config.device)
-        check_folder(config.folder, config)
-        print(f"run        {config.agent} on {config.env} ({spec.env_id}), seed {config.seed}, {device}")
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+            torch.set_float32_matmul_precision(config.matmul_precision)
+            # the first updates run without a graph, all of them with --capture off
+            warnings.filterwarnings("ignore", message="This instance was constructed with capturable=True")
+        singles = config.of_each_seed()
+        for single in singles:
+            check_folder(single.folder, single)
+        seeds = f"seed {config.seed}" + (f" to {singles[-1].seed}" if len(singles) > 1 else "")
+        how = update_line(config, device)
+        print(f"run        {config.agent} on {config.env} ({spec.env_id}), {seeds}, {device}")
         print(f"preset     {preset_line(config)}")
-        print(f"folder     {config.folder}", flush=True)
+        print(f"update     {how}")
+        print(f"folder     {' ... '.join(dict.fromkeys(str(s.folder) for s in (singles[0], singles[-1])))}", flush=True)
         dataset = load_dataset(spec, size=config.dataset_size)
         for line in dataset.source:
             print(f"data       {line}")
-        prepare_folder(config.folder, config)
+        for single in singles:
+            prepare_folder(single.folder, single)
         run = Run(config, spec, dataset, device)
         if config.resume:
             run.resume()
         sys.stdout.flush()
         run.train()
-    except (UnknownEnvironment, DatasetUnavailable, RunError, OSError) as error:
+    except (UnknownEnvironment, DatasetUnavailable, RunError, CaptureError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:  # before training, or a second one during it

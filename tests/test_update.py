@@ -1,0 +1,228 @@
+"""What an update computes, and that other ways of making it compute the same: compiled, many seeds at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import fdkernels
+from train.agents import AGENTS, Agent, Learner, Parts
+from train.checkpoint import read_checkpoint, save_checkpoint
+from train.dataset import Batch, OfflineDataset
+from train.hyperparameters import AgentConfig
+from train.seeds import SeedGroup
+
+OBS, ACTIONS, BATCH = 5, 3, 32
+HIDDEN = {"actor_hidden": (16, 16), "critic_hidden": (16, 16)}
+CONFIG = AgentConfig(**HIDDEN, flow_steps=3, num_fisher_samples=2, grad_clip=0.5, freeze_flow_after=4)
+
+
+def make(name: str, seed: int = 0, **changes: object) -> Agent:
+    torch.manual_seed(seed)
+    return AGENTS[name](dataclasses.replace(CONFIG, **changes), OBS, ACTIONS)  # type: ignore[arg-type]
+
+
+def dataset(dtype: torch.dtype = torch.float32) -> OfflineDataset:
+    generator = torch.Generator().manual_seed(7)
+    obs, next_obs = (torch.randn(200, OBS, generator=generator, dtype=dtype) for _ in range(2))
+    actions, next_actions = (torch.rand(200, ACTIONS, generator=generator, dtype=dtype) * 2 - 1 for _ in range(2))
+    rewards = torch.randn(200, generator=generator, dtype=dtype)
+    return OfflineDataset(obs, actions, rewards, next_obs, torch.ones_like(rewards), next_actions, np.zeros(1))
+
+
+class Training:
+    """A learner on random data, a generator for each seed."""
+
+    def __init__(self, learner: Learner, seeds: list[int], data: OfflineDataset) -> None:
+        self.learner, self.data = learner, data
+        self.optimizer = learner.make_optimizer()
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def run(self, updates: int, start: int = 0) -> list[dict[str, Tensor]]:
+        """A warm-up of the flow, one of the critics, then the agent; the figures of the last update."""
+        for i in range(start, start + updates):
+            parts: Parts = ("flow",) if i == 0 else ("data_critic",) if i == 1 else self.learner.agent_parts(i - 2)
+            batch, draws = self.learner.sample(self.data, BATCH, self.generators)
+            seen = self.learner.update(self.optimizer, batch, draws, parts, log=True)
+        return self.learner.figures(batch, seen)
+
+
+def assert_same(ours: Agent, theirs: Agent, **tolerance: float) -> None:
+    torch.testing.assert_close(dict(ours.state_dict()), dict(theirs.state_dict()), **tolerance)
+
+
+# -- what it computes ----------------------------------------------------------------------------------------------
+
+
+class CountedFlow(fdkernels.VelocityMLP):
+    """Counts the rows that it is asked for."""
+
+    rows = 0
+
+    def forward(self, x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
+        self.rows += x[..., 0].numel()
+        return super().forward(x, t, cond)
+
+
+@pytest.mark.parametrize(
+    ("name", "per_state"),
+    # twice ten steps, a row of flow matching, and for each of K samples ten steps and the score
+    [("fidec", lambda k: 21 + 11 * k), ("deflow", lambda k: 21), ("fql", lambda k: 11)],
+)
+@pytest.mark.parametrize("log", [False, True])
+def test_rows_of_the_velocity_network(name: str, per_state, log: bool) -> None:
+    for k in (1, 4):
+        agent = make(name, flow_steps=10, num_fisher_samples=k)
+        agent.flow = CountedFlow(OBS, ACTIONS, (8,))
+        batch, draws = agent.sample(dataset(), BATCH, [torch.Generator()])
+        agent.update(agent.make_optimizer(), batch, draws, log=log)
+        assert agent.flow.rows == BATCH * per_state(k)
+
+
+def test_nothing_is_computed_for_a_log_that_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    agent, asked = make("fidec"), []
+    penalty = fdkernels.flow_fisher_penalty
+
+    def noted(*args, return_score: bool, **kwargs):
+        asked.append(return_score)
+        return penalty(*args, return_score=return_score, **kwargs)
+
+    monkeypatch.setattr(fdkernels, "flow_fisher_penalty", noted)
+    batch, draws = agent.sample(dataset(), BATCH, [torch.Generator()])
+    assert agent.update(agent.make_optimizer(), batch, draws) == {}
+    assert "score" in agent.update(agent.make_optimizer(), batch, draws, log=True)
+    assert asked == [False, True]
+
+
+@pytest.mark.parametrize("name", AGENTS)
+def test_logging_changes_nothing(name: str) -> None:
+    quiet, logged = make(name), make(name)
+    batch, draws = quiet.sample(dataset(), BATCH, [torch.Generator()])
+    for agent, log in ((quiet, False), (logged, True)):
+        agent.update(agent.make_optimizer(), batch, draws, log=log)
+    assert_same(quiet, logged, rtol=0, atol=1e-7)
+
+
+def test_the_critic_and_the_flow_get_no_gradient_from_the_actor() -> None:
+    agent = make("fidec")
+    batch, draws = agent.sample(dataset(), BATCH, [torch.Generator()])
+    agent.backward(batch, draws, ("actor",))
+    assert all(p.grad is None for module in (agent.critic, agent.flow) for p in module.parameters())
+    assert all(p.grad is not None for p in agent.actor.parameters())
+
+
+def test_flow_precision_is_that_of_the_integration_alone() -> None:
+    exact, rough = make("fidec"), make("fidec", flow_precision="bf16")
+    batch, draws = exact.sample(dataset(), BATCH, [torch.Generator()])
+    ours, theirs = (agent.backward(batch, draws, log=True) for agent in (rough, exact))
+    for name in ("base_actions", "next_actions"):
+        error = (ours[name] - theirs[name]).abs().max()
+        assert 0 < error < 0.02, f"{name} off by {error}"
+    for name in ("flow_loss", "predicted_velocity", "critic_q"):
+        assert torch.equal(ours[name], theirs[name]), name
+
+
+def test_importable_with_torch_alone() -> None:
+    """A GPU machine for tests and benchmarks has little more."""
+    hidden = ("tyro", "gymnasium", "minari", "mujoco", "safetensors", "matplotlib", "scipy", "tensorboard", "tqdm")
+    code = f"import sys; sys.modules.update(dict.fromkeys({hidden}))\nimport train.agents, train.capture, train.seeds"
+    code += "\nimport train.profiling, tests.published"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[1]
+    )
+    assert done.returncode == 0, done.stderr
+
+
+# -- compiled ------------------------------------------------------------------------------------------------------
+
+
+def test_compiled_losses_are_the_losses() -> None:
+    """Through inductor; the parity tests trace all three agents."""
+    torch.compiler.reset()
+    plain, compiled = (make("fidec", flow_steps=1, critic_hidden=(8,)).double() for _ in range(2))
+    compiled.compile(fullgraph=True, dynamic=False)
+    data = dataset(torch.float64)
+    ours, theirs = (Training(agent, [3], data).run(2, start=2) for agent in (compiled, plain))
+    assert_same(compiled, plain, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+# -- many seeds ----------------------------------------------------------------------------------------------------
+
+SEEDS = [4, 0, 9]
+
+
+@pytest.mark.parametrize("changes", [{}, {"actor_layer_norm": True, "fisher_t_width": 0.1, "normalize_q": True}])
+@pytest.mark.parametrize("name", AGENTS)
+def test_seeds_together_are_seeds_alone(name: str, changes: dict[str, object]) -> None:
+    data = dataset()
+    agents = [make(name, seed, **changes) for seed in SEEDS]
+    figures = Training(SeedGroup(agents), SEEDS, data).run(8)
+    for seed, together, figures_together in zip(SEEDS, agents, figures, strict=True):
+        alone = make(name, seed, **changes)
+        (figures_alone,) = Training(alone, [seed], data).run(8)
+        assert_same(together, alone, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(figures_together, figures_alone, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(agents[0].flow.net[0].weight, agents[1].flow.net[0].weight)
+
+
+def test_gradients_are_clipped_seed_by_seed() -> None:
+    agents = [make("deflow", seed, grad_clip=1.0) for seed in range(2)]
+    group = SeedGroup(agents)
+    batch, draws = group.sample(dataset(), BATCH, [torch.Generator().manual_seed(seed) for seed in range(2)])
+    batch = batch._replace(rewards=batch.rewards * torch.tensor([[1e4], [1.0]]))
+    group.backward(batch, draws)
+    before = [p.grad.clone() for p in group.parameters() if p.grad is not None]
+    group.clip_gradients(1e3)
+    after = [p.grad for p in group.parameters() if p.grad is not None]
+    norms = torch.stack([g.flatten(1).norm(dim=1) if g.ndim > 1 else g.abs() for g in after]).norm(dim=0)
+    assert norms[0] == pytest.approx(1e3, rel=1e-4)
+    assert norms[1] < 1e3
+    assert all(torch.equal(a[1], b[1]) for a, b in zip(after, before))
+
+
+@pytest.mark.parametrize("name", AGENTS)
+def test_a_seed_goes_on_alone_and_a_group_from_seeds(name: str, tmp_path: Path) -> None:
+    data, tolerance = dataset(), {"rtol": 1e-5, "atol": 1e-6}
+    agents = [make(name, seed) for seed in SEEDS]
+    group = SeedGroup(agents)
+    together = Training(group, SEEDS, data)
+    together.run(5)
+    paths = []
+    for i, agent in enumerate(agents):
+        optimizer = group.optimizer_of(i, together.optimizer)
+        paths.append(save_checkpoint(tmp_path / str(i), 5, agent, optimizer, together.generators[i], {}))
+    together.run(4, start=5)
+
+    resumed_agents = [make(name, 77) for _ in SEEDS]
+    resumed_group = SeedGroup(resumed_agents)
+    resumed = Training(resumed_group, [1, 2, 3], data)
+    for i, path in enumerate(paths):
+        alone = make(name, 78)
+        training = Training(alone, [5], data)
+        read_checkpoint(path).restore(alone, training.optimizer, training.generators[0])
+        training.run(4, start=5)
+        assert_same(alone, agents[i], **tolerance)
+        optimizer = resumed_group.optimizer_of(i, resumed.optimizer)
+        read_checkpoint(path).restore(resumed_agents[i], optimizer, resumed.generators[i])
+    resumed.run(4, start=5)
+    for ours, theirs in zip(resumed_agents, agents):
+        assert_same(ours, theirs, rtol=0, atol=0)
+
+
+def test_batches_are_those_of_the_seed_alone() -> None:
+    data = dataset()
+    generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+    batch, draws = SeedGroup([make("fidec", seed) for seed in SEEDS]).sample(data, BATCH, generators)
+    assert isinstance(batch, Batch)
+    for i, seed in enumerate(SEEDS):
+        alone, drawn_alone = make("fidec").sample(data, BATCH, [torch.Generator().manual_seed(seed)])
+        for ours, theirs in zip((*batch, *draws), (*alone, *drawn_alone)):
+            assert (ours is None and theirs is None) or torch.equal(ours[i], theirs)

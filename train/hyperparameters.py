@@ -1,0 +1,90 @@
+"""The hyper-parameters of an agent; ``train/config.py`` holds the settings of the run around it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Literal
+
+
+def require_finite(config: object) -> None:
+    for field in dataclasses.fields(config):  # type: ignore[arg-type]
+        value = getattr(config, field.name)
+        require(field.name, value, not isinstance(value, float) or math.isfinite(value), "finite")
+
+
+def require(name: str, value: object, holds: bool, wants: str) -> None:
+    if not holds:
+        raise ValueError(f"--{name.replace('_', '-')} must be {wants}, got {value}")
+
+
+@dataclasses.dataclass(frozen=True)
+class AgentConfig:
+    """Hyper-parameters of an agent; the defaults are the published ones, but for the score convention."""
+
+    actor_hidden: tuple[int, ...] = (512, 512, 512, 512)
+    """Hidden widths of the flow and of the displacement (or one-step) network."""
+    critic_hidden: tuple[int, ...] = (512, 512, 512, 512)
+    """Hidden widths of both critics."""
+    actor_layer_norm: bool = False
+    """Layer norm in flow and displacement network."""
+    critic_layer_norm: bool = True
+    """Layer norm in the critics."""
+    lr: float = 3e-4
+    """Adam's learning rate, for everything."""
+    grad_clip: float | None = 5.0
+    """Bound of the global gradient norm; None leaves it (FQL's published setting)."""
+    discount: float = 0.99
+    """γ."""
+    tau: float = 0.005
+    """Rate of the target critics."""
+    q_aggregation: Literal["mean", "min"] = "mean"
+    """How the two target critics are combined."""
+    normalize_q: bool = False
+    """Divide the Q term of the actor loss by the batch mean of |Q|."""
+    flow_steps: int = 10
+    """Euler steps of the flow."""
+    flow_precision: Literal["highest", "high", "bf16"] | None = None
+    """Precision of the matrix products where the flow is integrated in training, which takes no gradient. None: that
+    of everything else. bf16: bfloat16 with float32 sums, faster where the hardware has it."""
+    freeze_flow_after: int | None = None
+    """Stop the flow-matching loss after this many updates of the agent."""
+
+    alpha: float = 10.0
+    """Weight of the penalty: where the multiplier starts, or the constant weight without one."""
+    lagrange: bool = True
+    """Adapt the weight so that the penalty meets target_divergence (fidec, deflow)."""
+    target_divergence: float = 1e-3
+    """Size of the trust region: mean of δᵀF̂δ/d (fidec) or ‖δ‖²/d (deflow)."""
+    zero_init_displacement: bool = False
+    """Start with δ = 0, so that refinement begins at the behaviour flow (fidec, deflow)."""
+
+    num_fisher_samples: int = 4
+    """K, samples of the flow per state (fidec)."""
+    fisher_t: float = 0.95
+    """Time at which the score is taken."""
+    fisher_t_width: float = 0.0
+    """Draw that time uniformly from [fisher_t − width, fisher_t)."""
+    fisher_damping: float = 1e-3
+    """λ, added to the diagonal of F."""
+    fisher_trace_eps: float = 1e-6
+    """Lower bound of tr F / d in the normalisation."""
+    min_sigma: float = 1e-6
+    """Lower bound of 1 − t in the score."""
+    score_convention: Literal["exact", "velocity"] = "exact"
+    """exact: (t·v − x)/(1 − t), the score. velocity: v/(1 − t), what the published code uses."""
+
+    def __post_init__(self) -> None:
+        require_finite(self)
+        freeze = self.freeze_flow_after
+        require("freeze_flow_after", freeze, freeze is None or freeze >= 0, "zero or more")
+        for name in ("lr", "alpha", "flow_steps", "num_fisher_samples", "fisher_trace_eps"):
+            require(name, getattr(self, name), getattr(self, name) > 0, "positive")
+        for name in ("target_divergence", "fisher_damping", "fisher_t_width", "min_sigma"):
+            require(name, getattr(self, name), getattr(self, name) >= 0, "zero or more")
+        for name in ("discount", "tau"):
+            require(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "between 0 and 1")
+        require("fisher_t", self.fisher_t, 0 <= self.fisher_t < 1, "at least 0 and below 1")
+        for name in ("actor_hidden", "critic_hidden"):
+            require(name, getattr(self, name), all(width > 0 for width in getattr(self, name)), "positive widths")
+        require("grad_clip", self.grad_clip, self.grad_clip is None or self.grad_clip > 0, "positive")

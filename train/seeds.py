@@ -1,0 +1,104 @@
+"""Several agents that differ in their seed alone, trained side by side with batched weights.
+
+Every parameter of the agents is stacked on a leading axis of N; the agents keep theirs as views of the stack, so that
+whoever evaluates, saves or restores one of them sees and writes the weights that are being trained. An update runs the
+agent's own losses under ``torch.func.vmap``, where each linear layer becomes one grouped product, and is otherwise the
+update of a single agent (`train.agents.Learner`): gradients of one seed's loss reach that seed's weights only, and Adam
+treats every number by itself. Two things are done seed by seed: the integration of the flow, for which there are faster
+ways than grouped products (`fdkernels.integrate_flow_groups`), and the norm that clips gradients.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.func import functional_call, vmap
+
+from train.agents import Agent, Draws, Learner, Parts
+from train.dataset import Batch, OfflineDataset
+
+
+class SeedGroup(Learner):
+    """N agents of one class and configuration, on one device; from here on their parameters are views."""
+
+    def __init__(self, agents: Sequence[Agent]) -> None:
+        super().__init__()
+        self.agents = list(agents)  # a list, so that their parameters are not counted beside the stacked ones
+        first = self.agents[0]
+        self.config = first.config
+        stacked = copy.deepcopy(first)
+        for parameters in zip(stacked.parameters(), *(agent.parameters() for agent in self.agents)):
+            whole, *single = parameters
+            whole.data = torch.stack([p.data for p in single])
+            for i, p in enumerate(single):
+                p.data = whole.data[i]
+        # the names are those of an agent, for functional_call and for what an update reads
+        for name, module in stacked.named_children():
+            self.add_module(name, module)
+        for name, parameter in stacked.named_parameters(recurse=False):
+            self.register_parameter(name, parameter)
+
+    def optimizer_of(self, i: int, optimizer: torch.optim.Adam) -> torch.optim.Adam:
+        """The optimiser of agent i, for its checkpoints: its state is a view of that of the group's ``optimizer``.
+
+        Adam's count of steps is one for all.
+        """
+        own = self.agents[i].make_optimizer()
+        learning = [p for p in self.parameters() if p.requires_grad]
+        for mine, whole in zip(own.param_groups[0]["params"], learning, strict=True):
+            state = optimizer.state[whole]
+            own.state[mine] = {name: tensor[i] if tensor.ndim else tensor for name, tensor in state.items()}
+        return own
+
+    def integrate(self, batch: Batch, draws: Draws, parts: Parts) -> dict[str, Tensor]:
+        flows = [
+            agent.integrate(Batch(**_of(i, batch)), Draws(**_of(i, draws)), parts)
+            for i, agent in enumerate(self.agents)
+        ]
+        return {name: torch.stack([of_agent[name] for of_agent in flows]) for name in flows[0]}
+
+    def forward(
+        self, batch: Batch, draws: Draws, flows: dict[str, Tensor], parts: Parts, log: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Losses (N,), and the intermediate tensors with N as their first dimension."""
+
+        def losses(
+            parameters: dict[str, Tensor], batch: dict[str, Tensor], draws: dict[str, Tensor], flows: dict[str, Tensor]
+        ) -> tuple[Tensor, dict[str, Tensor]]:
+            arguments = (Batch(**batch), Draws(**draws), flows, parts, log)
+            return functional_call(self.agents[0], parameters, arguments)
+
+        return vmap(losses)(dict(self.named_parameters()), _given(batch), _given(draws), flows)
+
+    def sample(
+        self, dataset: OfflineDataset, batch_size: int, generators: Sequence[torch.Generator]
+    ) -> tuple[Batch, Draws]:
+        indices, draws = [], []
+        for agent, generator in zip(self.agents, generators, strict=True):
+            indices.append(dataset.draw(batch_size, generator))
+            draws.append(agent.draw(batch_size, generator))
+        stacked = (None if column[0] is None else torch.stack(column) for column in zip(*draws))
+        return dataset.take(torch.stack(indices)), Draws(*stacked)  # type: ignore[arg-type]
+
+    def figures(self, batch: Batch, seen: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        return [
+            agent.metrics(Batch(**_of(i, batch)), {name: tensor[i] for name, tensor in seen.items()})
+            for i, agent in enumerate(self.agents)
+        ]
+
+    def clip_gradients(self, bound: float) -> None:
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        norms = torch.stack([torch.linalg.vector_norm(g.reshape(len(g), -1), dim=1) for g in gradients]).norm(dim=0)
+        scale = (bound / (norms + 1e-6)).clamp(max=1)
+        torch._foreach_mul_(gradients, [scale.view(-1, *[1] * (g.ndim - 1)) for g in gradients])
+
+
+def _given(columns: Batch | Draws) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in columns._asdict().items() if tensor is not None}
+
+
+def _of(i: int, columns: Batch | Draws) -> dict[str, Tensor]:
+    return {name: tensor[i] for name, tensor in _given(columns).items()}
