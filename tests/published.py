@@ -19,7 +19,7 @@ from torch import Tensor
 import fdkernels_ref
 from train.agents import AGENTS, Agent, DecoratorAgent, Draws, FiDec
 from train.config import AgentConfig
-from train.transitions import Batch
+from train.data import Batch
 
 Arrays = Mapping[str, np.ndarray]
 CONVENTIONS = {"v_over_1mt": "velocity", "exact": "exact", None: "exact"}

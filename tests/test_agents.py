@@ -9,7 +9,7 @@ import torch
 
 from train.agents import AGENTS, METRICS, Agent, DecoratorAgent, FiDec, Part
 from train.config import AgentConfig
-from train.transitions import Batch
+from train.data import Batch
 
 CONFIG = AgentConfig(actor_hidden=(16, 16), critic_hidden=(16,), flow_steps=3, num_fisher_samples=3)
 

@@ -10,7 +10,7 @@ import torch
 from train.agents import AGENTS, Agent
 from train.checkpoint import DamagedCheckpoint, newest_checkpoint, read_checkpoint, save_checkpoint
 from train.config import AgentConfig
-from train.transitions import Batch
+from train.data import Batch
 
 CONFIG = AgentConfig(actor_hidden=(8,), critic_hidden=(8,), flow_steps=2, num_fisher_samples=2)
 

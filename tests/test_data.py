@@ -25,9 +25,8 @@ from minari.data_collector import EpisodeBuffer
 from train import data
 from train.behaviour import rollout
 from train.behaviour.policy import BehaviourPolicy
-from train.data import DatasetUnavailable, load_dataset
+from train.data import Batch, DatasetUnavailable, OfflineDataset, load_dataset
 from train.environments import resolve
-from train.transitions import Batch, OfflineDataset
 
 HOPPER = resolve("hopper-medium")
 HOPPER_BOTH = resolve("hopper-medium-expert")

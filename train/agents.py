@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 import fdkernels
 from train.config import AgentConfig
+from train.data import Batch
 from train.networks import TwinCritic
-from train.transitions import Batch
 
 METRICS = {
     "flow_loss": "flow-matching loss",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import tyro
 
 
 def _require_finite(config: object) -> None:
@@ -176,8 +177,6 @@ def choose_preset(name: str, device: str) -> str:
 
 def preset_config(name: str, agent: str) -> RunConfig:
     """The settings behind ``--preset quick`` and ``full``."""
-    import tyro  # here, so that the agents can be used where there is no command line
-
     hyper = AgentConfig(grad_clip=None if agent == "fql" else 5.0)
     if name != "quick":
         return RunConfig(env=tyro.MISSING, hyper=hyper)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import shutil
 import threading
 import warnings
@@ -12,20 +13,24 @@ from typing import Literal, NamedTuple
 
 import minari
 import numpy as np
+import torch
 from filelock import FileLock
 from huggingface_hub import constants, utils
 from minari import EpisodeData
 from minari.storage import get_dataset_path
+from torch import Tensor
 
 from train.behaviour.policy import POLICIES
 from train.behaviour.rollout import store_rollouts
 from train.environments import ENVIRONMENTS, EnvSpec, normalized_score
-from train.transitions import OfflineDataset
 
 Size = Literal["default", "full"]
 
 EPISODES: dict[Size, int] = {"default": 100, "full": 1000}
 """Episodes that each behaviour policy plays."""
+
+ACTION_BOUND = 1 - 1e-5
+"""Actions are clipped to ± this, as is usual with D4RL's data: ±1 is out of a tanh policy's reach."""
 
 PROBE_SECONDS = 3.0
 
@@ -36,6 +41,86 @@ class DatasetUnavailable(RuntimeError):
 
 class _Unreadable(Exception):
     """Minari finds no dataset in its folder, or a damaged one."""
+
+
+class Batch(NamedTuple):
+    """B transitions, the columns as in ``OfflineDataset``."""
+
+    observations: Tensor
+    actions: Tensor
+    rewards: Tensor
+    next_observations: Tensor
+    masks: Tensor
+    next_actions: Tensor | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class OfflineDataset:
+    """N transitions in float32.
+
+    An episode of T steps gives T transitions (o_i, a_i, r_i, o_{i+1}):
+
+        observations   o_0   o_1   o_2   ...   o_{T-1}   o_T
+        actions           a_0   a_1   a_2   ...    a_{T-1}
+
+    The next observation never comes from the following episode: o_T is stored. Where a time limit ended the episode,
+    the mask stays 1, because the value of o_T still counts.
+    """
+
+    observations: Tensor
+    """(N, obs_dim)"""
+    actions: Tensor
+    """(N, action_dim), within ±``ACTION_BOUND``"""
+    rewards: Tensor
+    """(N,)"""
+    next_observations: Tensor
+    """(N, obs_dim)"""
+    masks: Tensor
+    """(N,): 0 where the environment terminated, else 1"""
+    next_actions: Tensor
+    """(N, action_dim), what the data did next; at the end of an episode, where nothing followed, its last action"""
+    episode_returns: np.ndarray
+    """(episodes,) float64, undiscounted"""
+    dataset_ids: tuple[str, ...] = ()
+    """Minari ids."""
+    source: tuple[str, ...] = ()
+    """Lines for people: which data this is and where it came from."""
+
+    @classmethod
+    def from_episodes(
+        cls, episodes: Sequence[EpisodeData], dataset_ids: tuple[str, ...] = (), source: tuple[str, ...] = ()
+    ) -> OfflineDataset:
+        """Concatenate the transitions of whole episodes, each with one observation more than it has actions."""
+
+        def column(parts: list[np.ndarray]) -> Tensor:
+            return torch.from_numpy(np.concatenate(parts, dtype=np.float32))
+
+        def actions(parts: list[np.ndarray]) -> Tensor:
+            return column(parts).clamp_(-ACTION_BOUND, ACTION_BOUND)
+
+        return cls(
+            observations=column([e.observations[:-1] for e in episodes]),
+            actions=actions([e.actions for e in episodes]),
+            next_actions=actions([np.concatenate([e.actions[1:], e.actions[-1:]]) for e in episodes]),
+            rewards=column([e.rewards for e in episodes]),
+            next_observations=column([e.observations[1:] for e in episodes]),
+            masks=column([np.logical_not(e.terminations) for e in episodes]),
+            episode_returns=np.array([e.rewards.sum(dtype=np.float64) for e in episodes]),
+            dataset_ids=dataset_ids,
+            source=source,
+        )
+
+    def __len__(self) -> int:
+        return len(self.rewards)
+
+    def sample(self, batch_size: int, generator: torch.Generator | None = None) -> Batch:
+        """Draw ``batch_size`` transitions with replacement; ``generator`` must be on the dataset's device."""
+        index = torch.randint(len(self), (batch_size,), generator=generator, device=self.rewards.device)
+        return Batch(*(getattr(self, column)[index] for column in Batch._fields))
+
+    def to(self, device: torch.device | str) -> OfflineDataset:
+        """The same dataset with its tensors on ``device``."""
+        return dataclasses.replace(self, **{column: getattr(self, column).to(device) for column in Batch._fields})
 
 
 def load_dataset(

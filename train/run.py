@@ -24,11 +24,10 @@ from train.agents import AGENTS, ALL_PARTS, Agent, Part
 from train.checkpoint import newest_checkpoint, save_checkpoint, write_safetensors, write_whole
 from train.config import MAY_CHANGE_ON_RESUME, RunConfig, choose_preset, preset_config
 from train.curve import draw_curve
-from train.data import DatasetUnavailable, load_dataset
+from train.data import DatasetUnavailable, OfflineDataset, load_dataset
 from train.environments import EnvSpec, UnknownEnvironment, normalized_score, resolve
 from train.evaluate import evaluate
 from train.record import Record
-from train.transitions import OfflineDataset
 
 
 class RunError(RuntimeError):
