@@ -14,6 +14,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -117,10 +118,15 @@ class ResultFile:
         self.write()
 
     def write(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_name(f".{self.path.name}.partial")
-        partial.write_text(json.dumps(self.results, indent=1) + "\n")
-        partial.replace(self.path)
+        write(self.path, self.results)
+
+
+def write(path: Path, results: Results) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(results, indent=1) + "\n")
+    partial.replace(path)
 
 
 def with_row(results: Results, row: Results) -> Results:
@@ -130,19 +136,16 @@ def with_row(results: Results, row: Results) -> Results:
     return {"runs": {name: run for name, run in results["runs"].items() if name in used}, "rows": rows}
 
 
-def merge(into: Path, parts: list[Path]) -> Results:
-    """All rows of the parts, on top of what ``into`` has; of one measurement the later part's."""
-    results: Results = {"runs": {}, "rows": []}
-    device = None
-    for path in ([into] if into.exists() else []) + parts:
-        part = load(path)
-        if device not in (None, device_of(part)):
-            raise ResultError(f"{path} holds results of {device_of(part)}, what comes before it those of {device}")
-        device = device_of(part)
-        results["runs"] |= part["runs"]
+def merge_results(parts: Iterable[tuple[Path, Results]]) -> Results:
+    """All rows of the parts, which must be of one device; of the same measurement the later part's."""
+    merged: Results = {"runs": {}, "rows": []}
+    for path, part in parts:
+        if merged["runs"] and device_of(merged) != device_of(part):
+            raise ResultError(f"{path} holds results of {device_of(part)}, what comes before it of {device_of(merged)}")
+        merged["runs"] |= part["runs"]
         for row in part["rows"]:
-            results = with_row(results | {"runs": results["runs"] | part["runs"]}, row)
-    return results
+            merged = with_row(merged | {"runs": merged["runs"] | part["runs"]}, row)
+    return merged
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -151,12 +154,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--into", type=Path, required=True, help="file that takes their rows; made if it is not there")
     args = parser.parse_args(argv)
     try:
-        results = merge(args.into, args.parts)
+        files = ([args.into] if args.into.exists() else []) + args.parts
+        results = merge_results((path, load(path)) for path in files)
     except ResultError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    args.into.parent.mkdir(parents=True, exist_ok=True)
-    args.into.write_text(json.dumps(results, indent=1) + "\n")
+    write(args.into, results)
     print(f"{args.into}: {len(results['rows'])} rows of {device_of(results)}")
     return 0
 
