@@ -67,7 +67,7 @@ class Entry:
     """Floating-point operations that the task needs per call, however the contestant goes about it."""
     bytes: float | None = None
     """Bytes that have to be read and written once per call."""
-    baseline: str = "eager"
+    baseline_precision: str = "fp32"
     torch_memory: bool = True
     """Whether the contestant's memory comes from PyTorch."""
 
@@ -81,8 +81,21 @@ class Entry:
     @property
     def label(self) -> str:
         """Its name in the table."""
-        words = [self.variant, "CUDA graph" if self.timing == "graph" else "", self.precision]
-        return ", ".join(word for word in words if word and word != "fp32")
+        return label(self.variant, self.timing, self.precision)
+
+    @property
+    def baseline(self) -> str:
+        """The line of its table that it is compared with."""
+        return label("eager", "eager", self.baseline_precision)
+
+
+def label(variant: str, timing: str, precision: str) -> str:
+    words = [variant]
+    if timing == "graph":
+        words.append("CUDA graph")
+    if precision != "fp32" and precision not in variant:
+        words.append(precision)
+    return ", ".join(words)
 
 
 # -- inputs --------------------------------------------------------------------------------------------------------
@@ -227,6 +240,7 @@ class Race:
         row = dataclasses.asdict(entry) | {
             "group": entry.group,
             "label": entry.label,
+            "baseline": entry.baseline,
             "device": device_name(),
             "threads": torch.get_num_threads(),
             "rounds": rounds,
@@ -380,6 +394,5 @@ def roofs() -> dict[str, float]:
 
 
 def _seconds(statement: str, **names: Tensor) -> float:
-    return (
-        Timer(statement, globals=names, num_threads=torch.get_num_threads()).blocked_autorange(min_run_time=0.5).median
-    )
+    timer = Timer(statement, globals=names, num_threads=torch.get_num_threads())
+    return min(timer.blocked_autorange(min_run_time=0.5).times)  # a roof is what the machine can do undisturbed

@@ -97,6 +97,7 @@ def test_decorator(
         detail=f"forward and backward{', ' + table if ON_GPU else ''}",
         timing=timing,
         precision=kind,
+        baseline_precision=table,
         calls=10 if ON_GPU else 1,
         flops=flops(rows, obs_dim, d, STEPS + 1, states),
         bytes=traffic(states, obs_dim, d) + 8.0 * rows * d,

@@ -317,6 +317,7 @@ def test_update(race: Race, variant: str, case: Case, table: str) -> None:
         sizes=case.sizes,
         detail=table if ON_GPU else "",
         precision="bf16" if "bf16" in variant else table,
+        baseline_precision=table,
         calls=10 if ON_GPU else 1,
         flops=case.flops(),
         torch_memory=variant != "JAX",
