@@ -25,7 +25,7 @@ _RUN = pytest.StashKey[dict[str, Any]]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fdkernels' benchmarks")
     group.addoption("--results", type=Path, help="file of results, written row by row; refused if another device's")
-    group.addoption("--seconds", type=float, default=2.0, help="to spend on the rounds of each contestant")
+    group.addoption("--seconds", type=float, default=1.5, help="to spend on the rounds of each contestant")
     group.addoption("--long", action="store_true", help="include what a run of under ten minutes has no time for")
 
 

@@ -40,7 +40,7 @@ TIMINGS = ("eager", "graph") if ON_GPU else ("eager",)
 TOLERANCES = {"fp32": 1e-5, "tf32": 1e-3, "bf16": 1e-2}
 """Largest relative error ‖out − ref64‖/‖ref64‖ of a contestant that is worth timing, by precision of its products."""
 
-LEAST_ROUNDS, MOST_ROUNDS = 7, 200
+LEAST_ROUNDS, MOST_ROUNDS = 10, 200
 
 Outputs = Mapping[str, Tensor]
 Call = Callable[[int], Any]
@@ -67,6 +67,7 @@ class Entry:
     """Floating-point operations that the task needs per call, however the contestant goes about it."""
     bytes: float | None = None
     """Bytes that have to be read and written once per call."""
+    baseline_variant: str = "eager"
     baseline_precision: str = "fp32"
     torch_memory: bool = True
     """Whether the contestant's memory comes from PyTorch."""
@@ -86,7 +87,7 @@ class Entry:
     @property
     def baseline(self) -> str:
         """The line of its table that it is compared with."""
-        return label("eager", "eager", self.baseline_precision)
+        return label(self.baseline_variant, "eager", self.baseline_precision)
 
 
 def label(variant: str, timing: str, precision: str) -> str:
@@ -102,9 +103,9 @@ def label(variant: str, timing: str, precision: str) -> str:
 
 
 def normal(*shape: int, seed: int, requires_grad: bool = False) -> Tensor:
-    """Standard normal float32 on the device, the same on every machine."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator).to(DEVICE).requires_grad_(requires_grad)
+    """Standard normal float32 on the device."""
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    return torch.randn(shape, generator=generator, device=DEVICE).requires_grad_(requires_grad)
 
 
 def rotating(function: Callable[..., Any], inputs: Sequence[tuple]) -> Call:

@@ -22,6 +22,7 @@ from benchmarks.results import ResultError, Results, device_of, load, merge_resu
 Row = dict[str, Any]
 OURS, THEIRS = "#c2410c", ["#1f2937", "#2563eb", "#0d9488", "#9333ea", "#ca8a04", "#db2777", "#65a30d", "#64748b"]
 INK = "#374151"
+NOTE: dict[str, Any] = {"fontsize": 8, "color": INK}
 
 
 # -- tables ----------------------------------------------------------------------------------------------------------
@@ -36,12 +37,7 @@ def groups(results: Results) -> dict[str, list[Row]]:
 
 
 def is_baseline(row: Row) -> bool:
-    # on a CPU, a low precision is a contestant of its own in the table of fp32
-    return (
-        row["variant"] == row["baseline"]
-        and row["timing"] == "eager"
-        and row["label"].count(",") == (1 if row["detail"].endswith(("tf32", "bf16")) else 0)
-    )
+    return row["label"] == row["baseline"]
 
 
 def is_ours(row: Row) -> bool:
@@ -168,16 +164,16 @@ def draw_speedups(results: Results, path: Path) -> None:
         contestants = [row for row in rows if not is_baseline(row)]
         for i, row in enumerate(contestants):
             offset = 0.6 * ((i + 0.5) / len(contestants) - 0.5)
-            axes.errorbar(
-                row["speedup"]["median"], y + offset, xerr=error_bars(row["speedup"]), fmt="o", markersize=5 if is_ours(row) else 4,
-                color=colour[row["label"]], label=row["label"], elinewidth=1.2,
-            )  # fmt: skip
+            own = row["speedup"]
+            style = {"color": colour[row["label"]], "markersize": 5 if is_ours(row) else 4, "elinewidth": 1.2}
+            axes.errorbar(own["median"], y + offset, xerr=error_bars(own), fmt="o", label=row["label"], **style)
         noise = next((row["speedup"] for row in rows if is_baseline(row)), None)
         if noise is not None:
             axes.fill_betweenx([y - 0.45, y + 0.45], noise["q25"], noise["q75"], color="#d1d5db", linewidth=0, zorder=0)
     axes.axvline(1, color=INK, linewidth=0.8)
     axes.set_xscale("log")
-    ticks = [0.25, 0.5, 1, 2, 4, 8, 16, 32]
+    low, high = axes.get_xlim()
+    ticks = [tick for tick in (0.01, 0.03, 0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64, 128) if low <= tick <= high]
     axes.set_xticks(ticks, [f"{tick:g}×" for tick in ticks])
     axes.minorticks_off()
     axes.set_yticks(range(len(tables)), tables, fontsize=8)
@@ -207,17 +203,22 @@ def draw_roofline(results: Results, path: Path) -> None:
         knee = rate / roofs["copy_bytes"]
         xs = [low, max(knee, low), max(high, knee)]
         axes.plot(xs, [min(rate, x * roofs["copy_bytes"]) for x in xs], color="#9ca3af", linewidth=1.2, zorder=1)
-        axes.annotate(f"{name.removesuffix('_flops')}: {rate / 1e12:.3g} TFLOP/s", (xs[-1], rate), ha="right", va="bottom", fontsize=8, color=INK)  # fmt: skip
-    axes.annotate(f"copy: {roofs['copy_bytes'] / 1e9:.3g} GB/s", (low, low * roofs["copy_bytes"]), ha="left", va="bottom", fontsize=8, color=INK, rotation=30)  # fmt: skip
+        rate_text = f"{name.removesuffix('_flops')}: {rate / 1e12:.3g} TFLOP/s"
+        axes.annotate(rate_text, (xs[-1], rate), ha="right", va="bottom", **NOTE)
+    copy_text = f"copy: {roofs['copy_bytes'] / 1e9:.3g} GB/s"
+    axes.annotate(copy_text, (low, low * roofs["copy_bytes"]), xytext=(12, 0), textcoords="offset points", **NOTE)
     markers = dict(zip(dict.fromkeys(row["op"] for row in rows), "os^Dv*P"))
     for kind, colour in (("theirs", THEIRS[0]), ("ours", OURS)):
         for row in rows:
             if is_ours(row) != (kind == "ours") or not (is_ours(row) or is_baseline(row)):
                 continue
-            axes.plot(
-                row["flops"] / row["bytes"], row["flops"] / row["seconds"]["median"], markers[row["op"]], color=colour,
-                markersize=6, alpha=0.8, label=f"{row['op']}, {'ours' if kind == 'ours' else row['baseline']}",
-            )  # fmt: skip
+            low_precision = row["precision"] != row["baseline_precision"]
+            name = (
+                f"{row['op']}, {'ours' if is_ours(row) else 'eager'}{', ' + row['precision'] if low_precision else ''}"
+            )
+            style = {"color": colour, "markersize": 6, "fillstyle": "none" if low_precision else "full"}
+            rate = row["flops"] / row["seconds"]["median"]
+            axes.plot(row["flops"] / row["bytes"], rate, markers[row["op"]], label=name, **style)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("operations per byte that the task needs")

@@ -52,7 +52,7 @@ def cases() -> list[Any]:
     for case in CASES:
         for variant in VARIANTS:
             marks = []
-            if "compile" in variant and case is not CASES[0] and not ON_GPU:
+            if "compile" in variant and case is not CASES[0]:
                 marks = [pytest.mark.long("another agent's compilation is in")]
             found.append(pytest.param(variant, case, id=f"{variant}-{case}", marks=marks))
     return found

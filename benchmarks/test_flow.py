@@ -10,6 +10,7 @@ fp32, and bf16 is a contestant among them.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -76,6 +77,17 @@ def traffic(rows: int, obs_dim: int, d: int) -> float:
     return 4.0 * (weights + rows * (obs_dim + 2 * d))
 
 
+def marks(variant: str, rows: int, table: str) -> list[Any]:
+    """What a short run leaves out."""
+    if not ON_GPU and rows == 16384:
+        return [pytest.mark.long("16,384 rows take seconds a call on a CPU")]
+    if ON_GPU and variant.startswith("eager, ") and table != "tf32":
+        return [pytest.mark.long("compiling takes its time, and the table of TF32 has it")]
+    if ON_GPU and "max-autotune" in variant and rows not in (256, 1536):
+        return [pytest.mark.long("tuning takes a minute, and 256 and 1,536 rows have it")]
+    return []
+
+
 def cases() -> list[Any]:
     found = []
     for table in TABLES:
@@ -83,21 +95,14 @@ def cases() -> list[Any]:
             names = [(name, table) for name in CONTESTANTS]
             if not ON_GPU:
                 names += [("eager", "bf16"), ("ours", "bf16")]
-            for variant, kind in names:
-                for timing in TIMINGS:
-                    if timing == "graph" and variant == "eager, max-autotune":
-                        continue
-                    marks = []
-                    if not ON_GPU and rows == 16384:
-                        marks = [pytest.mark.long("16,384 rows take seconds a call on a CPU")]
-                    if (rows, obs_dim) == (256, 29) and variant not in ("eager", "ours"):
-                        continue  # the wider robot changes layer 1 only
-                    found.append(
-                        pytest.param(
-                            variant, (rows, obs_dim, d), table, kind, timing,
-                            id=f"{variant}-{rows}x{obs_dim}x{d}-{kind}-{timing}", marks=marks,
-                        )
-                    )  # fmt: skip
+            if (rows, obs_dim) == (256, 29):  # the wider robot changes layer 1 only
+                names = [(name, kind) for name, kind in names if name in ("eager", "ours")]
+            for (variant, kind), timing in itertools.product(names, TIMINGS):
+                if timing == "graph" and variant == "eager, max-autotune":
+                    continue
+                case = (variant, (rows, obs_dim, d), table, kind, timing)
+                name = f"{variant}-{rows}x{obs_dim}x{d}-{kind}-{timing}"
+                found.append(pytest.param(*case, id=name, marks=marks(variant, rows, table)))
     return found
 
 

@@ -63,10 +63,10 @@ class Case:
     def __str__(self) -> str:
         return "-".join([self.agent, *(f"{name}{size}" for name, size in self.sizes.items())])
 
-    def start(self) -> Agent:
+    def start(self, seed: int = 0) -> Agent:
         """The agent that every contestant starts from. Its target network is not the critic's copy, so that a wrong
         target update shows."""
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         agent = AGENTS[self.agent](self.config, self.obs_dim, self.action_dim)
         with torch.no_grad():
             for p in agent.target_critic.parameters():
@@ -106,13 +106,13 @@ def dataset(obs_dim: int, action_dim: int) -> OfflineDataset:
     ).to(DEVICE)
 
 
-def generator() -> torch.Generator:
-    return torch.Generator(DEVICE).manual_seed(1)
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator(DEVICE).manual_seed(1 + seed)
 
 
-def judged(case: Case) -> Iterator[tuple[Batch, Draws]]:
+def judged(case: Case, seed: int = 0) -> Iterator[tuple[Batch, Draws]]:
     """Batches and draws of the first updates, as our agent draws them."""
-    agent, source = case.start(), generator()
+    agent, source = case.start(seed), generator(seed)
     data = dataset(case.obs_dim, case.action_dim)
     for _ in range(JUDGED_UPDATES):
         yield agent.sample(data, BATCH, [source])
@@ -130,10 +130,10 @@ class Contestant(Protocol):
 
 
 class Ours:
-    def __init__(self, case: Case, *, captured: bool, flow_precision: Any = None) -> None:
-        agent = case.start()
+    def __init__(self, case: Case, *, captured: bool, flow_precision: Any = None, seed: int = 0) -> None:
+        agent = case.start(seed)
         agent.config = dataclasses.replace(agent.config, flow_precision=flow_precision)
-        optimizer, source = agent.make_optimizer(), generator()
+        optimizer, source = agent.make_optimizer(), generator(seed)
         data = dataset(case.obs_dim, case.action_dim)
 
         def update(parts: Any, log: bool) -> dict[str, Tensor]:
@@ -172,9 +172,7 @@ class Eager:
         self.agent.update(batch, draws)
 
     def outcome(self) -> Outcome:
-        state = self.agent.optimizer.state
-        moments = {name: state[p]["exp_avg"] for name, p in self.agent.named_parameters() if p in state}
-        return {"parameters": dict(self.agent.state_dict()), "moments": moments}
+        return outcome_of_eager(self.agent)
 
 
 class Jax:
@@ -219,37 +217,35 @@ def outcome_of(agent: Agent, optimizer: torch.optim.Optimizer) -> Outcome:
     return {"parameters": parameters(agent), "moments": parameters(agent, moment)}
 
 
+def outcome_of_eager(agent: EagerAgent) -> Outcome:
+    state = agent.optimizer.state
+    moments = {name: state[p]["exp_avg"] for name, p in agent.named_parameters() if p in state}
+    return {"parameters": dict(agent.state_dict()), "moments": moments}
+
+
 # -- the gate --------------------------------------------------------------------------------------------------------
 
 
 @functools.cache
-def truth(case: Case) -> Outcome:
+def truth(case: Case, seed: int = 0) -> Outcome:
     """What the judged updates leave in float64; our agent and the eager one must agree on it."""
-    ours = case.start().double()
+    ours = case.start(seed).double()
     optimizer = ours.make_optimizer()
     eager = EagerAgent(case.agent, case.config, case.obs_dim, case.action_dim).to(DEVICE).double()
     eager.load_state_dict(parameters(ours))
     eager.make_optimizer()
-    for batch, draws in judged(case):
+    for batch, draws in judged(case, seed):
         batch, draws = (type(c)(**{n: t.double() for n, t in as_dict(c).items()}) for c in (batch, draws))
         seen = ours.update(optimizer, batch, draws, ALL_PARTS, log=True)
-        losses = eager.update(as_dict(batch), as_dict(draws))
-        for name, loss in losses.items():
+        for name, loss in eager.update(as_dict(batch), as_dict(draws)).items():
             if not torch.isclose(loss, seen[name], rtol=1e-9, atol=1e-12):
                 raise WrongResult(f"{case}: {name} is {loss.item()} in the eager agent, {seen[name].item()} in ours")
-    found = outcome_of(ours, optimizer)
-    theirs = Eager.outcome(as_contestant(eager))
+    found, theirs = outcome_of(ours, optimizer), outcome_of_eager(eager)
     for kind, arrays in theirs.items():
         for name, array in arrays.items():
             if not torch.allclose(array, found[kind][name], rtol=1e-9, atol=1e-12):
                 raise WrongResult(f"{case}: {kind} {name} of the eager agent are not ours")
-    return {kind: {name: array.clone() for name, array in arrays.items()} for kind, arrays in found.items()}
-
-
-def as_contestant(agent: EagerAgent) -> Any:
-    holder = object.__new__(Eager)
-    holder.agent = agent
-    return holder
+    return found
 
 
 def by_network(outcome: Outcome, start: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -268,9 +264,10 @@ def by_network(outcome: Outcome, start: dict[str, Tensor]) -> dict[str, Tensor]:
     return vectors
 
 
-def judge(entry: Entry, case: Case, contestant: Contestant) -> float:
-    start = parameters(case.start())
-    right, found = by_network(truth(case), start), by_network(contestant.outcome(), start)
+def judge(entry: Entry, case: Case, outcome: Outcome, seed: int = 0) -> float:
+    """The largest error of what the judged updates left."""
+    start = parameters(case.start(seed))
+    right, found = by_network(truth(case, seed), start), by_network(outcome, start)
     tolerance = GRADIENT_TOLERANCES[entry.precision]
     errors = [
         gate(entry, found, {name: vector}, tolerance * (10 if name.startswith("movement") else 1))
@@ -328,7 +325,7 @@ def test_update(race: Race, variant: str, case: Case, table: str) -> None:
         def judge_first_updates(i: int, outputs: None) -> float:
             for _ in range(JUDGED_UPDATES - 1):
                 contestant.update()
-            return judge(entry, case, contestant)
+            return judge(entry, case, contestant.outcome())
 
         race(
             entry, lambda i: contestant.update(), lambda i: baseline.update(), judge_first_updates, stateful=True
