@@ -20,7 +20,7 @@ import fdkernels_ref
 from benchmarks.harness import DEVICE, ON_GPU, Entry, Outputs, Race, gate, normal, rotating
 from benchmarks.peers.eager_agent import EagerAgent
 from benchmarks.peers.parameters import parameters
-from benchmarks.test_update import CASES, Case
+from benchmarks.updates import CASES, Case
 from train.agents import Agent
 
 Act = Callable[[Tensor, Tensor], Tensor]

@@ -20,7 +20,7 @@ from train.dataset import OfflineDataset
 
 from benchmarks.harness import DEVICE, Entry, Race, WrongResult
 from benchmarks.peers.eager_agent import ReplayBuffer
-from benchmarks.test_update import COLUMNS, TRANSITIONS, dataset
+from benchmarks.updates import COLUMNS, TRANSITIONS, dataset
 
 Sample = Callable[[], dict[str, Tensor]]
 OBS, D = 17, 6

@@ -13,7 +13,7 @@ import pytest
 from train.seeds import SeedGroup
 
 from benchmarks.harness import ON_GPU, Entry, Race, precision
-from benchmarks.test_update import BATCH, CASES, JUDGED_UPDATES, Case, Ours, dataset, generator, judge, outcome_of
+from benchmarks.updates import BATCH, CASES, JUDGED_UPDATES, Case, Ours, dataset, generator, judge, outcome_of
 from train.agents import ALL_PARTS
 
 SEEDS = 8
