@@ -313,7 +313,7 @@ def quartiles(samples: np.ndarray) -> dict[str, float]:
     return {"q25": float(q25), "median": float(median), "q75": float(q75)}
 
 
-def peak_memory(run: Callable[[], Any], *, torch_memory: bool) -> tuple[int, str]:
+def peak_memory(run: Callable[[], Any], *, torch_memory: bool) -> tuple[int | None, str]:
     """Bytes that one call holds at its height beyond what was held before it, and how that was found."""
     if ON_GPU and torch_memory:
         synchronize()
@@ -325,7 +325,7 @@ def peak_memory(run: Callable[[], Any], *, torch_memory: bool) -> tuple[int, str
     if torch_memory:
         return allocations_at_peak(run), "PyTorch's CPU allocator, traced by its profiler"
     if ON_GPU:
-        return 0, "not measured: another framework's memory on the GPU"
+        return None, "not measured: another framework's memory on the GPU"
     # Pages that an earlier call left with the process count for nothing here, so this is a lower bound.
     Path("/proc/self/clear_refs").write_text("5")
     held = resident_peak()

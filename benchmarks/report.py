@@ -129,7 +129,9 @@ def duration(seconds: float) -> str:
     return f"{seconds / 1e-9:.3g} ns"
 
 
-def size(count: int) -> str:
+def size(count: int | None) -> str:
+    if count is None:
+        return ""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= scale:
             return f"{count / scale:.3g} {unit}"

@@ -1,9 +1,9 @@
-"""A batch of transitions from the data: NumPy rows, tensor rows, PyTorch's DataLoader, and ours.
+"""A batch of transitions from the data: tensor rows, NumPy rows, PyTorch's DataLoader, TorchRL's buffer, and ours.
 
     pytest benchmarks --benchmark-only -k sampling
 
 Each leaves its batch on the device. The rewards are row numbers here, which shows whether the columns of a batch belong
-together.
+together. Ours carries one column more than the others, the next actions.
 """
 
 from __future__ import annotations
@@ -62,12 +62,28 @@ def data_loader(data: OfflineDataset, batch: int) -> Sample:
     return lambda: {name: column.to(DEVICE) for name, column in zip(COLUMNS, next(source))}
 
 
+def torchrl_buffer(data: OfflineDataset, batch: int) -> Sample:
+    pytest.importorskip("torchrl")
+    from tensordict import TensorDict
+    from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
+
+    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(len(data), device=DEVICE), batch_size=batch)
+    buffer.extend(TensorDict({name: getattr(data, name) for name in COLUMNS}, batch_size=[len(data)]))
+    return buffer.sample
+
+
 def ours(data: OfflineDataset, batch: int) -> Sample:
     generator = torch.Generator(DEVICE).manual_seed(0)
     return lambda: data.sample(batch, generator)._asdict()
 
 
-CONTESTANTS = {"eager": tensor_rows, "NumPy": numpy_rows, "DataLoader": data_loader, "ours": ours}
+CONTESTANTS = {
+    "eager": tensor_rows,
+    "NumPy": numpy_rows,
+    "DataLoader": data_loader,
+    "TorchRL": torchrl_buffer,
+    "ours": ours,
+}
 
 
 @pytest.mark.parametrize("batch", [256, 4096])

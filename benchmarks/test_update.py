@@ -25,20 +25,27 @@ def make(variant: str, case: Case) -> Contestant:
         return Eager(case, mode="reduce-overhead")
     if variant == "JAX":
         return Jax(case)
-    return Ours(case, captured=variant == "ours, captured", flow_precision="bf16" if "bf16" in variant else None)
+    return Ours(
+        case,
+        captured="captured" in variant,
+        compiled="compile" in variant,
+        flow_precision="bf16" if "bf16" in variant else None,
+    )
 
 
 def cases() -> list[Any]:
     found = []
     for case in CASES:
         for table in ("tf32", "fp32") if ON_GPU else ("fp32",):
-            names = ["eager", "eager, torch.compile", "JAX", "ours", "ours, bf16 flow"]
+            names = ["eager", "eager, torch.compile", "JAX", "ours", "ours, bf16 flow", "ours, torch.compile"]
             if ON_GPU:
                 names += ["eager, torch.compile with CUDA graphs", "ours, captured", "ours, captured, bf16 flow"]
             for variant in names:
                 marks = []
                 if "compile" in variant and (case is not CASES[0] or (table == "fp32" and ON_GPU)):
                     marks = [pytest.mark.long("compiling takes minutes, and another size has it")]
+                if variant == "ours, torch.compile" and not ON_GPU:
+                    marks = [pytest.mark.long("compiling takes minutes")]
                 found.append(pytest.param(variant, case, table, id=f"{variant}-{case}-{table}", marks=marks))
     return found
 

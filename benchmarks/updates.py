@@ -127,8 +127,12 @@ class Contestant(Protocol):
 
 
 class Ours:
-    def __init__(self, case: Case, *, captured: bool, flow_precision: Any = None, seed: int = 0) -> None:
+    def __init__(
+        self, case: Case, *, captured: bool, compiled: bool = False, flow_precision: Any = None, seed: int = 0
+    ) -> None:
         agent = case.start(seed)
+        if compiled:
+            agent.compile(fullgraph=True, dynamic=False)
         agent.config = dataclasses.replace(agent.config, flow_precision=flow_precision)
         optimizer, source = agent.make_optimizer(), generator(seed)
         data = dataset(case.obs_dim, case.action_dim)

@@ -121,7 +121,7 @@ def test_long(race): ...
     assert run.returncode == 1
     assert "1 failed, 1 passed, 1 skipped" in run.stdout, run.stdout + run.stderr
     assert "times 3: y is off by 5.0e-01" in run.stdout
-    assert "test_long: takes an hour: --long includes it" in run.stdout
+    assert "takes an hour: --long includes it: test_long" in run.stdout
     (row,) = results.load(file)["rows"]
     assert row["variant"] == "times 2"
     kept = results.load(file)["runs"][row["run"]]
