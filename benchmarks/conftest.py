@@ -79,6 +79,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 _skipped: list[tuple[str, str]] = []
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     reasons: dict[str, list[str]] = {}
     for what, why in [*(() if ON_GPU else (NEEDS_GPU,)), NO_TORCHRL, *_skipped]:

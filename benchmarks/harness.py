@@ -68,6 +68,7 @@ class Entry:
     bytes: float | None = None
     """Bytes that have to be read and written once per call."""
     baseline_variant: str = "eager"
+    baseline_timing: str = "eager"
     baseline_precision: str = "fp32"
     torch_memory: bool = True
     """Whether the contestant's memory comes from PyTorch."""
@@ -87,7 +88,7 @@ class Entry:
     @property
     def baseline(self) -> str:
         """The line of its table that it is compared with."""
-        return label(self.baseline_variant, "eager", self.baseline_precision)
+        return label(self.baseline_variant, self.baseline_timing, self.baseline_precision)
 
 
 def label(variant: str, timing: str, precision: str) -> str:
@@ -208,7 +209,7 @@ class Race:
         del first
 
         run = round_of(contestant, entry.calls, graph=entry.timing == "graph")
-        run_baseline = round_of(baseline, entry.calls, graph=False)
+        run_baseline = round_of(baseline, entry.calls, graph=entry.baseline_timing == "graph")
         memory, method = peak_memory(lambda: contestant(0), torch_memory=entry.torch_memory)
         for _ in range(2):
             run_baseline()
@@ -216,12 +217,12 @@ class Race:
         pace = timed(run_baseline)[0] + timed(run)[0]
         rounds = int(min(MOST_ROUNDS, max(LEAST_ROUNDS, self.seconds / pace)))
 
-        walls: list[float] = []  # of the baseline, and right after it
-        own: list[tuple[float, float]] = []  # of the contestant: wall, on the device
+        baselines: list[tuple[float, float]] = []  # wall, between events; and right after it
+        own: list[tuple[float, float]] = []  # of the contestant
         last: list[Any] = [None]
 
         def before() -> None:
-            walls.append(timed(run_baseline)[0])
+            baselines.append(timed(run_baseline)[:2])
 
         def target() -> None:
             wall, device, last[0] = timed(run)
@@ -235,9 +236,10 @@ class Race:
         if self.benchmark.disabled:  # pytest-benchmark's switch: gates only
             return
         on_device = entry.timing == "graph"
-        baseline_walls = np.array(walls[-rounds:]) / entry.calls
         own_walls, own_events = np.array(own[-rounds:]).T / entry.calls
         own_seconds = own_events if on_device else own_walls
+        baseline_walls, baseline_events = np.array(baselines[-rounds:]).T / entry.calls
+        baseline_seconds = baseline_events if entry.baseline_timing == "graph" else baseline_walls
         row = dataclasses.asdict(entry) | {
             "group": entry.group,
             "label": entry.label,
@@ -248,7 +250,7 @@ class Race:
             "clock": "CUDA events" if on_device else "wall",
             "seconds": quartiles(own_seconds),
             "wall_seconds": quartiles(own_walls),
-            "speedup": quartiles(baseline_walls / own_seconds),
+            "speedup": quartiles(baseline_seconds / own_seconds),
             "first_call_seconds": first_call_seconds,
             "peak_memory_bytes": memory,
             "peak_memory_method": method,

@@ -2,6 +2,7 @@
 
     pytest benchmarks --benchmark-only -k penalty
 
+On CUDA the calls are issued from Python in one table and captured into a CUDA graph in another, all contestants alike.
 Small sizes are bound by the launches, large ones by the memory: δ and the scores are read once, the penalty is written;
 backward reads δ, the scores and the upstream gradient, and writes the one to δ.
 """
@@ -53,7 +54,8 @@ def test_penalty(race: Race, variant: str, size: tuple[int, int, int], backward:
         op="fisher_penalty",
         variant=variant,
         sizes={"rows": rows, "K": num_samples, "d": d},
-        detail="forward and backward" if backward else "forward",
+        detail=f"{'forward and backward' if backward else 'forward'}{', GPU time' if timing == 'graph' else ''}",
+        baseline_timing=timing,
         timing=timing,
         calls=20 if rows <= 4096 else 4,
         flops=rows * (4 * num_samples * d + 3 * d) * (1 + backward),
