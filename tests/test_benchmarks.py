@@ -247,9 +247,25 @@ def test_a_run_compared_with_itself_has_not_changed(capsys: pytest.CaptureFixtur
     assert "10 compared: 0 faster, 0 slower" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("factor", "verdict"), [(3.0, "faster"), (1 / 3, "slower")])
+def steady(recorded: dict[str, Any], spread: float) -> dict[str, Any]:
+    """The same medians with quartiles that far away."""
+    for row in recorded["rows"]:
+        for kind in ("seconds", "speedup"):
+            median = row[kind]["median"]
+            row[kind] |= {"q25": median * (1 - spread), "q75": median * (1 + spread)}
+    return json.loads(json.dumps(recorded))
+
+
+def test_a_change_within_the_spread_is_none(recorded: dict[str, Any]) -> None:
+    base = steady(recorded, 0.1)
+    for row in recorded["rows"]:
+        row["speedup"] = {name: 1.15 * value for name, value in row["speedup"].items()}
+    assert {change.verdict for change in compare.compare(base, recorded)[0]} == {""}
+
+
+@pytest.mark.parametrize(("factor", "verdict"), [(1.15, "faster"), (1 / 1.15, "slower")])
 def test_a_change_is_noticed(recorded: dict[str, Any], factor: float, verdict: str) -> None:
-    base = json.loads(json.dumps(recorded))
+    base = steady(recorded, 0.03)
     for row in recorded["rows"]:
         if row["label"] == "ours":
             row["seconds"] = {name: value / factor for name, value in row["seconds"].items()}
