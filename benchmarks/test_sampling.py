@@ -16,11 +16,11 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
-from train.dataset import OfflineDataset
 
 from benchmarks.harness import DEVICE, Entry, Race, WrongResult
 from benchmarks.peers.eager_agent import ReplayBuffer
 from benchmarks.updates import COLUMNS, TRANSITIONS, dataset
+from train.dataset import OfflineDataset
 
 Sample = Callable[[], dict[str, Tensor]]
 OBS, D = 17, 6

@@ -10,11 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from train.seeds import SeedGroup
 
 from benchmarks.harness import ON_GPU, Entry, Race, precision
 from benchmarks.updates import BATCH, CASES, JUDGED_UPDATES, Case, Ours, dataset, generator, judge, outcome_of
 from train.agents import ALL_PARTS
+from train.seeds import SeedGroup
 
 SEEDS = 8
 CASE = CASES[0]

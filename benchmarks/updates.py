@@ -17,13 +17,13 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from train.dataset import Batch, OfflineDataset
-from train.hyperparameters import AgentConfig
 
 from benchmarks.harness import DEVICE, ON_GPU, Entry, WrongResult, gate
 from benchmarks.peers.eager_agent import EagerAgent, ReplayBuffer
 from benchmarks.peers.parameters import parameters
 from train.agents import AGENTS, ALL_PARTS, Agent, Draws
+from train.dataset import Batch, OfflineDataset
+from train.hyperparameters import AgentConfig
 
 BATCH, WIDTH, HIDDEN, STEPS = 256, 512, 4, 10
 TRANSITIONS = 2**20 if ON_GPU else 2**17

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+
 from train.hyperparameters import AgentConfig
 
 Tensors = dict[str, Tensor]

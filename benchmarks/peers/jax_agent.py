@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+
 from train.hyperparameters import AgentConfig
 
 Arrays = dict[str, Any]
