@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 import fdkernels
 import fdkernels_ref
-from benchmarks.harness import DEVICE, ON_GPU, TIMINGS, Entry, Outputs, Race, gate, normal, precision, rotating
-from benchmarks.test_flow import HIDDEN, STEPS, WIDTH, flops, traffic
+from benchmarks.harness import ON_GPU, TIMINGS, Entry, Outputs, Race, gate, normal, precision, rotating
+from benchmarks.test_flow import STEPS, flops, networks, traffic
 from benchmarks.test_flow import eager as eager_flow
 
 T, DAMPING = 0.95, 1e-3
@@ -102,10 +102,7 @@ def test_decorator(
         flops=flops(rows, obs_dim, d, STEPS + 1, states),
         bytes=traffic(states, obs_dim, d) + 8.0 * rows * d,
     )
-    torch.manual_seed(0)
-    velocity = fdkernels.VelocityMLP(obs_dim, d, (WIDTH,) * HIDDEN).to(DEVICE)
-    exact = fdkernels.VelocityMLP(obs_dim, d, (WIDTH,) * HIDDEN).to(DEVICE).double()
-    exact.load_state_dict(velocity.state_dict())
+    velocity, exact = networks(obs_dim, d)
     inputs = [
         (
             normal(states, obs_dim, seed=5 * i),
