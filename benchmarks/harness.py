@@ -361,7 +361,8 @@ def device_name() -> str:
         return torch.cuda.get_device_name()
     found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
     name = found[1].strip() if found else platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} thread{'s' * (threads > 1)}"
 
 
 def clocks() -> dict[str, Any]:

@@ -20,7 +20,8 @@ import matplotlib.pyplot as plt
 from benchmarks.results import ResultError, Results, device_of, load, merge_results
 
 Row = dict[str, Any]
-OURS, THEIRS = "#c2410c", ["#1f2937", "#2563eb", "#0d9488", "#9333ea", "#ca8a04", "#db2777", "#65a30d", "#64748b"]
+OURS = ["#dc2626", "#f97316", "#7f1d1d", "#f9a8d4", "#b45309", "#fb7185", "#facc15", "#be185d"]  # warm
+THEIRS = ["#1f2937", "#2563eb", "#0d9488", "#9333ea", "#0ea5e9", "#65a30d", "#64748b"]  # cold
 INK = "#374151"
 NOTE: dict[str, Any] = {"fontsize": 8, "color": INK}
 
@@ -147,10 +148,7 @@ def colours(rows: Iterable[Row]) -> dict[str, str]:
     theirs = [label for label in labels if not label.startswith("our")]
     found = {label: THEIRS[i % len(THEIRS)] for i, label in enumerate(theirs)}
     mine = [label for label in labels if label.startswith("our")]
-    shades = plt.get_cmap("autumn")
-    return found | {
-        label: OURS if label == "ours" else shades(0.55 * i / max(len(mine), 1)) for i, label in enumerate(mine)
-    }
+    return found | {label: OURS[i % len(OURS)] for i, label in enumerate(sorted(mine))}
 
 
 def error_bars(quartiles: dict[str, float]) -> list[list[float]]:
@@ -181,9 +179,7 @@ def draw_speedups(results: Results, path: Path) -> None:
     axes.set_yticks(range(len(tables)), tables, fontsize=8)
     axes.invert_yaxis()
     axes.grid(axis="y", color="#f3f4f6")
-    axes.set_xlabel(
-        "speed-up over the eager baseline, median and quartiles of paired rounds (grey: baseline over itself)"
-    )
+    axes.set_xlabel("speed-up over the baseline (grey: the baseline over itself)")
     axes.set_title(f"Speed-ups on {device_of(results)}", color=INK)
     handles = dict(zip(*reversed(axes.get_legend_handles_labels())))
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
@@ -210,7 +206,7 @@ def draw_roofline(results: Results, path: Path) -> None:
     copy_text = f"copy: {roofs['copy_bytes'] / 1e9:.3g} GB/s"
     axes.annotate(copy_text, (low, low * roofs["copy_bytes"]), xytext=(12, 0), textcoords="offset points", **NOTE)
     markers = dict(zip(dict.fromkeys(row["op"] for row in rows), "os^Dv*P"))
-    for kind, colour in (("theirs", THEIRS[0]), ("ours", OURS)):
+    for kind, colour in (("theirs", THEIRS[0]), ("ours", OURS[0])):
         for row in rows:
             if is_ours(row) != (kind == "ours") or not (is_ours(row) or is_baseline(row)):
                 continue
