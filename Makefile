@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: train test test-gpu check bench clean
+.PHONY: train test test-gpu check bench bench-compare bench-gpu clean
 
 train: $(STAMP)
 	$(BIN)/python train/run.py --env halfcheetah-medium-expert --resume
@@ -16,16 +16,37 @@ test: $(STAMP)
 test-gpu: export OUT ?= benchmarks/results
 test-gpu:
 	timeout 420 $(PYTHON) -m pytest tests/kernels
-	timeout 50 $(PYTHON) -m pytest benchmarks/test_penalty.py --benchmark-only -k "ours and not compiled" \
-		--benchmark-json=$(OUT)/penalty.json
+	timeout 50 $(PYTHON) -m pytest benchmarks/test_penalty.py --benchmark-only -k "ours and not compile" --seconds 0.2 \
+		--results=$(OUT)/penalty.json
 
 check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Results go where RESULTS says. A file under benchmarks/results belongs to its device and is refused on another one.
+RESULTS ?= runs/bench.json
+BENCH := -m pytest --benchmark-only --benchmark-columns=median,iqr,min,rounds
+
+# Under ten minutes on two CPU cores; ends with what it did not measure. `pip install -e .[peers]` adds JAX and others.
 bench: $(STAMP)
-	$(BIN)/python -m pytest benchmarks --benchmark-only
+	$(BIN)/python $(BENCH) benchmarks --results=$(RESULTS)
+	$(BIN)/python benchmarks/report.py $(RESULTS)
+
+# What a change did: make bench-compare BASE=saved.json
+bench-compare: $(STAMP)
+	@test -n "$(BASE)" || { echo "which saved run? make bench-compare BASE=saved.json"; exit 2; }
+	$(BIN)/python $(BENCH) benchmarks -k ours --results=runs/bench-now.json
+	$(BIN)/python benchmarks/compare.py $(BASE) runs/bench-now.json
+
+# On a machine with a CUDA GPU, with the packages that are there; each part takes eight minutes at most and writes its
+# results row by row, into $OUT. `python benchmarks/results.py --into benchmarks/results/NAME.json $OUT/bench-*.json`
+# puts them together. Where there is no git, BENCH_COMMIT names the commit.
+GPU_PARTS := penalty score flow decorator acting sampling update seeds
+bench-gpu: $(GPU_PARTS:%=bench-gpu-%)
+bench-gpu-%: export OUT ?= runs
+bench-gpu-%:
+	timeout 470 $(PYTHON) $(BENCH) benchmarks/test_$*.py --seconds 0.5 --results=$(OUT)/bench-$*.json
 
 # torch goes first: a build of it that pip already has must not be replaced by a larger one.
 $(STAMP): pyproject.toml constraints.txt

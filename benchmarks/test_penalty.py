@@ -1,123 +1,86 @@
-"""The Fisher penalty: the matrix form, torch.compile of it, and ours, side by side.
+"""The Fisher penalty of given scores: the matrix form, torch.compile of it, and ours.
 
     pytest benchmarks --benchmark-only -k penalty
 
-Each variant is checked against float64 first; a wrong one is not timed. On a GPU, "eager" is wall time with a
-synchronisation, "graph" the replay of a captured graph of twenty calls, and ``extra_info`` holds the bandwidth next to
-the rate of a copy measured in the same run.
+On CUDA the calls are issued from Python in one table and captured into a CUDA graph in another, all contestants alike.
+Small sizes are bound by the launches, large ones by the memory: δ and the scores are read once, the penalty is written;
+backward reads δ, the scores and the upstream gradient, and writes the one to δ.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.benchmark import Timer
 
 import fdkernels
 import fdkernels_ref
+from benchmarks.harness import ON_GPU, TIMINGS, Entry, Outputs, Race, copies_beyond_cache, gate, normal, rotating
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-GRAPH_CALLS = 20
-SIZES = [(256, 4, 6), (4096, 4, 17)] + [(2**20, 4, 6), (2**18, 5, 17), (2**19, 4, 8)] * (DEVICE.type == "cuda")
-Step = Callable[[], tuple[Tensor, ...]]
-
-VARIANTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "matrix": fdkernels_ref.fisher_penalty,
-    "matrix-compiled": torch.compile(fdkernels_ref.fisher_penalty, dynamic=False),
-    "ours": fdkernels.fisher_penalty,
-    "ours-compiled": torch.compile(fdkernels.fisher_penalty, dynamic=False),
-}
+SIZES = [(256, 4, 6), (256, 8, 8), (4096, 4, 17)]
+SIZES += [(2**20, 4, 6), (2**18, 5, 17), (2**19, 4, 8), (2**20, 8, 8)] if ON_GPU else [(2**17, 4, 6)]
+JUDGED = slice(4096)  # rows, which are all alike
+Penalty = Callable[[Tensor, Tensor], Tensor]
 
 
-@functools.cache
-def copy_rate() -> float:
-    """GB/s read and written by a copy that no cache holds."""
-    source = torch.empty(2**28 if DEVICE.type == "cuda" else 2**24, device=DEVICE)
-    target = torch.empty_like(source)
-    measured = Timer("target.copy_(source)", globals={"source": source, "target": target}).blocked_autorange()
-    return 2 * source.numel() * source.element_size() / measured.median / 1e9
+def contestant(variant: str) -> Penalty:
+    """The penalty (rows,) of δ (rows, d) and scores (rows, K, d)."""
+    name, _, compiled = variant.partition(", ")
+    function = {"eager": fdkernels_ref.fisher_penalty, "ours": fdkernels.fisher_penalty}[name]
+    return torch.compile(function, dynamic=False) if compiled else function
 
 
-def step(variant: str, backward: bool, displacement: Tensor, score: Tensor, upstream: Tensor) -> tuple[Tensor, ...]:
+def step(penalty: Penalty, backward: bool, displacement: Tensor, score: Tensor, upstream: Tensor) -> Outputs:
     if not backward:
         with torch.no_grad():
-            return (VARIANTS[variant](displacement, score),)
-    penalty = VARIANTS[variant](displacement, score)
-    return penalty.detach(), *torch.autograd.grad(penalty, displacement, upstream)
+            return {"penalty": penalty(displacement, score)}
+    out = penalty(displacement, score)
+    (gradient,) = torch.autograd.grad(out, displacement, upstream)
+    return {"penalty": out.detach(), "gradient": gradient}
 
 
-def graph_of(run: Step) -> Step:
-    """Twenty calls captured once."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(GRAPH_CALLS):
-            out = run()
-
-    def replay() -> tuple[Tensor, ...]:
-        graph.replay()
-        return out
-
-    return replay
-
-
-@pytest.mark.parametrize("timing", ["eager", "graph"] if DEVICE.type == "cuda" else ["eager"])
+@pytest.mark.parametrize("timing", TIMINGS)
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: "x".join(map(str, size)))
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_penalty(benchmark: Any, variant: str, size: tuple[int, int, int], backward: bool, timing: str) -> None:
+@pytest.mark.parametrize("variant", ["eager", "eager, torch.compile", "ours", "ours, torch.compile"])
+def test_penalty(race: Race, variant: str, size: tuple[int, int, int], backward: bool, timing: str) -> None:
     rows, num_samples, d = size
-    benchmark.group = f"penalty {rows}x{num_samples}x{d} {'forward+backward' if backward else 'forward'} {timing}"
-    displacement = torch.randn(rows, d, device=DEVICE, requires_grad=True)
-    score = torch.randn(rows, num_samples, d, device=DEVICE)
-    upstream = torch.randn(rows, device=DEVICE)
-    if variant.startswith("matrix") and rows * d * d > 2**28:
-        pytest.skip("the matrices would take gigabytes")
-    torch.compiler.reset()  # one compilation a size: no recompilation limit is reached
-    run = functools.partial(step, variant, backward, displacement, score, upstream)
-
-    judged = slice(4096)  # rows, which are all alike
-    leaf = displacement[judged].detach().double().requires_grad_()
-    truth = fdkernels_ref.fisher_penalty(leaf, score[judged].double())
-    gradient = torch.autograd.grad(truth, leaf, upstream[judged].double())[0]
-    for name, out, right in zip(("penalty", "gradient"), run(), (truth, gradient)):
-        error = ((out[judged].double() - right).norm() / right.norm()).item()
-        assert error < 1e-5, f"{variant}: {name} is off by {error:.1e}, not worth timing"
-
-    timed = graph_of(run) if timing == "graph" else run
-
-    def call() -> None:
-        timed()
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize()
-
-    benchmark.pedantic(call, rounds=200, warmup_rounds=20)
-    calls = GRAPH_CALLS if timing == "graph" else 1
-    seconds = benchmark.stats.stats.median / calls
-    # δ, s and the penalty; backward reads δ, s and the upstream gradient, and writes the one to δ.
-    elements = rows * (d * (num_samples + 1) + 1) + backward * rows * (d * (num_samples + 2) + 1)
-    benchmark.extra_info.update(
+    # δ, s and the penalty; backward: δ, s, the upstream gradient and the one to δ
+    numbers = rows * (d * (num_samples + 1) + 1) + backward * rows * (d * (num_samples + 2) + 1)
+    entry = Entry(
         op="fisher_penalty",
         variant=variant,
-        rows=rows,
-        num_samples=num_samples,
-        d=d,
-        dtype="float32",
-        direction="forward+backward" if backward else "forward",
+        sizes={"rows": rows, "K": num_samples, "d": d},
+        detail=f"{'forward and backward' if backward else 'forward'}{', GPU time' if timing == 'graph' else ''}",
+        baseline_timing=timing,
         timing=timing,
-        device=torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu",
-        torch=torch.__version__,
-        microseconds_per_call=seconds * 1e6,
-        gigabytes_per_second=4 * elements / seconds / 1e9,
-        copy_gigabytes_per_second=copy_rate(),
+        calls=20 if rows <= 4096 else 4,
+        flops=rows * (4 * num_samples * d + 3 * d) * (1 + backward),
+        bytes=4 * numbers,
     )
+    inputs = [
+        (
+            normal(rows, d, seed=3 * i, requires_grad=True),
+            normal(rows, num_samples, d, seed=3 * i + 1),
+            normal(rows, seed=3 * i + 2),
+        )
+        for i in range(copies_beyond_cache(entry.bytes) if rows > 4096 else 2)
+    ]
+
+    def judge(i: int, outputs: Outputs) -> float:
+        truth = step(fdkernels_ref.fisher_penalty, backward, *judged_rows(*inputs[i]))
+        return gate(entry, {name: out[JUDGED] for name, out in outputs.items()}, truth)
+
+    run, baseline = (
+        rotating(functools.partial(step, contestant(name), backward), inputs) for name in (variant, "eager")
+    )
+    race(entry, run, baseline, judge, inputs=len(inputs))
+
+
+def judged_rows(displacement: Tensor, score: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """In float64."""
+    leaf = displacement.detach()[JUDGED].double().requires_grad_()
+    return leaf, score[JUDGED].double(), upstream[JUDGED].double()

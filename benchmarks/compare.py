@@ -1,0 +1,95 @@
+"""What a change did: a run against a saved one on the same device, as ratios with spread.
+
+    python benchmarks/compare.py BASE.json NEW.json
+
+"time" is old over new, so above 1 is faster; its interval is from the quartiles of both. Machines drift between two
+runs, so the verdict rests on the speed-ups over the eager baseline, which was timed in the same rounds: "against eager"
+is the new speed-up over the old one. A contestant is called faster or slower when that interval leaves 1 out by more
+than 2 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks.results import IDENTITY, ResultError, Results, device_of, load
+
+MARGIN = 0.02
+
+
+class Ratio(NamedTuple):
+    low: float
+    median: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} ({self.low:.2f} – {self.high:.2f})"
+
+
+class Change(NamedTuple):
+    group: str
+    label: str
+    time: Ratio
+    against_eager: Ratio
+    verdict: str
+
+
+def ratio(above: dict[str, float], below: dict[str, float]) -> Ratio:
+    """Of two medians; the interval takes the quartiles that make it widest."""
+    return Ratio(above["q25"] / below["q75"], above["median"] / below["median"], above["q75"] / below["q25"])
+
+
+def compare(base: Results, new: Results) -> tuple[list[Change], list[str]]:
+    """The changes, and what only one of the two measured."""
+    if device_of(base) != device_of(new):
+        raise ResultError(f"the saved run is of {device_of(base)}, the new one of {device_of(new)}")
+    old = {tuple(row[name] for name in IDENTITY): row for row in base["rows"]}
+    now = {tuple(row[name] for name in IDENTITY): row for row in new["rows"]}
+    changes = []
+    for key, row in now.items():
+        if key not in old:
+            continue
+        time = ratio(old[key]["seconds"], row["seconds"])
+        against_eager = ratio(row["speedup"], old[key]["speedup"])
+        verdict = ""
+        if against_eager.low > 1 + MARGIN:
+            verdict = "faster"
+        elif against_eager.high < 1 - MARGIN:
+            verdict = "slower"
+        changes.append(Change(row["group"], row["label"], time, against_eager, verdict))
+    lonely = [f"only in the saved run: {key[1]}: {key[2]}" for key in old if key not in now]
+    lonely += [f"only in the new run: {key[1]}: {key[2]}" for key in now if key not in old]
+    return changes, lonely
+
+
+def text(changes: list[Change], lonely: list[str]) -> str:
+    lines, group = [], None
+    for change in changes:
+        if change.group != group:
+            group = change.group
+            lines += ["", group, f"  {'':34}{'time: old / new':>24}{'against eager':>24}"]
+        lines.append(f"  {change.label:34}{change.time!s:>24}{change.against_eager!s:>24}  {change.verdict}")
+    return "\n".join([*lines, "", *lonely])
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("base", type=Path, help="file of the saved run")
+    parser.add_argument("new", type=Path, help="file of the new run")
+    args = parser.parse_args(argv)
+    try:
+        changes, lonely = compare(load(args.base), load(args.new))
+    except ResultError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(text(changes, lonely))
+    slower = [change for change in changes if change.verdict == "slower"]
+    print(f"{len(changes)} compared: {sum(c.verdict == 'faster' for c in changes)} faster, {len(slower)} slower")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,402 @@
+"""What the suites share: a gate that every contestant passes before it is timed, and the race that times it.
+
+A *contestant* is a function of the number of the call, i, so that it can go round several inputs. In every round the
+baseline of its table is timed first and the contestant right after it: when the machine slows down it slows both, and
+the speed-up is the median of these paired ratios, with their quartiles. The baseline races against itself, too, and the
+spread of that 1.0 is the noise of the machine.
+
+What is timed is wall time up to the device's last word; for a captured CUDA graph it is the time between two events on
+the device. Both are in the results.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import json
+import os
+import platform
+import re
+import resource
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.benchmark import Timer
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ON_GPU = DEVICE.type == "cuda"
+TIMINGS = ("eager", "graph") if ON_GPU else ("eager",)
+"""How calls are issued: one by one from Python, or as the replay of a captured CUDA graph."""
+
+TOLERANCES = {"fp32": 1e-5, "tf32": 1e-3, "bf16": 1e-2}
+"""Largest relative error ‖out − ref64‖/‖ref64‖ of a contestant that is worth timing, by precision of its products."""
+
+LEAST_ROUNDS, MOST_ROUNDS = 10, 200
+
+Outputs = Mapping[str, Tensor]
+Call = Callable[[int], Any]
+
+
+class WrongResult(AssertionError):
+    """A contestant computed something else than the reference."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One line of a table."""
+
+    op: str
+    variant: str
+    sizes: Mapping[str, int]
+    detail: str = ""
+    """What sets this table apart from others of the same op and sizes."""
+    timing: str = "eager"
+    precision: str = "fp32"
+    calls: int = 1
+    """Calls per round, issued back to back."""
+    flops: float | None = None
+    """Floating-point operations that the task needs per call, however the contestant goes about it."""
+    bytes: float | None = None
+    """Bytes that have to be read and written once per call."""
+    baseline_variant: str = "eager"
+    baseline_timing: str = "eager"
+    baseline_precision: str = "fp32"
+    torch_memory: bool = True
+    """Whether the contestant's memory comes from PyTorch."""
+
+    @property
+    def group(self) -> str:
+        """Title of its table."""
+        sizes = " ".join(f"{name}={value:,}" for name, value in self.sizes.items())
+        per = f"{self.calls} calls" if self.calls > 1 else ""
+        return ", ".join(filter(None, (f"{self.op} {sizes}", self.detail, per)))
+
+    @property
+    def label(self) -> str:
+        """Its name in the table."""
+        return label(self.variant, self.timing, self.precision)
+
+    @property
+    def baseline(self) -> str:
+        """The line of its table that it is compared with."""
+        return label(self.baseline_variant, self.baseline_timing, self.baseline_precision)
+
+
+def label(variant: str, timing: str, precision: str) -> str:
+    words = [variant]
+    if timing == "graph":
+        words.append("CUDA graph")
+    if precision != "fp32" and precision not in variant:
+        words.append(precision)
+    return ", ".join(words)
+
+
+# -- inputs --------------------------------------------------------------------------------------------------------
+
+
+def normal(*shape: int, seed: int, requires_grad: bool = False) -> Tensor:
+    """Standard normal float32 on the device."""
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    return torch.randn(shape, generator=generator, device=DEVICE).requires_grad_(requires_grad)
+
+
+def rotating(function: Callable[..., Any], inputs: Sequence[tuple]) -> Call:
+    """Call i gets input i, round and round."""
+    return lambda i: function(*inputs[i % len(inputs)])
+
+
+def copies_beyond_cache(bytes_per_call: float) -> int:
+    """How many inputs it takes for none to be found in a cache; at most 8, at least 2."""
+    return int(min(8, max(2, 2 * last_level_cache() // bytes_per_call + 1)))
+
+
+@functools.cache
+def last_level_cache() -> int:
+    """Bytes."""
+    if ON_GPU:
+        return torch.cuda.get_device_properties(DEVICE).L2_cache_size
+    sizes = [
+        int(file.read_text().strip().rstrip("K")) for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("*/size")
+    ]
+    return 1024 * max(sizes, default=32 * 1024)
+
+
+# -- the gate ------------------------------------------------------------------------------------------------------
+
+
+def relative_error(out: Tensor, truth: Tensor) -> float:
+    return ((out.detach().double() - truth.double()).norm() / truth.double().norm()).item()
+
+
+def gate(
+    entry: Entry, outputs: Outputs, truth: Outputs, tolerances: Mapping[str, float] | float | None = None
+) -> float:
+    """The largest relative error over what the truth names; raises where one exceeds its tolerance or is NaN."""
+    worst = 0.0
+    for name, right in truth.items():
+        tolerance = TOLERANCES[entry.precision] if tolerances is None else tolerances
+        if not isinstance(tolerance, float):
+            tolerance = tolerance[name]
+        if outputs[name].shape != right.shape:
+            raise WrongResult(f"{entry.label}: {name} has shape {tuple(outputs[name].shape)}, not {tuple(right.shape)}")
+        error = relative_error(outputs[name], right)
+        if not error <= tolerance:
+            raise WrongResult(f"{entry.label}: {name} is off by {error:.1e}, allowed {tolerance:.0e}: not worth timing")
+        worst = max(worst, error)
+    return worst
+
+
+@contextlib.contextmanager
+def precision(name: str) -> Iterator[None]:
+    """Products in fp32, TF32 or, by autocast, bf16."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
+    try:
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=name == "bf16"):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+# -- the race ------------------------------------------------------------------------------------------------------
+
+
+class Race:
+    """Times a contestant against the baseline of its table, and keeps the row.
+
+    Args:
+        benchmark: pytest-benchmark's fixture.
+        seconds: to spend on the rounds of one contestant.
+        keep: takes the row of results.
+    """
+
+    def __init__(self, benchmark: Any, seconds: float, keep: Callable[[dict[str, Any]], None]) -> None:
+        self.benchmark, self.seconds, self.keep = benchmark, seconds, keep
+
+    def __call__(
+        self,
+        entry: Entry,
+        contestant: Call,
+        baseline: Call,
+        judge: Callable[[int, Any], float],
+        *,
+        inputs: int = 1,
+        stateful: bool = False,
+    ) -> None:
+        """Gate, then time.
+
+        Args:
+            contestant, baseline: functions of the number of the call.
+            judge: takes that number and what the contestant returned; the relative error, or raises WrongResult.
+            inputs: how many different ones there are, each is judged.
+            stateful: calls change what later calls return, so only the fresh contestant can be judged.
+        """
+        started = time.perf_counter()
+        first = contestant(0)
+        synchronize()
+        first_call_seconds = time.perf_counter() - started
+        errors = [judge(0, first)]
+        errors += [judge(i, contestant(i)) for i in range(1, 1 if stateful else inputs)]
+        del first
+
+        run = round_of(contestant, entry.calls, graph=entry.timing == "graph")
+        run_baseline = round_of(baseline, entry.calls, graph=entry.baseline_timing == "graph")
+        memory, method = peak_memory(lambda: contestant(0), torch_memory=entry.torch_memory)
+        for _ in range(2):
+            run_baseline()
+            run()
+        pace = timed(run_baseline)[0] + timed(run)[0]
+        rounds = int(min(MOST_ROUNDS, max(LEAST_ROUNDS, self.seconds / pace)))
+
+        baselines: list[tuple[float, float]] = []  # wall, between events; and right after it
+        own: list[tuple[float, float]] = []  # of the contestant
+        last: list[Any] = [None]
+
+        def before() -> None:
+            baselines.append(timed(run_baseline)[:2])
+
+        def target() -> None:
+            wall, device, last[0] = timed(run)
+            own.append((wall, device))
+
+        self.benchmark.group = entry.group
+        self.benchmark.name = entry.label
+        self.benchmark.pedantic(target, setup=before, rounds=rounds, warmup_rounds=1)
+        if not stateful:
+            errors.append(judge((entry.calls - 1) % inputs, last[0]))
+        if self.benchmark.disabled:  # pytest-benchmark's switch: gates only
+            return
+        on_device = entry.timing == "graph"
+        own_walls, own_events = np.array(own[-rounds:]).T / entry.calls
+        own_seconds = own_events if on_device else own_walls
+        baseline_walls, baseline_events = np.array(baselines[-rounds:]).T / entry.calls
+        baseline_seconds = baseline_events if entry.baseline_timing == "graph" else baseline_walls
+        row = dataclasses.asdict(entry) | {
+            "group": entry.group,
+            "label": entry.label,
+            "baseline": entry.baseline,
+            "device": device_name(),
+            "threads": torch.get_num_threads(),
+            "rounds": rounds,
+            "clock": "CUDA events" if on_device else "wall",
+            "seconds": quartiles(own_seconds),
+            "wall_seconds": quartiles(own_walls),
+            "speedup": quartiles(baseline_seconds / own_seconds),
+            "first_call_seconds": first_call_seconds,
+            "peak_memory_bytes": memory,
+            "peak_memory_method": method,
+            "relative_error": max(errors),
+        }
+        self.benchmark.extra_info.update(row)
+        self.keep(row)
+
+
+def synchronize() -> None:
+    if ON_GPU:
+        torch.cuda.synchronize()
+
+
+def round_of(call: Call, calls: int, *, graph: bool) -> Callable[[], Any]:
+    """The calls of a round, one after the other or captured into a graph; gives what the last one returned."""
+    if not graph:
+
+        def issue() -> Any:
+            for i in range(calls):
+                out = call(i)
+            return out
+
+        return issue
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for i in range(max(3, calls)):
+            call(i % calls)
+    torch.cuda.current_stream().wait_stream(stream)
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        for i in range(calls):
+            out = call(i)
+
+    def replay() -> Any:
+        captured.replay()
+        return out
+
+    return replay
+
+
+def timed(run: Callable[[], Any]) -> tuple[float, float, Any]:
+    """Wall seconds until the device is done, seconds between events on it (the former on a CPU), and what came out."""
+    synchronize()
+    if not ON_GPU:
+        started = time.perf_counter()
+        out = run()
+        wall = time.perf_counter() - started
+        return wall, wall, out
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    started = time.perf_counter()
+    begin.record()
+    out = run()
+    end.record()
+    torch.cuda.synchronize()
+    return time.perf_counter() - started, begin.elapsed_time(end) / 1e3, out
+
+
+def quartiles(samples: np.ndarray) -> dict[str, float]:
+    q25, median, q75 = np.percentile(samples, (25, 50, 75))
+    return {"q25": float(q25), "median": float(median), "q75": float(q75)}
+
+
+def peak_memory(run: Callable[[], Any], *, torch_memory: bool) -> tuple[int | None, str]:
+    """Bytes that one call holds at its height beyond what was held before it, and how that was found."""
+    if ON_GPU and torch_memory:
+        synchronize()
+        held = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        synchronize()
+        return torch.cuda.max_memory_allocated() - held, "CUDA allocator"
+    if torch_memory:
+        return allocations_at_peak(run), "PyTorch's CPU allocator, traced by its profiler"
+    if ON_GPU:
+        return None, "not measured: another framework's memory on the GPU"
+    # Pages that an earlier call left with the process count for nothing here, so this is a lower bound.
+    Path("/proc/self/clear_refs").write_text("5")
+    held = resident_peak()
+    run()
+    return resident_peak() - held, "growth of the process's resident set (a lower bound)"
+
+
+def resident_peak() -> int:
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return 1024 * int(found[1]) if found else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def allocations_at_peak(run: Callable[[], Any]) -> int:
+    """Sums up what PyTorch's allocator gave and took back, in the order of the profiler's trace."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        profile.export_chrome_trace(file.name)
+        events = json.loads(Path(file.name).read_text())["traceEvents"]
+    changes = [(event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]"]
+    return max(itertools.accumulate((change for _, change in sorted(changes)), initial=0))
+
+
+# -- the machine ---------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def device_name() -> str:
+    """GPU, or processor and number of threads that PyTorch uses."""
+    if ON_GPU:
+        return torch.cuda.get_device_name()
+    found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    name = found[1].strip() if found else platform.processor() or platform.machine()
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} thread{'s' * (threads > 1)}"
+
+
+def clocks() -> dict[str, Any]:
+    """What the machine says of its clocks, and how busy it is, right now."""
+    state: dict[str, Any] = {"load_average": os.getloadavg()[0]}
+    if ON_GPU:
+        fields = "clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit,temperature.gpu"
+        command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):
+            values = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[0]
+            state |= dict(zip(fields.split(","), map(str.strip, values.split(","))))
+    else:
+        speeds = re.findall(r"cpu MHz\s*:\s*([\d.]+)", Path("/proc/cpuinfo").read_text())
+        state["cpu_mhz"] = [round(float(speed)) for speed in speeds]
+    return state
+
+
+@functools.cache
+def roofs() -> dict[str, float]:
+    """Bytes a second of a copy that no cache holds, operations a second of a large product in each precision."""
+    elements = 2**28 if ON_GPU else 2**24
+    source = torch.empty(elements, device=DEVICE)
+    target = torch.empty_like(source)
+    found = {"copy_bytes": 8 * elements / _seconds("target.copy_(source)", source=source, target=target)}
+    del source, target
+    width = 8192 if ON_GPU else 2048
+    for name in ("fp32", "tf32", "bf16") if ON_GPU else ("fp32", "bf16"):
+        dtype = torch.bfloat16 if name == "bf16" else torch.float32
+        a, b = (torch.randn(width, width, device=DEVICE, dtype=dtype) for _ in range(2))
+        with precision("tf32" if name == "tf32" else "fp32"):
+            found[f"{name}_flops"] = 2 * width**3 / _seconds("a @ b", a=a, b=b)
+    return found
+
+
+def _seconds(statement: str, **names: Tensor) -> float:
+    timer = Timer(statement, globals=names, num_threads=torch.get_num_threads())
+    return min(timer.blocked_autorange(min_run_time=0.5).times)  # a roof is what the machine can do undisturbed

@@ -1,0 +1,168 @@
+"""Files of results: rows, each pointing at the run that it comes from. Never overwritten by a run elsewhere.
+
+python benchmarks/results.py --into benchmarks/results/h100.json penalty.json flow.json   # put parts together
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import fdkernels
+
+PACKAGES = (
+    "torch",
+    "triton",
+    "numpy",
+    "fdkernels",
+    "pytest-benchmark",
+    "torchdiffeq",
+    "torchrl",
+    "jax",
+    "flax",
+    "optax",
+)
+IDENTITY = ("op", "group", "label")
+"""What makes two rows the same measurement."""
+
+Results = dict[str, Any]
+
+
+class ResultError(RuntimeError):
+    """Something the user can mend."""
+
+
+def describe_run(device: str, threads: int) -> Results:
+    """Everything about a run that its rows share; roofs and clocks come when the first row does."""
+    commit, dirty = _commit()
+    return {
+        "device": device,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", "-m", "pytest", *sys.argv[1:]]),
+        "commit": commit,
+        "dirty": dirty,
+        "threads": threads,
+        "versions": {"python": platform.python_version()} | _versions(),
+        "platform": platform.platform(),
+        "not_measured": [],
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found | {"fdkernels": fdkernels.__version__}
+
+
+def _commit() -> tuple[str | None, bool | None]:
+    """Of the checkout; where there is none, BENCH_COMMIT of the environment."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("BENCH_COMMIT"), None
+
+
+def load(path: Path) -> Results:
+    try:
+        results = json.loads(path.read_text())
+        devices = {row["device"] for row in results["rows"]} | {run["device"] for run in results["runs"].values()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ResultError(f"{path} is not a file of results ({type(error).__name__}: {error})") from error
+    if len(devices) != 1:
+        raise ResultError(f"{path} holds results of {len(devices)} devices: {', '.join(sorted(devices)) or 'none'}")
+    return results
+
+
+def device_of(results: Results) -> str:
+    return next(iter(results["runs"].values()))["device"]
+
+
+class ResultFile:
+    """Rows of one run, written into ``path`` as they come, beside those of earlier runs on the same device.
+
+    A row replaces an earlier one of the same measurement. A file of another device is refused.
+    """
+
+    def __init__(self, path: Path, run: Results) -> None:
+        self.path, self.run = path, run
+        self.results: Results = {"runs": {}, "rows": []}
+        if path.exists():
+            self.results = load(path)
+            theirs = device_of(self.results)
+            if theirs != run["device"]:
+                raise ResultError(f"{path} holds results of {theirs}, and this is {run['device']}: give another file")
+        self.run_id = f"{run['date']} {(run['commit'] or 'unknown')[:10]}"
+
+    def add(self, row: Results) -> None:
+        self.results["runs"][self.run_id] = self.run
+        self.results = with_row(self.results, row | {"run": self.run_id})
+        self.write()
+
+    def write(self) -> None:
+        write(self.path, self.results)
+
+
+def write(path: Path, results: Results) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(results, indent=1) + "\n")
+    partial.replace(path)
+
+
+def with_row(results: Results, row: Results) -> Results:
+    """The results with one more row; runs that no row comes from any more are dropped."""
+    rows = [other for other in results["rows"] if any(other[name] != row[name] for name in IDENTITY)] + [row]
+    used = {other["run"] for other in rows}
+    return {"runs": {name: run for name, run in results["runs"].items() if name in used}, "rows": rows}
+
+
+def merge_results(parts: Iterable[tuple[Path, Results]]) -> Results:
+    """All rows of the parts, which must be of one device; of the same measurement the later part's."""
+    merged: Results = {"runs": {}, "rows": []}
+    for path, part in parts:
+        if merged["runs"] and device_of(merged) != device_of(part):
+            raise ResultError(f"{path} holds results of {device_of(part)}, what comes before it of {device_of(merged)}")
+        merged["runs"] |= part["runs"]
+        for row in part["rows"]:
+            merged = with_row(merged | {"runs": merged["runs"] | part["runs"]}, row)
+    return merged
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", type=Path, nargs="+", help="files of results")
+    parser.add_argument("--into", type=Path, required=True, help="file that takes their rows; made if it is not there")
+    args = parser.parse_args(argv)
+    try:
+        files = ([args.into] if args.into.exists() else []) + args.parts
+        results = merge_results((path, load(path)) for path in files)
+    except ResultError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    write(args.into, results)
+    print(f"{args.into}: {len(results['rows'])} rows of {device_of(results)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
