@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import fdkernels
-from train.agents import AGENTS, Agent, Learner, Parts
+from train.agents import AGENTS, ALL_PARTS, Agent, Learner, Parts
 from train.checkpoint import read_checkpoint, save_checkpoint
 from train.dataset import Batch, OfflineDataset
 from train.hyperparameters import AgentConfig
@@ -226,3 +226,15 @@ def test_batches_are_those_of_the_seed_alone() -> None:
         alone, drawn_alone = make("fidec").sample(data, BATCH, [torch.Generator().manual_seed(seed)])
         for ours, theirs in zip((*batch, *draws), (*alone, *drawn_alone)):
             assert (ours is None and theirs is None) or torch.equal(ours[i], theirs)
+
+
+@pytest.mark.parametrize("parts", [ALL_PARTS, ("flow",), ("critic", "actor")])
+@pytest.mark.parametrize("name", AGENTS)
+def test_flows_integrated_together_are_those_of_each_seed(name: str, parts: Parts) -> None:
+    """What a GPU does in one launch is here under vmap, and what the CPU does seed by seed."""
+    group = SeedGroup([make(name, seed) for seed in SEEDS])
+    batch, draws = group.sample(dataset(), BATCH, [torch.Generator().manual_seed(seed) for seed in SEEDS])
+    apart, together = group.integrate(batch, draws, parts), group.integrate_together(batch, draws, parts)
+    assert apart.keys() == together.keys()
+    for key in apart:
+        torch.testing.assert_close(together[key], apart[key], rtol=1e-5, atol=1e-6)

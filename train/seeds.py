@@ -4,8 +4,8 @@ Every parameter of the agents is stacked on a leading axis of N; the agents keep
 whoever evaluates, saves or restores one of them sees and writes the weights that are being trained. An update runs the
 agent's own losses under ``torch.func.vmap``, where each linear layer becomes one grouped product, and is otherwise the
 update of a single agent (`train.agents.Learner`): gradients of one seed's loss reach that seed's weights only, and Adam
-treats every number by itself. Two things are done seed by seed: the integration of the flow, for which there are faster
-ways than grouped products (`fdkernels.integrate_flow_groups`), and the norm that clips gradients.
+treats every number by itself. The norm that clips gradients is taken seed by seed. On CUDA the flows of all seeds are
+integrated in one launch; on the CPU one after another, for which there are faster ways than grouped products.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import copy
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from train.agents import Agent, Draws, Learner, Parts
@@ -54,11 +54,24 @@ class SeedGroup(Learner):
         return own
 
     def integrate(self, batch: Batch, draws: Draws, parts: Parts) -> dict[str, Tensor]:
+        if self.flow.net[0].weight.is_cuda:
+            return self.integrate_together(batch, draws, parts)
         flows = [
             agent.integrate(Batch(**_of(i, batch)), Draws(**_of(i, draws)), parts)
             for i, agent in enumerate(self.agents)
         ]
         return {name: torch.stack([of_agent[name] for of_agent in flows]) for name in flows[0]}
+
+    def integrate_together(self, batch: Batch, draws: Draws, parts: Parts) -> dict[str, Tensor]:
+        agent = _Integration(self.agents[0])
+
+        def flows(
+            parameters: dict[str, Tensor], batch: dict[str, Tensor], draws: dict[str, Tensor]
+        ) -> dict[str, Tensor]:
+            return functional_call(agent, parameters, (Batch(**batch), Draws(**draws), parts))
+
+        parameters: dict[str, Tensor] = {f"agent.{name}": p for name, p in self.named_parameters()}
+        return vmap(flows)(parameters, _given(batch), _given(draws))
 
     def forward(
         self, batch: Batch, draws: Draws, flows: dict[str, Tensor], parts: Parts, log: bool
@@ -94,6 +107,17 @@ class SeedGroup(Learner):
         norms = torch.stack([torch.linalg.vector_norm(g.reshape(len(g), -1), dim=1) for g in gradients]).norm(dim=0)
         scale = (bound / (norms + 1e-6)).clamp(max=1)
         torch._foreach_mul_(gradients, [scale.view(-1, *[1] * (g.ndim - 1)) for g in gradients])
+
+
+class _Integration(nn.Module):
+    """An agent's integration as a forward pass, in which ``functional_call`` can replace its parameters."""
+
+    def __init__(self, agent: Agent) -> None:
+        super().__init__()
+        self.agent = agent
+
+    def forward(self, batch: Batch, draws: Draws, parts: Parts) -> dict[str, Tensor]:
+        return self.agent.integrate(batch, draws, parts)
 
 
 def _given(columns: Batch | Draws) -> dict[str, Tensor]:

@@ -48,7 +48,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """On a GPU, one line a test as it ends: a run that is cut short leaves what it found."""
     if DEVICE.type != "cuda" or (report.when != "call" and report.passed):
         return
-    folder = Path(os.environ.get("OUT", "benchmarks/results"))
+    folder = Path(os.environ.get("OUT", "runs"))
     folder.mkdir(parents=True, exist_ok=True)
     line = {"test": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 3)}
     if report.failed:
