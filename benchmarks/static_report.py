@@ -18,7 +18,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -61,33 +61,76 @@ def calls(dtype: torch.dtype, num_samples: int, d: int) -> Iterator[tuple[str, A
     yield "score+times", launch.score, (score, score, pairs, 1.0, 0.0, True)
 
 
-def flow_calls(architecture: str, dtype: torch.dtype) -> Iterator[tuple[str, int, int, int, Any, tuple]]:
-    """The flow and the chain to the penalty, for each entry of the table and for a network that has none."""
-    precision = {torch.float32: "high", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
-    entries = [
-        (entry["implementation"], entry["problem_rows"], entry["width"])
-        for entry in TABLE.get(architecture, {}).get("flow", [])
-        if entry["itemsize"] == dtype.itemsize and entry["implementation"] != "gemm"
-    ]
-    for implementation, rows, width in [*entries, ("streamed", 256, 300)]:
-        depth, cond_dim, d, num_samples = 4, 17, 6, 4
-        net = launch_flow.Architecture(
-            cond_dim, d, ("cond", "x", "t"), (width,) * depth, ("gelu_tanh",) * depth, ("none",) * depth, (0.0,) * depth
-        )
-        sizes = [(width, cond_dim + d + 1), *[(width, width)] * (depth - 1), (d, width)]
-        parameters: list[torch.Tensor | None] = []
-        for size in sizes:
-            weight, bias = (torch.empty(shape, dtype=dtype, device="meta") for shape in (size, size[:1]))
-            parameters += [weight, bias, None, None]
-        x0, cond = (torch.empty(1, rows, size, dtype=dtype, device="meta") for size in (d, cond_dim))
-        solver = (parameters, net.encode(), [0.0, 0.0, 1.0, 1.0], -1.0, 1.0, "end")
-        how = (precision, implementation)
-        yield f"flow {implementation} {rows}", width, depth, 1, launch_flow.integrate, (x0, cond, *solver, False, *how)
-        states = torch.empty(1, max(1, rows // num_samples), d, dtype=dtype, device="meta")
-        noise = torch.empty(1, states.shape[1] * num_samples, d, dtype=dtype, device="meta")
-        chain = (noise, noise, cond[:, : states.shape[1]], states, None, parameters, None, *solver[1:])
-        settings = (num_samples, 0.95, 19.0, -20.0, True, 1e-3, True, 1e-6, False)
-        yield f"chain {implementation} {rows}", width, depth, num_samples, launch_flow.fisher, (*chain, *settings, *how)
+class FlowCase(NamedTuple):
+    """A network and what is asked of it, with the entry of the table that it takes."""
+
+    implementation: str
+    precision: str
+    rows: int = 256
+    width: int = 512
+    depth: int = 4
+    cond_dim: int = 17
+    d: int = 6
+    norm: str = "none"
+    models: int = 1
+    num_samples: int = 4
+    seed: bool = False
+    times: bool = False
+    half_weights: bool = True
+    shipped: bool = False
+    """Whether the table's entry was chosen for this size; the others only have to compile, and to fit."""
+
+
+def flow_cases(architecture: str, dtype: torch.dtype) -> Iterator[FlowCase]:
+    """The sizes that the table was made for, and what else the kernels serve."""
+    precision = "high" if dtype == torch.float32 else "bf16" if dtype == torch.bfloat16 else "fp16"
+    for entry in TABLE.get(architecture, {}).get("flow", []):
+        if entry["implementation"] == "gemm":
+            continue
+        named = {"half": precision if dtype.itemsize == 2 else "bf16"}.get(entry["precision"], entry["precision"])
+        if (entry["precision"] == "half") == (dtype.itemsize == 2):
+            yield FlowCase(entry["implementation"], named, entry["problem_rows"], entry["width"], shipped=True)
+    streamed = FlowCase("streamed", precision)
+    yield streamed._replace(width=300)
+    yield streamed._replace(cond_dim=0, depth=1, seed=True)
+    yield streamed._replace(d=128, times=True)
+    yield streamed._replace(norm="after", models=8)
+    yield streamed._replace(norm="before", num_samples=5)
+    if architecture == "sm_90":
+        yield FlowCase("stationary", precision, d=64, cond_dim=0, seed=True)
+        yield FlowCase("stationary", precision, rows=512, models=2, times=True, half_weights=False)
+
+
+def flow_calls(case: FlowCase, dtype: torch.dtype) -> Iterator[tuple[str, Any, tuple]]:
+    """The solve, all states of it where the times vary, and the chain to the penalty."""
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    weights = dtype if case.half_weights else torch.float32
+    width, depth, cond_dim, d, models = case.width, case.depth, case.cond_dim, case.d, case.models
+    order = ("cond", "x", "t") if cond_dim else ("x", "t")
+    net = launch_flow.Architecture(
+        cond_dim, d, order, (width,) * depth, ("gelu_tanh",) * depth, (case.norm,) * depth, (1e-6,) * depth
+    )
+    lead = (models,) if models > 1 else ()
+    parameters: list[torch.Tensor | None] = []
+    for size in [(width, cond_dim + d + 1), *[(width, width)] * (depth - 1), (d, width)]:
+        weight, bias = (empty(*lead, *shape, dtype=weights) for shape in (size, size[:1]))
+        parameters += [weight, bias, *((bias, bias) if case.norm != "none" else (None, None))]
+    rows = empty(models, case.rows, d)
+    cond = empty(models, case.rows, cond_dim) if cond_dim else None
+    table, how = [0.0, 0.0, 1.0, 1.0], (case.precision, case.implementation)
+    solver = (parameters, net.encode(), table, -1.0, 1.0, "end")
+    yield "flow", launch_flow.integrate, (rows, cond, *solver, case.times, *how)
+    states = empty(models, max(1, case.rows // case.num_samples), d)
+    noise = None if case.seed else empty(models, states.shape[1] * case.num_samples, d)
+    obs = None if cond is None else cond[:, : states.shape[1]].contiguous()
+    seed = empty(dtype=torch.int64) if case.seed else None
+    triples = empty(models, states.shape[1] * case.num_samples, 3, dtype=torch.float32) if case.times else None
+    chain = (noise, noise, obs, states, triples, parameters, seed, *solver[1:])
+    settings = (case.num_samples, 0.95, 19.0, -20.0, True, 1e-3, True, 1e-6, case.times)
+    yield "chain", launch_flow.fisher, (*chain, *settings, *how)
 
 
 class AheadOfTime:
@@ -170,9 +213,11 @@ def report(architectures: list[str], dtypes: list[torch.dtype]) -> Iterator[dict
                     yield {"kernel": name, "arch": architecture, "dtype": DTYPES[dtype], "K": num_samples, "d": d} | (
                         compiler.compile(launcher, args)
                     )
-            for name, width, depth, num_samples, launcher, args in flow_calls(architecture, dtype):
-                row = {"kernel": name, "arch": architecture, "dtype": DTYPES[dtype], "K": num_samples, "d": 6}
-                yield row | {"widths": [width] * depth} | compiler.compile(launcher, args)
+            for case in flow_cases(architecture, dtype):
+                for name, launcher, args in flow_calls(case, dtype):
+                    row = {"kernel": f"{name} {case.implementation} {case.rows}", "arch": architecture}
+                    row |= {"dtype": DTYPES[dtype], "K": case.num_samples, "d": case.d, "case": case._asdict()}
+                    yield row | compiler.compile(launcher, args)
 
 
 class Compiler:

@@ -62,7 +62,8 @@ def integrate_flow(
             generator), and the backward pass computes every step again. Weights must not change in between.
         precision: of the matrix products. ``None`` takes bfloat16 or float16 under autocast, the weights' own dtype
             otherwise, float32 as ``torch.set_float32_matmul_precision`` says. ``"bf16"`` takes bfloat16 for the hidden
-            layers of a packed MLP; state, first layer, last layer and norms stay float32. ``"highest"`` and
+            layers of a packed MLP; state, first layer and norms stay float32 (on CUDA the first layer's products are
+            TF32, the last layer's bfloat16; on the CPU both are float32). ``"highest"`` and
             ``"high"`` take float32, whatever autocast says; they differ on CUDA only (float32-accurate and TF32). A
             callable runs under autocast for ``"bf16"``, and without it for the other two.
         backend: ``None`` picks by device; ``"torch"`` or ``"triton"`` insist.
@@ -258,6 +259,9 @@ def check_rows(
     """x and cond have the widths that the network wants, and where ``strict`` the dtype of its weights."""
     if x.shape[-1] != mlp.action_dim:
         raise ValueError(f"{op}: velocity moves {mlp.action_dim} dimensions, got {x_name} with d={x.shape[-1]}")
+    device = mlp.layers[0].linear.weight.device
+    if x.device != device:
+        raise ValueError(f"{op}: velocity's weights are on {device}, got {x_name} on {x.device}")
     given = 0 if cond is None else cond.shape[-1]
     if given != mlp.cond_dim:
         raise ValueError(f"{op}: velocity wants a condition of width {mlp.cond_dim}, got {cond_name} of width {given}")

@@ -2,9 +2,9 @@
 
 ``configs.json`` maps family -> kernel -> list of entries. For the penalty and the score, an entry holds ``row_bytes``
 (of the padded row it was chosen for), ``tile_bytes``, ``num_warps`` and ``source`` (what the choice rests on); for the
-flow, the fields of :class:`FlowPlan`, and the ``problem_rows``, ``width`` and ``itemsize`` it was chosen for. The entry
-nearest to the problem at hand, in the logarithm, is used; nothing is searched for at run time.
-``python benchmarks/tune.py`` measures the candidates on a GPU and writes its family's entries.
+flow, the fields of :class:`FlowPlan`, and the ``problem_rows``, ``width`` and ``precision`` ("highest", "high" or
+"half") it was chosen for. The entry nearest to the problem at hand, in the logarithm, is used; nothing is searched for
+at run time. ``python benchmarks/tune.py`` measures the candidates on a GPU and writes its family's entries.
 """
 
 from __future__ import annotations
@@ -108,6 +108,7 @@ FLOW_HEURISTIC = FlowPlan("streamed", rows=16, block_n=64, block_inputs=32, num_
 # Shared memory for weights, of a multiprocessor, where groups are launched at all; little in the interpreter, so that
 # small networks are split as well.
 ON_CHIP_BYTES = {"sm_90": 200 * 1024, "cpu": 16 * 1024}
+MAX_STATIONARY_D = 64  # beside the weights
 PROGRAMS_PER_SM = 4  # streamed programs beyond that take turns, so that their scratch stays in the L2 cache
 
 
@@ -121,8 +122,9 @@ def flow_plan(
     family: str,
     num_multiprocessors: int,
     widths: tuple[int, ...],
+    d: int,
     normalised: bool,
-    itemsize: int,
+    precision: str,
     rows: int,
     models: int,
     least_rows: int,
@@ -131,7 +133,7 @@ def flow_plan(
     """The entry whose network and number of rows are nearest, in the logarithm, fitted to the network at hand.
 
     Args:
-        itemsize: bytes of an operand of the hidden products.
+        precision: "highest", "high" or "half".
         rows: of one model, to be integrated in one call.
         least_rows: that must stay together.
         implementation: insist on one, or on either of the two kernels: "fused".
@@ -140,8 +142,8 @@ def flow_plan(
         ValueError: the one insisted on cannot serve this network.
     """
     widest = max(widths)
-    split, why_not = _split(family, num_multiprocessors, widths, normalised, itemsize, models)
-    entries = [entry for entry in TABLE.get(family, {}).get("flow", []) if entry["itemsize"] == itemsize]
+    split, why_not = _split(family, num_multiprocessors, widths, d, normalised, precision, models)
+    entries = [entry for entry in TABLE.get(family, {}).get("flow", []) if entry["precision"] == precision]
     wanted = {None: ("stationary", "streamed", "gemm"), "fused": ("stationary", "streamed")}
     entries = [entry for entry in entries if entry["implementation"] in wanted.get(implementation, (implementation,))]
     entries = [
@@ -170,7 +172,13 @@ def flow_plan(
 
 
 def _split(
-    family: str, num_multiprocessors: int, widths: tuple[int, ...], normalised: bool, itemsize: int, models: int
+    family: str,
+    num_multiprocessors: int,
+    widths: tuple[int, ...],
+    d: int,
+    normalised: bool,
+    precision: str,
+    models: int,
 ) -> tuple[int, str]:
     """Into how many programs a stationary network is split, and why that cannot be."""
     width = widths[0]
@@ -178,7 +186,11 @@ def _split(
         return 1, f"is not for {family}"
     if normalised or len(widths) < 2 or set(widths) != {width} or width != next_power_of_two(width):
         return 1, f"serves two or more hidden layers of one width, a power of two, without layer norm, got {widths}"
-    needed = (len(widths) - 1) * width * width * itemsize
+    if precision == "highest":
+        return 1, "has no room for the two parts of each weight that precision='highest' multiplies"
+    if d > MAX_STATIONARY_D:
+        return 1, f"has no room for more than {MAX_STATIONARY_D} dimensions, got {d}"
+    needed = (len(widths) - 1) * width * width * (2 if precision == "half" else 4)
     split = max(2, next_power_of_two(-(-needed // ON_CHIP_BYTES[family])))
     if width // split < 16:
         return 1, f"would split hidden layers of width {width} into {split}, fewer than 16 columns each"

@@ -67,7 +67,7 @@ def flow_kernel(
     program = tl.program_id(0)
     group = program // SPLIT
     part = program % SPLIT
-    model = group // groups_per_model
+    model = (group // groups_per_model).to(tl.int64)
     share_ptr += program.to(tl.int64) * (ROWS * WIDTHS[0])
     hidden_ptr += group.to(tl.int64) * (2 * ROWS * WIDEST)
     if SPLIT > 1:
@@ -88,11 +88,11 @@ def flow_kernel(
     for block in tl.range(group % groups_per_model, tl.cdiv(num_states, STATES), groups_per_model, num_stages=1):
         state = block * STATES + local_state
         inside = state < num_states
-        state = model.to(tl.int64) * num_states + state
+        state = model * num_states + state
         k = r % BLOCK_K
         row_state = block * STATES + r // BLOCK_K
         keep = (k < K) & (row_state < num_states)
-        row = (model.to(tl.int64) * num_states + row_state) * K + k
+        row = (model * num_states + row_state) * K + k
         at, mask = row[:, None] * D + j, keep[:, None] & (j < D)
         total_size = num_models.to(tl.int64) * num_states * (K * D)
         writer = mask & (part == 0)

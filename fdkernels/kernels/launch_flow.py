@@ -49,9 +49,11 @@ class Architecture(NamedTuple):
         return sum(widths[other] for other in before)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache
 def device_table(lines: tuple[float, ...], device: torch.device) -> Tensor:
-    """A solver's table on the device, copied there once."""
+    """A solver's table on the device, copied there once and kept: a captured graph reads it there again."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("a solver that was never run cannot be captured in a CUDA graph: call it once before")
     return torch.tensor(lines or (0.0,) * 4, dtype=torch.float32, device=device)
 
 
@@ -139,9 +141,9 @@ def _plan(
 ) -> FlowPlan:
     models, states, block_k = shape
     normalised = any(norm != "none" for norm in net.norms)
-    itemsize = HALF.get(precision, torch.float32).itemsize
     return flow_plan(
-        gpu_family(device), multiprocessors(device), net.widths, normalised, itemsize, states * block_k, models,
+        gpu_family(device), multiprocessors(device), net.widths, net.action_dim, normalised,
+        "half" if precision in HALF else precision, states * block_k, models,
         block_k, implementation,
     )  # fmt: skip
 

@@ -12,7 +12,9 @@ Two ways to get the weights to the arithmetic:
                 layer. The weights are read once. Hidden widths are equal powers of two, without layer norm.
 
 Tiles are float32 but for the operands of the other layers' products, which have the dtype of the scratch for hidden
-activations. The first layer's are few, and x and cond lose no precision there.
+activations. The first layer's operands are float32, so that x and cond are not rounded to half precision.
+
+What comes out of a tuple is wrapped in ``tl.constexpr`` before it goes to another function: Triton 3.6 does not do so.
 """
 
 import triton
@@ -61,7 +63,7 @@ def load_weight(
 
 @triton.jit
 def first_product(rows, weight, total, PRECISION: tl.constexpr):
-    """total + rows @ weight, neither rounded to half precision."""
+    """total + rows @ weight, with float32 operands."""
     return tl.dot(rows.to(tl.float32), weight.to(tl.float32), total, input_precision=PRECISION)
 
 
@@ -77,12 +79,13 @@ def condition_share(
     for n0 in tl.range(first_column, last_column, BLOCK_N, num_stages=1):
         n = n0 + tl.arange(0, BLOCK_N)
         share = tl.zeros((keep.shape[0], BLOCK_N), tl.float32) + load_bias(bias_ptr, model, n, WIDTH)
-        for c0 in tl.range(0, COND, BLOCK_C, num_stages=1):
-            c = c0 + tl.arange(0, BLOCK_C)
-            mask = keep[:, None] & (c < COND)[None, :]
-            cond = tl.load(cond_ptr + cond_row[:, None] * COND + c[None, :], mask=mask, other=0.0)
-            weight = load_weight(weight_ptr, model, c, n, FAN_IN, AT_COND, AT_COND + COND, WIDTH)
-            share = first_product(cond, weight, share, PRECISION)
+        if cond_ptr is not None:
+            for c0 in tl.range(0, COND, BLOCK_C, num_stages=1):
+                c = c0 + tl.arange(0, BLOCK_C)
+                mask = keep[:, None] & (c < COND)[None, :]
+                cond = tl.load(cond_ptr + cond_row[:, None] * COND + c[None, :], mask=mask, other=0.0)
+                weight = load_weight(weight_ptr, model, c, n, FAN_IN, AT_COND, AT_COND + COND, WIDTH)
+                share = first_product(cond, weight, share, PRECISION)
         tl.store(share_ptr + r[:, None] * WIDTH + n[None, :], share, mask=(n < WIDTH)[None, :])
 
 
@@ -209,17 +212,28 @@ def streamed(
     for n0 in tl.range(0, WIDTHS[0], BLOCK_N, num_stages=1):
         n = n0 + tl.arange(0, BLOCK_N)
         h = first_layer(x, t, n, model, weights[0], share_ptr, D, AT_X, AT_T, FAN_IN, WIDTHS[0], PRECISION)
-        finish(h, r, n, hidden_ptr, wide_ptr, WIDTHS[0], ACTIVATIONS[0], NORMS[0])
-    settle(hidden_ptr, wide_ptr, model, scales[0], shifts[0], norm_eps[0], ROWS, WIDTHS[0], ACTIVATIONS[0], NORMS[0])
+        finish(h, r, n, hidden_ptr, wide_ptr, WIDTHS[0], tl.constexpr(ACTIVATIONS[0]), tl.constexpr(NORMS[0]))
+    settle(
+        hidden_ptr,
+        wide_ptr,
+        model,
+        scales[0],
+        shifts[0],
+        norm_eps[0],
+        ROWS,
+        WIDTHS[0],
+        tl.constexpr(ACTIVATIONS[0]),
+        tl.constexpr(NORMS[0]),
+    )
     for i in tl.static_range(1, DEPTH):
         source_ptr, target_ptr = hidden_ptr + (i + 1) % 2 * BUFFER, hidden_ptr + i % 2 * BUFFER
         hidden_layer(
             source_ptr, target_ptr, wide_ptr, model, weights[i], biases[i], r, WIDTHS[i - 1], WIDTHS[i],
-            ACTIVATIONS[i], NORMS[i], PRECISION, BLOCK_N, BLOCK_K, STAGES,
+            tl.constexpr(ACTIVATIONS[i]), tl.constexpr(NORMS[i]), PRECISION, BLOCK_N, BLOCK_K, STAGES,
         )  # fmt: skip
         settle(
             target_ptr, wide_ptr, model, scales[i], shifts[i], norm_eps[i],
-            ROWS, WIDTHS[i], ACTIVATIONS[i], NORMS[i],
+            ROWS, WIDTHS[i], tl.constexpr(ACTIVATIONS[i]), tl.constexpr(NORMS[i]),
         )  # fmt: skip
     j = tl.arange(0, x.shape[1])
     v = product(
@@ -282,7 +296,7 @@ def stationary(
     for i in tl.static_range(1, DEPTH):
         # Two buffers are enough: who writes one again has met everybody who was reading it.
         layer_ptr = hidden_ptr + i % 2 * (ROWS * WIDTH)
-        tl.store(layer_ptr + r[:, None] * WIDTH + n[None, :], activate(h, ACTIVATIONS[i - 1]).to(HIDDEN))
+        tl.store(layer_ptr + r[:, None] * WIDTH + n[None, :], activate(h, tl.constexpr(ACTIVATIONS[i - 1])).to(HIDDEN))
         meetings += 1
         meet(counter_ptr, meetings * SPLIT)
         h = tl.zeros((ROWS, COLUMNS), tl.float32) + load_bias(biases[i], model, n, WIDTH)
@@ -294,7 +308,7 @@ def stationary(
     # Each program multiplies its own columns of the last layer; the sum over programs has one order for all.
     j = tl.arange(0, x.shape[1])
     weight = load_weight(weights[DEPTH], model, n, j, WIDTH, 0, WIDTH, D).to(HIDDEN)
-    own = tl.dot(activate(h, ACTIVATIONS[DEPTH - 1]).to(HIDDEN), weight, input_precision=PRECISION)
+    own = tl.dot(activate(h, tl.constexpr(ACTIVATIONS[DEPTH - 1])).to(HIDDEN), weight, input_precision=PRECISION)
     at = r[:, None] * x.shape[1] + j[None, :]
     tl.store(partial_ptr + part * (ROWS * x.shape[1]) + at, own)
     meetings += 1
