@@ -21,7 +21,7 @@ from benchmarks.results import ResultError, Results, device_of, load, merge_resu
 
 Row = dict[str, Any]
 OURS = ["#dc2626", "#f97316", "#7f1d1d", "#f9a8d4", "#b45309", "#fb7185", "#facc15", "#be185d"]  # warm
-THEIRS = ["#1f2937", "#2563eb", "#0d9488", "#9333ea", "#0ea5e9", "#65a30d", "#64748b"]  # cold
+THEIRS = ["#1f2937", "#2563eb", "#0d9488", "#9333ea", "#0ea5e9", "#65a30d", "#64748b", "#67e8f9"]  # cold
 INK = "#374151"
 NOTE: dict[str, Any] = {"fontsize": 8, "color": INK}
 
