@@ -127,9 +127,12 @@ def flow_fisher_penalty(
     start = noise if samples is None else samples
     fused = choose_fused(op, backend, implementation, velocity, (displacement, cond), precision, shape[:-1].numel())
 
-    with torch.no_grad():
-        if not fused or seed is None:  # the kernel draws from a seed by itself
+    # The kernel draws from a seed by itself, but cannot see which of its rows a transform has put together.
+    transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    if not fused or seed is None or transformed:
+        with torch.no_grad():
             start, bridge_noise = _drawn(start, bridge_noise, shape, cond, generator, drawn_by)
+        drawn_by = None
     if fused:
         assert isinstance(velocity, PackedMLP)
         rows = cond.new_empty(0, d) if start is None else start

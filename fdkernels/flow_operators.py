@@ -89,35 +89,15 @@ def _integrate(
     architecture: str,
     times: list[float],
     method: Method,
-    low: float,
-    high: float,
-    clip: str,
-    want_path: bool,
-    precision: str,
-    implementation: str | None,
+    *settings: Any,
 ) -> Tensor:
     from fdkernels.kernels import launch_flow
 
-    table = solver_table(times, method)
-    return launch_flow.integrate(
-        start, cond, parameters, architecture, table, low, high, clip, want_path, precision, implementation
-    )
+    return launch_flow.integrate(start, cond, parameters, architecture, solver_table(times, method), *settings)
 
 
-def _integrate_fake(
-    start: Tensor,
-    cond: Tensor | None,
-    parameters: Parameters,
-    architecture: str,
-    times: list[float],
-    method: Method,
-    low: float,
-    high: float,
-    clip: str,
-    want_path: bool,
-    precision: str,
-    implementation: str | None,
-) -> Tensor:
+def _integrate_fake(start: Tensor, *args: Any) -> Tensor:
+    times, want_path = args[3], args[8]
     return start.new_empty((len(times), *start.shape) if want_path else start.shape)
 
 
@@ -143,66 +123,15 @@ integrate_operator = register(
 # ---- flow_fisher_penalty: noise (models, states·K, d), displacement (models, states, d) -> penalty (models, states)
 
 
-def _fisher(
-    start: Tensor | None,
-    bridge: Tensor | None,
-    cond: Tensor | None,
-    displacement: Tensor,
-    coefficients: Tensor | None,
-    parameters: Parameters,
-    seed: Tensor | None,
-    architecture: str,
-    times: list[float],
-    method: Method,
-    low: float,
-    high: float,
-    clip: str,
-    num_samples: int,
-    t: float,
-    p: float,
-    q: float,
-    use_x: bool,
-    damping: float,
-    normalize: bool,
-    eps: float,
-    want_score: bool,
-    precision: str,
-    implementation: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fisher(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     from fdkernels.kernels import launch_flow
 
-    return launch_flow.fisher(
-        start, bridge, cond, displacement, coefficients, parameters, seed, architecture, solver_table(times, method),
-        low, high, clip, num_samples, t, p, q, use_x, damping, normalize, eps, want_score, precision, implementation,
-    )  # fmt: skip
+    times, method = args[8:10]
+    return launch_flow.fisher(*args[:8], solver_table(times, method), *args[10:])
 
 
-def _fisher_fake(
-    start: Tensor | None,
-    bridge: Tensor | None,
-    cond: Tensor | None,
-    displacement: Tensor,
-    coefficients: Tensor | None,
-    parameters: Parameters,
-    seed: Tensor | None,
-    architecture: str,
-    times: list[float],
-    method: Method,
-    low: float,
-    high: float,
-    clip: str,
-    num_samples: int,
-    t: float,
-    p: float,
-    q: float,
-    use_x: bool,
-    damping: float,
-    normalize: bool,
-    eps: float,
-    want_score: bool,
-    precision: str,
-    implementation: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fisher_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    displacement, num_samples, want_score = args[3], args[13], args[21]
     models, states, d = displacement.shape
     return (
         displacement.new_empty((models, states), dtype=torch.float32),
@@ -212,9 +141,8 @@ def _fisher_fake(
 
 
 def _fisher_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+    assert args[6] is None, "under vmap noise is drawn before the operator, whose positions count all models' rows"
     tensors, parameters = _fold(info.batch_size, in_dims[:6], list(args[:5]), args[5])
-    if in_dims[6] is not None:
-        raise NotImplementedError("flow_fisher_penalty: one seed serves all models of a vmap; map over noise instead")
     by_model = any(dim is not None for dim in in_dims[5])
     outputs = fisher_operator(*tensors, parameters, *args[6:])
     return tuple(zip(*(_unfold(out, info.batch_size, by_model) for out in outputs)))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from judge import BARS, DEVICE, INTERPRETED, guarded
+from judge import BARS, DEVICE, INTERPRETED, guarded, on_gpu
 from together import programs_together
 from torch import Tensor, nn
 
@@ -20,7 +20,6 @@ import fdkernels_ref
 from fdkernels.mlp import PackedMLP
 from fdkernels.philox import philox_normal
 
-on_gpu = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA GPU")
 HOPPER = DEVICE.type == "cuda" and torch.cuda.get_device_capability() == (9, 0)
 IMPLEMENTATIONS = ("streamed", "stationary") if INTERPRETED or HOPPER else ("streamed",)
 # What the products may cost, as ‖error‖/‖truth‖ of the float64 result.
@@ -349,6 +348,21 @@ class _Calls(nn.Module):
         return self.function(self.module)
 
 
+def test_a_seed_under_vmap_is_the_seed_of_each_call() -> None:
+    """One seed for all, and one for each: the numbers of separate calls."""
+    mlp, cond, displacement = network(5, 3, (16, 16)), guarded(draw(2, 7, 5)), guarded(draw(2, 7, 3))
+    seeds = torch.tensor([3, 2**33], device=DEVICE)
+
+    def penalty(cond: Tensor, displacement: Tensor, seed: Tensor) -> Tensor:
+        return fdkernels.flow_fisher_penalty(mlp, cond, displacement, seed=seed, num_steps=2, implementation="streamed")
+
+    shared = torch.vmap(penalty, in_dims=(0, 0, None))(cond, displacement, seeds[0])
+    own = torch.vmap(penalty)(cond, displacement, seeds)
+    for i in range(2):
+        torch.testing.assert_close(shared[i], penalty(cond[i], displacement[i], seeds[0]), rtol=1e-4, atol=0)
+        torch.testing.assert_close(own[i], penalty(cond[i], displacement[i], seeds[i]), rtol=1e-4, atol=0)
+
+
 def test_weights_are_read_in_place() -> None:
     """An optimiser's step on the module is seen by the next call."""
     module = fdkernels.VelocityMLP(5, 3, (16, 16)).to(DEVICE)
@@ -394,7 +408,7 @@ def test_empty_batch_and_bad_rows(implementation: str) -> None:
     assert out[4].isnan().all()
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="the interpreter's scheduler")
+@pytest.mark.skipif(not INTERPRETED, reason="shuffles the interpreter's threads; a GPU has the next test")
 def test_programs_that_dawdle() -> None:
     """Whatever the order in which a group's programs get on, nobody reads what is not there yet."""
     mlp, x0, cond = network(5, 3, (32, 32, 32, 32)), draw(50, 3), draw(50, 5)

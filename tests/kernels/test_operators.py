@@ -7,14 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from judge import BACKENDS, DEVICE
+from judge import BACKENDS, DEVICE, on_gpu
 from torch import Tensor
 
 import fdkernels
 
 OPERATORS = torch.ops.fdkernels
 backends = pytest.mark.parametrize("backend", BACKENDS)
-on_gpu = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA GPU")
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32, requires_grad: bool = False) -> Tensor:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from judge import DEVICE
+from judge import DEVICE, on_gpu
 
 from tests.published import Path as UpdatePath
 from tests.published import Replay, mismatches
@@ -19,7 +19,7 @@ from train.dataset import OfflineDataset
 from train.hyperparameters import AgentConfig
 from train.seeds import SeedGroup
 
-pytestmark = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA GPU")
+pytestmark = on_gpu
 
 # The tolerance is that of float32 on a CPU, off by 1e-6; the kernels' may be off by 1e-5.
 SLACK = {torch.float64: 1.0, torch.float32: 10.0}
