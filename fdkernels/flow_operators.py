@@ -127,7 +127,8 @@ def _fisher(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     from fdkernels.kernels import launch_flow
 
     times, method = args[8:10]
-    return launch_flow.fisher(*args[:8], solver_table(times, method), *args[10:])
+    arguments: list[Any] = [*args[:8], solver_table(times, method), *args[10:]]
+    return launch_flow.fisher(*arguments)
 
 
 def _fisher_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
