@@ -125,7 +125,7 @@ def flow_fisher_penalty(
     times = check_time_grid(op, num_steps, time_grid)
     velocity = as_velocity(op, velocity)
     start = noise if samples is None else samples
-    fused = choose_fused(op, backend, implementation, velocity, (displacement, cond), precision, shape[:-1].numel())
+    fused = choose_fused(op, backend, implementation, velocity, (displacement, cond))
 
     # The kernel draws from a seed by itself, but cannot see which of its rows a transform has put together.
     transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()

@@ -70,8 +70,9 @@ def integrate_flow(
         implementation: how the kernels get at the weights, picked by a table from rows, widths, precision and GPU
             unless given. ``"stationary"``: groups of programs hold them on the chip for the whole solve; for few rows,
             and hidden layers of one width, a power of two, without layer norm. ``"streamed"``: every program reads all
-            of them at every evaluation; any network. ``"gemm"``: PyTorch's matrix products, a launch each, which many
-            rows keep busy; the PyTorch path. ``python benchmarks/tune.py`` measures the table.
+            of them at every evaluation; any network. ``"gemm"``: cuBLAS multiplies, layer by layer; for many rows. Its
+            launches are recorded as a CUDA graph at the second call with tensors of the same shapes, and replayed
+            from then on. ``python -m fdkernels.tune`` measures the table.
 
     Returns:
         (..., d), or (S + 1, ..., d) with ``return_path``, in x0's dtype. The state of a packed MLP in half precision
@@ -95,7 +96,7 @@ def integrate_flow(
     check_precision(op, precision)
     times = check_time_grid(op, num_steps, time_grid)
     velocity = as_velocity(op, velocity)
-    if choose_fused(op, backend, implementation, velocity, (x0,), precision, x0.shape[:-1].numel(), differentiable):
+    if choose_fused(op, backend, implementation, velocity, (x0,), differentiable):
         assert isinstance(velocity, PackedMLP)
         check_rows(op, velocity, x0, cond, "x0", "cond", not torch.is_autocast_enabled(x0.device.type))
         return fused_integrate(
@@ -165,8 +166,7 @@ def integrate_flow_groups(
     if not x0s:
         return ()
     velocity = as_velocity(op, velocity)
-    rows = sum(x0.shape[:-1].numel() for x0 in x0s)
-    if choose_fused(op, backend, implementation, velocity, x0s, precision, rows, differentiable):
+    if choose_fused(op, backend, implementation, velocity, x0s, differentiable):
         assert isinstance(velocity, PackedMLP)
         strict = not torch.is_autocast_enabled(x0s[0].device.type)
         for i, (x0, cond) in enumerate(zip(x0s, conds)):

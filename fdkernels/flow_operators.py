@@ -32,7 +32,7 @@ def solver_table(times: list[float], method: Method) -> list[float]:
 
 def architecture_and_parameters(mlp: PackedMLP) -> tuple[str, Parameters]:
     """The operators' view of a packed MLP: for each layer weight, bias, and scale and shift of its layer norm."""
-    from fdkernels.kernels.launch_flow import Architecture
+    from fdkernels.kernels.architecture import Architecture
 
     layers = [layer.read() for layer in mlp.layers]
     norms = [layer.norm_before or layer.norm_after for layer in layers]

@@ -1,4 +1,4 @@
-"""From checked arguments to the fused flow's operators, and when they serve."""
+"""From checked arguments to the flow's operators, and when they serve."""
 
 from __future__ import annotations
 
@@ -25,22 +25,17 @@ def choose_fused(
     implementation: Implementation | None,
     velocity: Any,
     tensors: Sequence[Tensor],
-    precision: str | None,
-    rows: int,
     differentiable: bool = False,
 ) -> bool:
-    """Whether the fused kernels integrate so many rows; a choice that cannot be honoured raises.
+    """Whether the kernels integrate; a choice that cannot be honoured raises.
 
-    ``backend`` and ``implementation`` None take them for a packed MLP on CUDA, unless the table of measured sizes
-    (``kernels/configs.json``) prefers PyTorch's matrix products, "gemm", for so many rows. The plain path serves
-    everything else.
+    ``backend`` and ``implementation`` None take them for a packed MLP on CUDA. The plain path serves everything else.
     """
     check_choice(op, "implementation", implementation, (None, "stationary", "streamed", "gemm"))  # type: ignore[arg-type]
-    if implementation == "gemm" or backend == "torch":
-        if backend == "triton" or implementation not in (None, "gemm"):
+    if backend == "torch":
+        if implementation is not None:
             raise ValueError(
-                f"{op}: implementation={implementation!r} belongs to backend="
-                f"{'torch' if implementation == 'gemm' else 'triton'!r}, got backend={backend!r}"
+                f"{op}: implementation={implementation!r} belongs to backend='triton', got backend='torch'"
             )
         return False
     reason = _why_not(velocity, differentiable)
@@ -52,16 +47,7 @@ def choose_fused(
         choose_backend(op, backend, *tensors)
         return False
     tensors = (*tensors, *(layer.linear.weight for layer in velocity.layers))
-    if choose_backend(op, "triton" if insisted else None, *tensors) == "torch":
-        return False
-    if insisted or torch.compiler.is_compiling():  # the number of rows may not be known while a graph is traced
-        return True
-    if precision in ("highest", "high") and precision != float32_products():
-        return True  # PyTorch's products follow that setting
-    from fdkernels.kernels.launch_flow import prefers_products
-
-    architecture, _ = architecture_and_parameters(velocity)
-    return not prefers_products(architecture, tensors[0].device, rows, _resolve(precision, velocity))
+    return choose_backend(op, "triton" if insisted else None, *tensors) == "triton"
 
 
 def _why_not(velocity: Any, differentiable: bool) -> str | None:

@@ -154,8 +154,12 @@ class LayerTensors(NamedTuple):
         if self.norm_before is not None:
             h = layer_norm(h, self.norm_before)
         if self.activation is not None:
-            h = _ACTIVATIONS[self.activation][1](h)
+            h = activate(h, self.activation)
         return h if self.norm_after is None else layer_norm(h, self.norm_after)
+
+
+def activate(h: Tensor, activation: str) -> Tensor:
+    return _ACTIVATIONS[activation][1](h)
 
 
 def layer_norm(h: Tensor, norm: Norm) -> Tensor:

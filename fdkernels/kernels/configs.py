@@ -87,14 +87,15 @@ class FlowPlan(NamedTuple):
     ``stationary``  few rows: groups of programs keep the weights on the chip for the whole solve (``networks.py``).
                     Hidden layers of one width, a power of two, without layer norm; a GPU that can launch cooperatively.
     ``streamed``    every program reads all weights at every evaluation. Any network, any GPU.
-    ``gemm``        many rows: PyTorch's matrix products, a launch each, which then keep the GPU busy by themselves.
+    ``gemm``        many rows: cuBLAS multiplies, a launch for each hidden layer and one for what is between them
+                    (``turn.py``), all of them a CUDA graph. Any network, any GPU.
     """
 
     implementation: str
     rows: int
     """Rows that a program, or group, integrates at a time."""
     block_n: int
-    """Outputs of a layer computed at a time (streamed)."""
+    """Outputs of a layer computed at a time (stationary: all that the program has)."""
     block_inputs: int
     """Inputs of a layer multiplied at a time."""
     num_stages: int
@@ -104,7 +105,12 @@ class FlowPlan(NamedTuple):
 
 
 # A tile that every GPU has the registers and the shared memory for.
-FLOW_HEURISTIC = FlowPlan("streamed", rows=16, block_n=64, block_inputs=32, num_stages=3, num_warps=8)
+FLOW_HEURISTICS = {
+    "stationary": FlowPlan("stationary", rows=16, block_n=0, block_inputs=32, num_stages=1, num_warps=8),
+    "streamed": FlowPlan("streamed", rows=16, block_n=64, block_inputs=32, num_stages=3, num_warps=8),
+    "gemm": FlowPlan("gemm", rows=32, block_n=64, block_inputs=64, num_stages=2, num_warps=4),
+}
+MANY_ROWS = 8192  # keep any GPU busy with one layer at a time
 # Shared memory for weights, of a multiprocessor, where groups are launched at all; little in the interpreter, so that
 # small networks are split as well.
 ON_CHIP_BYTES = {"sm_90": 200 * 1024, "cpu": 16 * 1024}
@@ -125,50 +131,51 @@ def flow_plan(
     d: int,
     normalised: bool,
     precision: str,
-    rows: int,
+    states: int,
+    num_samples: int,
     models: int,
-    least_rows: int,
     implementation: str | None,
+    library: bool,
 ) -> FlowPlan:
     """The entry whose network and number of rows are nearest, in the logarithm, fitted to the network at hand.
 
     Args:
         precision: "highest", "high" or "half".
-        rows: of one model, to be integrated in one call.
-        least_rows: that must stay together.
-        implementation: insist on one, or on either of the two kernels: "fused".
+        states, num_samples: the rows of one model; a fused kernel keeps a state's samples together.
+        implementation: insist on one.
+        library: whether "gemm" may be chosen where nobody insists.
 
     Raises:
         ValueError: the one insisted on cannot serve this network.
     """
-    widest = max(widths)
+    widest, rows, together = max(widths), states * num_samples, next_power_of_two(num_samples)
     split, why_not = _split(family, num_multiprocessors, widths, d, normalised, precision, models)
-    entries = [entry for entry in TABLE.get(family, {}).get("flow", []) if entry["precision"] == precision]
-    wanted = {None: ("stationary", "streamed", "gemm"), "fused": ("stationary", "streamed")}
-    entries = [entry for entry in entries if entry["implementation"] in wanted.get(implementation, (implementation,))]
-    entries = [
-        entry
-        for entry in entries
-        if entry["implementation"] != "stationary" or (not why_not and entry["rows"] >= least_rows)
-    ]
+    if implementation == "stationary" and why_not:
+        raise ValueError(f"implementation='stationary' {why_not}; use implementation='streamed' or None")
+
+    def serves(entry: dict[str, Any]) -> bool:
+        way = entry["implementation"]
+        if entry["precision"] != precision or way != (implementation or way):
+            return False
+        if way == "stationary":
+            return not why_not and entry["rows"] >= together
+        return way != "gemm" or library
 
     def distance(entry: dict[str, Any]) -> float:
         return abs(math.log2(entry["problem_rows"] / rows)) + abs(math.log2(entry["width"] / widest))
 
-    if entries:
-        nearest = min(entries, key=distance)
+    entries = filter(serves, TABLE.get(family, {}).get("flow", []))
+    nearest = min(entries, key=distance, default=None)
+    if nearest:
         plan = FlowPlan(**{name: nearest[name] for name in FlowPlan._fields if name in nearest})
     else:
-        plan = FLOW_HEURISTIC._replace(implementation="stationary" if implementation == "stationary" else "streamed")
-    if plan.implementation == "stationary":
-        if why_not:
-            raise ValueError(f"implementation='stationary' {why_not}; use implementation='streamed' or None")
-        inputs = min(plan.block_inputs, widest)
-        return plan._replace(split=split, rows=max(plan.rows, least_rows), block_n=widest // split, block_inputs=inputs)
+        plan = FLOW_HEURISTICS[implementation or ("gemm" if library and rows >= MANY_ROWS else "streamed")]
     fit = max(16, next_power_of_two(widest))
-    return plan._replace(
-        rows=max(plan.rows, least_rows), block_n=min(plan.block_n, fit), block_inputs=min(plan.block_inputs, fit)
-    )
+    plan = plan._replace(block_n=min(plan.block_n, fit), block_inputs=min(plan.block_inputs, fit))
+    if plan.implementation == "gemm":
+        return plan
+    plan = plan._replace(rows=max(plan.rows, together))
+    return plan if plan.implementation == "streamed" else plan._replace(split=split, block_n=widest // split)
 
 
 def _split(

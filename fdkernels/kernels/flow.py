@@ -15,21 +15,7 @@ import triton.language as tl
 
 from fdkernels.kernels.networks import condition_share, load_slices, stationary, streamed
 from fdkernels.kernels.penalty import close_penalty
-
-
-@triton.jit
-def clamp(x, low, high):
-    """NaN stays NaN."""
-    return tl.where(x < low, low, tl.where(x > high, high, x))
-
-
-@triton.jit
-def normal(seed, position):
-    """N(0, 1) by Philox-4x32-10 and Box-Muller: ``fdkernels.philox.philox_normal`` at a position of 64 bits."""
-    low, high = position.to(tl.uint32), (position >> 32).to(tl.uint32)
-    first, second, _, _ = tl.philox(seed, low, high, high * 0, high * 0)
-    number, _ = tl.pair_uniform_to_normal(tl.uint_to_uniform_float(first), tl.uint_to_uniform_float(second))
-    return number
+from fdkernels.kernels.solver import advance, noise
 
 
 # Compilation takes seconds: sizes are not built in.
@@ -83,8 +69,6 @@ def flow_kernel(
     j = tl.arange(0, BLOCK_D)[None, :]
     r = tl.arange(0, ROWS)
     local_state = tl.arange(0, STATES)
-    if seed_ptr is not None:
-        seed = tl.load(seed_ptr)
     for block in tl.range(group % groups_per_model, tl.cdiv(num_states, STATES), groups_per_model, num_stages=1):
         state = block * STATES + local_state
         inside = state < num_states
@@ -106,10 +90,7 @@ def flow_kernel(
         )  # fmt: skip
         tl.debug_barrier()
 
-        if start_ptr is None:
-            x = tl.where(mask, normal(seed, at), 0.0)
-        else:
-            x = tl.load(start_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        x = noise(start_ptr, seed_ptr, at, 0, mask)
         if path_ptr is not None:
             tl.store(path_ptr + at, x.to(path_ptr.dtype.element_ty), mask=writer)
         t_row = tl.zeros((ROWS,), tl.float32) + t_bridge
@@ -120,10 +101,7 @@ def flow_kernel(
                 t_row = tl.load(coefficient_ptr + 3 * row, mask=keep, other=0.0)
                 p_row = tl.load(coefficient_ptr + 3 * row + 1, mask=keep, other=0.0)
                 q_row = tl.load(coefficient_ptr + 3 * row + 2, mask=keep, other=0.0)
-            if bridge_ptr is None:
-                bridge = tl.where(mask, normal(seed, total_size + at), 0.0)
-            else:
-                bridge = tl.load(bridge_ptr + at, mask=mask, other=0.0).to(tl.float32)
+            bridge = noise(bridge_ptr, seed_ptr, at, total_size, mask)
 
         z = x
         v = tl.zeros((ROWS, BLOCK_D), tl.float32)
@@ -151,25 +129,16 @@ def flow_kernel(
                     ROWS, BLOCK_N, BLOCK_INPUTS, STAGES,
                 )  # fmt: skip
             if e < num_evals:
-                total += tl.load(line + 2) * v
+                last = e == num_evals - 1
+                x, total, z = advance(x, total, v, line, last, low, high, CLIP)
                 if tl.load(line + 3) > 0:
-                    x += total
-                    total = tl.zeros((ROWS, BLOCK_D), tl.float32)
-                    if CLIP == "step":
-                        x = clamp(x, low, high)
-                    elif CLIP == "end":
-                        if e == num_evals - 1:
-                            x = clamp(x, low, high)
                     steps_done += 1
                     if path_ptr is not None:
                         to = path_ptr + steps_done * total_size
                         tl.store(to + at, x.to(path_ptr.dtype.element_ty), mask=writer)
-                    z = x
                     if FISHER:
-                        if e == num_evals - 1:
+                        if last:
                             z = (1 - t_row)[:, None] * bridge + t_row[:, None] * x
-                else:
-                    z = x + tl.load(line + 1) * v
 
         if end_ptr is not None:
             tl.store(end_ptr + at, x.to(end_ptr.dtype.element_ty), mask=writer)

@@ -1,14 +1,15 @@
-"""From a network, rows of noise and a solver's table to the launch of the flow kernel."""
+"""From a network, rows of noise and a solver's table to the launch, or launches, of a flow."""
 
 from __future__ import annotations
 
-import ast
-import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fdkernels.backend import float32_products
+from fdkernels.kernels import launch_gemm
+from fdkernels.kernels.architecture import HALF, Architecture, device_table
 from fdkernels.kernels.configs import (
     PROGRAMS_PER_SM,
     FlowPlan,
@@ -18,43 +19,7 @@ from fdkernels.kernels.configs import (
     next_power_of_two,
 )
 from fdkernels.kernels.flow import flow_kernel
-
-HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}  # operands of the products; "high" and "highest": float32
-
-
-class Architecture(NamedTuple):
-    """What of a velocity MLP is not a tensor; ``widths`` and all that follows per hidden layer."""
-
-    cond_dim: int
-    action_dim: int
-    order: tuple[str, ...]
-    widths: tuple[int, ...]
-    activations: tuple[str, ...]
-    norms: tuple[str, ...]  # "none", "before" or "after" the activation
-    norm_eps: tuple[float, ...]
-
-    def encode(self) -> str:
-        """As an operator's argument."""
-        return repr(tuple(self))
-
-    @staticmethod
-    @functools.cache
-    def decode(text: str) -> Architecture:
-        return Architecture(*ast.literal_eval(text))
-
-    def column(self, name: str) -> int:
-        """Where an input begins in the first layer's weight."""
-        widths = {"cond": self.cond_dim, "x": self.action_dim, "t": 1}
-        before = self.order[: self.order.index(name)] if name in self.order else ()
-        return sum(widths[other] for other in before)
-
-
-@functools.cache
-def device_table(lines: tuple[float, ...], device: torch.device) -> Tensor:
-    """A solver's table on the device, copied there once and kept: a captured graph reads it there again."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("a solver that was never run cannot be captured in a CUDA graph: call it once before")
-    return torch.tensor(lines or (0.0,) * 4, dtype=torch.float32, device=device)
+from fdkernels.kernels.graphs import replayed
 
 
 def integrate(
@@ -71,15 +36,21 @@ def integrate(
     implementation: str | None,
 ) -> Tensor:
     """End of the flow (models, rows, d), or all states (steps + 1, models, rows, d)."""
-    models, rows, d = start.shape
+    models, rows, _ = start.shape
     steps = int(sum(table[3::4]))
-    out = start.new_empty((steps + 1, models, rows, d) if want_path else (models, rows, d))
-    if out.numel():
-        _launch(
-            Architecture.decode(architecture), parameters, cond, table, (models, rows, 1), precision, implementation,
-            start_ptr=start.contiguous(), end_ptr=None if want_path else out, path_ptr=out if want_path else None,
-            low=low, high=high, CLIP=clip,
-        )  # fmt: skip
+    if start.numel() == 0:
+        return start.new_empty((steps + 1, *start.shape) if want_path else start.shape)
+    net = Architecture.decode(architecture)
+    plan = _plan(net, start.device, (models, rows, 1), precision, implementation)
+    if plan.implementation == "gemm":
+        settings = (net, plan, tuple(table), low, high, clip, want_path, precision)
+        return replayed(launch_gemm.integrate, (start, cond), parameters, *settings)[0]
+    out = start.new_empty((steps + 1, *start.shape) if want_path else start.shape)
+    _launch(
+        net, plan, parameters, cond, table, (models, rows, 1), precision,
+        start_ptr=start.contiguous(), end_ptr=None if want_path else out, path_ptr=out if want_path else None,
+        low=low, high=high, CLIP=clip,
+    )  # fmt: skip
     return out
 
 
@@ -117,34 +88,41 @@ def fisher(
     penalty = displacement.new_empty((models, states), dtype=torch.float32)
     gradient = displacement.new_empty((models, states, d), dtype=torch.float32)
     score = displacement.new_empty((models, states, num_samples, d) if want_score else 0, dtype=torch.float32)
-    if penalty.numel():
-        _launch(
-            Architecture.decode(architecture), parameters, cond, table, (models, states, num_samples),
-            precision, implementation,
-            start_ptr=_contiguous(start), seed_ptr=seed, bridge_ptr=_contiguous(bridge),
-            displacement_ptr=displacement.contiguous(), coefficient_ptr=_contiguous(coefficients),
-            penalty_ptr=penalty, gradient_ptr=gradient, score_ptr=score if want_score else None,
-            low=low, high=high, CLIP=clip, t_bridge=t, p=p, q=q, damping=damping, eps=eps,
-            FISHER=True, NORMALIZE=normalize, USE_X=use_x,
-        )  # fmt: skip
-    return penalty, gradient, score
-
-
-def prefers_products(architecture: str, device: torch.device, rows: int, precision: str) -> bool:
-    """Whether the table names PyTorch's matrix products for so many rows."""
+    if penalty.numel() == 0:
+        return penalty, gradient, score
     net = Architecture.decode(architecture)
-    return _plan(net, device, (1, max(1, rows), 1), precision, None).implementation == "gemm"
+    plan = _plan(net, displacement.device, (models, states, num_samples), precision, implementation)
+    if plan.implementation == "gemm":
+        settings = (low, high, clip, num_samples, t, p, q, use_x, damping, normalize, eps, want_score, precision)
+        inputs = (start, bridge, cond, displacement, coefficients, seed)
+        penalty, gradient, score = replayed(launch_gemm.fisher, inputs, parameters, net, plan, tuple(table), *settings)
+        return penalty, gradient, score
+    _launch(
+        net, plan, parameters, cond, table, (models, states, num_samples), precision,
+        start_ptr=_contiguous(start), seed_ptr=seed, bridge_ptr=_contiguous(bridge),
+        displacement_ptr=displacement.contiguous(), coefficient_ptr=_contiguous(coefficients),
+        penalty_ptr=penalty, gradient_ptr=gradient, score_ptr=score if want_score else None,
+        low=low, high=high, CLIP=clip, t_bridge=t, p=p, q=q, damping=damping, eps=eps,
+        FISHER=True, NORMALIZE=normalize, USE_X=use_x,
+    )  # fmt: skip
+    return penalty, gradient, score
 
 
 def _plan(
     net: Architecture, device: torch.device, shape: tuple[int, int, int], precision: str, implementation: str | None
 ) -> FlowPlan:
-    models, states, block_k = shape
-    normalised = any(norm != "none" for norm in net.norms)
+    models, states, num_samples = shape
+    # cuBLAS multiplies float32 as PyTorch's global setting says, which is the caller's and is not touched here
+    library = precision in HALF or (precision == "highest") == (float32_products() == "highest")
+    if implementation == "gemm" and not library:
+        raise RuntimeError(
+            f"implementation='gemm' with precision={precision!r} needs torch.set_float32_matmul_precision("
+            f"{precision!r}), got {float32_products()!r}"
+        )
     return flow_plan(
-        gpu_family(device), multiprocessors(device), net.widths, net.action_dim, normalised,
-        "half" if precision in HALF else precision, states * block_k, models,
-        block_k, implementation,
+        gpu_family(device), multiprocessors(device), net.widths, net.action_dim,
+        any(norm != "none" for norm in net.norms), "half" if precision in HALF else precision, states,
+        num_samples, models, implementation, library,
     )  # fmt: skip
 
 
@@ -158,12 +136,12 @@ UNUSED: dict[str, Any] = {
 
 def _launch(
     net: Architecture,
+    plan: FlowPlan,
     parameters: list[Tensor | None],
     cond: Tensor | None,
     table: list[float],
     shape: tuple[int, int, int],
     precision: str,
-    implementation: str | None,
     **given: Any,
 ) -> None:
     models, states, num_samples = shape
@@ -172,7 +150,6 @@ def _launch(
     assert weight is not None
     device = weight.device
     block_k, block_d = next_power_of_two(num_samples), max(16, next_power_of_two(net.action_dim))
-    plan = _plan(net, device, (models, states, block_k), precision, implementation or "fused")
     blocks = -(-states * block_k // plan.rows)
     at_once = multiprocessors(device) * (1 if plan.split > 1 else PROGRAMS_PER_SM)
     groups = max(1, min(blocks, at_once // (plan.split * models)))

@@ -91,13 +91,13 @@ def condition_share(
 
 @triton.jit
 def first_layer(
-    x, t, n, model, weight_ptr, share_ptr,
+    x, t, share_row, n, model, weight_ptr, share_ptr,
     D: tl.constexpr, AT_X: tl.constexpr, AT_T: tl.constexpr, FAN_IN: tl.constexpr, WIDTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """W_x·x + W_t·t + o at the outputs n, before the activation."""
-    r, j = tl.arange(0, x.shape[0]), tl.arange(0, x.shape[1])
-    share = tl.load(share_ptr + r[:, None] * WIDTH + n[None, :], mask=(n < WIDTH)[None, :], other=0.0)
+    """W_x·x + W_t·t + o at the outputs n, before the activation; o of each row is in a row of ``share_ptr``."""
+    j = tl.arange(0, x.shape[1])
+    share = tl.load(share_ptr + share_row[:, None] * WIDTH + n[None, :], mask=(n < WIDTH)[None, :], other=0.0)
     time_weight = tl.load(weight_ptr + (model * WIDTH + n) * FAN_IN + AT_T, mask=n < WIDTH, other=0.0).to(tl.float32)
     weight = load_weight(weight_ptr, model, j, n, FAN_IN, AT_X, AT_X + D, WIDTH)
     return first_product(x, weight, share + t[:, None] * time_weight[None, :], PRECISION)
@@ -211,7 +211,7 @@ def streamed(
     r = tl.arange(0, ROWS)
     for n0 in tl.range(0, WIDTHS[0], BLOCK_N, num_stages=1):
         n = n0 + tl.arange(0, BLOCK_N)
-        h = first_layer(x, t, n, model, weights[0], share_ptr, D, AT_X, AT_T, FAN_IN, WIDTHS[0], PRECISION)
+        h = first_layer(x, t, r, n, model, weights[0], share_ptr, D, AT_X, AT_T, FAN_IN, WIDTHS[0], PRECISION)
         finish(h, r, n, hidden_ptr, wide_ptr, WIDTHS[0], tl.constexpr(ACTIVATIONS[0]), tl.constexpr(NORMS[0]))
     settle(
         hidden_ptr,
@@ -292,7 +292,7 @@ def stationary(
     COLUMNS: tl.constexpr = WIDTH // SPLIT
     r = tl.arange(0, ROWS)
     n = part * COLUMNS + tl.arange(0, COLUMNS)
-    h = first_layer(x, t, n, model, weights[0], share_ptr, D, AT_X, AT_T, FAN_IN, WIDTH, PRECISION)
+    h = first_layer(x, t, r, n, model, weights[0], share_ptr, D, AT_X, AT_T, FAN_IN, WIDTH, PRECISION)
     for i in tl.static_range(1, DEPTH):
         # Two buffers are enough: who writes one again has met everybody who was reading it.
         layer_ptr = hidden_ptr + i % 2 * (ROWS * WIDTH)

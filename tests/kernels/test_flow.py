@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,11 +22,11 @@ from fdkernels.mlp import PackedMLP
 from fdkernels.philox import philox_normal
 
 HOPPER = DEVICE.type == "cuda" and torch.cuda.get_device_capability() == (9, 0)
-IMPLEMENTATIONS = ("streamed", "stationary") if INTERPRETED or HOPPER else ("streamed",)
+IMPLEMENTATIONS = ("streamed", "gemm", *(("stationary",) if INTERPRETED or HOPPER else ()))
 # What the products may cost, as ‖error‖/‖truth‖ of the float64 result.
 # The interpreter multiplies in float32 whatever the precision. Stationary networks have no room for "highest".
 PRECISIONS = {"highest": 1e-5, "high": 1e-5 if INTERPRETED else 1e-3, "bf16": 1e-2}
-MOST_EXACT = {"streamed": "highest", "stationary": "high"}
+MOST_EXACT = {"streamed": "highest", "gemm": "highest", "stationary": "high"}
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -71,11 +72,17 @@ def mlp_on(mlp: PackedMLP, device: torch.device, dtype: torch.dtype) -> PackedML
     return copied
 
 
-def at_once(implementation: str, pause: float = 0.0) -> contextlib.AbstractContextManager:
-    """Programs that wait for one another all run, in the interpreter as on a GPU."""
-    return (
-        programs_together(pause=pause) if INTERPRETED and implementation == "stationary" else contextlib.nullcontext()
-    )
+@contextlib.contextmanager
+def at_once(implementation: str, precision: str = "high") -> Iterator[None]:
+    """Programs that wait for one another all run, in the interpreter as on a GPU; the library's products follow."""
+    before = torch.get_float32_matmul_precision()
+    if implementation == "gemm" and precision in ("highest", "high"):
+        torch.set_float32_matmul_precision(precision)
+    try:
+        with programs_together() if INTERPRETED and implementation == "stationary" else contextlib.nullcontext():
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def relative(out: Tensor, truth: Tensor) -> float:
@@ -88,7 +95,7 @@ def judge_flow(
     mlp: PackedMLP, x0: Tensor, cond: Tensor | None, implementation: str, precision: str | None = None, **options: Any
 ) -> None:
     precision = precision or MOST_EXACT[implementation]
-    with at_once(implementation):
+    with at_once(implementation, precision):
         out = fdkernels.integrate_flow(
             mlp, guarded(x0), None if cond is None else guarded(cond),
             implementation=implementation, precision=precision, **options,
@@ -154,17 +161,19 @@ def test_methods_and_grids(method: str, implementation: str) -> None:
     each_step=st.booleans(),
     path=st.booleans(),
     shared=st.booleans(),
+    implementation=st.sampled_from(["streamed", "gemm"]),
 )
 def test_any_network(
     lead: tuple[int, ...], cond_dim: int, d: int, hidden: tuple[int, ...], activation: str, norm: str,
     order: tuple[str, ...], method: str, clip: tuple[float, float] | None, each_step: bool, path: bool, shared: bool,
+    implementation: str,
 ) -> None:  # fmt: skip
     if norm != "none" and 1 in hidden:
         hidden = tuple(max(2, width) for width in hidden)  # the norm of one number is zero over zero
     mlp = network(cond_dim, d, hidden, activation, norm, order)
     cond_lead = (*lead[:-1], 1) if shared and lead else lead
     judge_flow(
-        mlp, draw(*lead, d), draw(*cond_lead, cond_dim) if cond_dim else None, "streamed",
+        mlp, draw(*lead, d), draw(*cond_lead, cond_dim) if cond_dim else None, implementation,
         num_steps=2, method=method, clip=clip, clip_each_step=each_step and clip is not None, return_path=path,
     )  # fmt: skip
 
@@ -189,7 +198,7 @@ def judge_chain(
     )
     leaf = guarded(displacement).requires_grad_()
     start = {"samples" if from_samples else "noise": guarded(noise)}
-    with at_once(implementation):
+    with at_once(implementation, precision):
         penalty, score = fdkernels.flow_fisher_penalty(
             mlp, guarded(cond), leaf, **start, bridge_noise=guarded(bridge), num_steps=3, return_score=True,
             t=guarded(t) if isinstance(t, Tensor) else t, implementation=implementation, precision=precision, **options,
@@ -242,13 +251,14 @@ def test_more_samples_than_a_program_holds() -> None:
     judge_chain(network(3, 2, (16, 16)), (4,), 70, "streamed")
 
 
-def test_noise_from_a_seed() -> None:
+@pytest.mark.parametrize("implementation", ["streamed", "gemm"])
+def test_noise_from_a_seed(implementation: str) -> None:
     """The same numbers as the generator in PyTorch gives, and others for another seed."""
     mlp, cond, displacement = network(5, 3, (16, 16)), guarded(draw(7, 5)), guarded(draw(7, 3))
     seed = 2**40 + 17
     noise, bridge = (philox_normal(seed, (7, 4, 3), DEVICE, torch.float32, first=first) for first in (0, 84))
     penalty = functools.partial(
-        fdkernels.flow_fisher_penalty, mlp, cond, displacement, implementation="streamed", num_steps=2
+        fdkernels.flow_fisher_penalty, mlp, cond, displacement, implementation=implementation, num_steps=2
     )
     drawn = penalty(seed=seed)
     given_noise = penalty(noise=noise, bridge_noise=bridge)
@@ -363,20 +373,22 @@ def test_a_seed_under_vmap_is_the_seed_of_each_call() -> None:
         torch.testing.assert_close(own[i], penalty(cond[i], displacement[i], seeds[i]), rtol=1e-4, atol=0)
 
 
-def test_weights_are_read_in_place() -> None:
+@pytest.mark.parametrize("implementation", ["streamed", "gemm"])
+def test_weights_are_read_in_place(implementation: str) -> None:
     """An optimiser's step on the module is seen by the next call."""
     module = fdkernels.VelocityMLP(5, 3, (16, 16)).to(DEVICE)
     packed, x0, cond = fdkernels.pack_mlp(module), guarded(draw(9, 3)), guarded(draw(9, 5))
     run = functools.partial(
-        fdkernels.integrate_flow, packed, x0, cond, num_steps=2, clip=None, implementation="streamed"
+        fdkernels.integrate_flow, packed, x0, cond, num_steps=2, clip=None, implementation=implementation
     )
+    run()  # of library products the second call is recorded, and later ones are replayed
     before = run()
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.mul_(1.5)
     after = run()
     assert not torch.equal(before, after)
-    judge_flow(packed, x0.cpu(), cond.cpu(), "streamed", num_steps=2, clip=None)
+    judge_flow(packed, x0.cpu(), cond.cpu(), implementation, num_steps=2, clip=None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16] if INTERPRETED else [torch.float16, torch.bfloat16], ids=str)
@@ -476,6 +488,36 @@ def test_capture_in_a_graph() -> None:
     assert not torch.equal(first, penalty)
 
 
+@on_gpu
+def test_replayed_products_follow_their_inputs() -> None:
+    """Of library products: alternating shapes and streams, fresh outputs, gradients, a seed, weights that moved."""
+    module = fdkernels.VelocityMLP(17, 6, (64, 64)).to(DEVICE)
+    run = functools.partial(fdkernels.integrate_flow, implementation="gemm", num_steps=2)
+    plain = functools.partial(fdkernels.integrate_flow, backend="torch", num_steps=2)
+    kept = []
+    for i in range(6):
+        for rows in (3, 50):
+            x0, cond = draw(rows, 6, seed=i).to(DEVICE), draw(rows, 17, seed=i).to(DEVICE)
+            kept.append((run(module, x0, cond), plain(module, x0, cond)))
+            with torch.cuda.stream(torch.cuda.Stream()):
+                kept.append((run(module, x0, cond), kept[-1][1]))
+        if i == 3:
+            module = copy.deepcopy(module)
+            for parameter in module.parameters():
+                parameter.data.mul_(1.1)
+    torch.cuda.synchronize()
+    for out, right in kept:
+        torch.testing.assert_close(out, right, rtol=1e-4, atol=1e-5)
+    cond, displacement = draw(9, 17).to(DEVICE), draw(9, 6).to(DEVICE).requires_grad_()
+    penalty = functools.partial(fdkernels.flow_fisher_penalty, module, cond, displacement, num_steps=2)
+    for seed in range(4):
+        outs = []
+        for implementation in ("gemm", "streamed"):
+            out = penalty(seed=seed, implementation=implementation)
+            outs.append((out, *torch.autograd.grad(out.sum(), displacement)))
+        torch.testing.assert_close(outs[0], outs[1], rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_opcheck(requires_grad: bool) -> None:
     from fdkernels.fused import architecture_and_parameters
@@ -537,8 +579,8 @@ def test_what_the_kernels_do_not_serve() -> None:
         run(network(0, 65, (32, 32)), x0=guarded(draw(4, 65)), cond=None, implementation="stationary", precision="high")
     with pytest.raises(ValueError, match="velocity's weights are on meta, got x0 on"):
         run(mlp_on(network(5, 3, (16,)), torch.device("meta"), torch.float32))
-    with pytest.raises(ValueError, match="implementation='gemm' belongs to backend='torch', got backend='triton'"):
-        run(network(5, 3, (16,)), implementation="gemm")
+    with pytest.raises(RuntimeError, match=r"needs torch\.set_float32_matmul_precision\('high'\), got 'highest'"):
+        run(network(5, 3, (16,)), implementation="gemm", precision="high")
     with pytest.raises(ValueError, match="implementation='streamed' belongs to backend='triton', got backend='torch'"):
         run(network(5, 3, (16,)), implementation="streamed", backend="torch")
     with pytest.raises(ValueError, match="implementation must be one of"):

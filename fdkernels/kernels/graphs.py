@@ -1,0 +1,86 @@
+"""A sequence of launches as a CUDA graph: recorded when it is called a second time, replayed from then on."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+Function: TypeAlias = Callable[..., tuple[Tensor, ...]]
+MOST = 16
+"""Sequences remembered; the one not called for longest is forgotten first, and its memory freed."""
+
+
+class Recording(NamedTuple):
+    graph: torch.cuda.CUDAGraph
+    inputs: list[Tensor | None]
+    outputs: tuple[Tensor, ...]
+
+
+_recordings: OrderedDict[Hashable, Recording | None] = OrderedDict()  # None: called once
+_lock = threading.Lock()
+
+
+def replayed(
+    function: Function, inputs: Sequence[Tensor | None], parameters: Sequence[Tensor | None], *settings: Hashable
+) -> tuple[Tensor, ...]:
+    """``function(*inputs, parameters, *settings)``, which does nothing but launch kernels, by a graph if there is one.
+
+    Inputs are copied to where the graph reads them, and outputs are fresh tensors. Parameters are read where they are:
+    a graph sees what an optimiser did to them, and one that moved makes another call of it. Within a capture by the
+    caller the launches become part of that.
+    """
+    device = next(tensor.device for tensor in inputs if tensor is not None)
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return function(*inputs, parameters, *settings)
+    with torch.cuda.device(device), _lock:
+        stream = torch.cuda.current_stream()
+        addresses = tuple(None if tensor is None else tensor.data_ptr() for tensor in parameters)
+        forms = tuple(map(_form, (*inputs, *parameters)))
+        key = (function, device, stream.cuda_stream, addresses, forms, settings, torch.get_float32_matmul_precision())
+        if key not in _recordings:
+            _recordings[key] = None
+            if len(_recordings) > MOST:
+                _recordings.popitem(last=False)
+            return function(*inputs, parameters, *settings)
+        _recordings.move_to_end(key)
+        recording = _recordings[key]
+        if recording is None:
+            recording = _recordings[key] = _record(function, inputs, parameters, settings)
+        for place, tensor in zip(recording.inputs, inputs):
+            if place is not None and tensor is not None:
+                place.copy_(tensor)
+        recording.graph.replay()
+        return tuple(output.clone() for output in recording.outputs)
+
+
+def _form(tensor: Tensor | None) -> Hashable:
+    return None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype)
+
+
+@functools.cache
+def _recorder(stream: torch.cuda.Stream) -> tuple[torch.cuda.Stream, Any]:
+    """Where what is replayed on a stream is recorded. Its graphs follow one another, and so can share their memory."""
+    return torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+
+
+def _record(
+    function: Function, inputs: Sequence[Tensor | None], parameters: Sequence[Tensor | None], settings: tuple
+) -> Recording:
+    places = [None if tensor is None else tensor.clone() for tensor in inputs]
+    current = torch.cuda.current_stream()
+    side, pool = _recorder(current)
+    side.wait_stream(current)
+    with torch.cuda.stream(side):  # plainly once more: while recording, nothing may be compiled or set up by a library
+        function(*places, parameters, *settings)
+    graph = torch.cuda.CUDAGraph()
+    # other threads may go on using the GPU
+    with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
+        outputs = function(*places, parameters, *settings)
+    current.wait_stream(side)
+    return Recording(graph, places, outputs)
