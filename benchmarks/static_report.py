@@ -27,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fdkernels.kernels import launch, launch_flow
-from fdkernels.kernels.configs import TABLE
+from fdkernels.kernels.table import TABLE, Gpu
 
 ARCHITECTURES = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -236,7 +236,7 @@ class Compiler:
         for (module, name), kernel in self.kernels.items():
             self.patches.enter_context(mock.patch.object(module, name, kernel))
         for module in KERNELS:
-            self.patches.enter_context(mock.patch.object(module, "gpu_family", return_value=self.architecture))
+            self.patches.enter_context(mock.patch.object(module, "gpu_of", return_value=Gpu("", self.architecture)))
         processors = MULTIPROCESSORS[self.architecture]
         self.patches.enter_context(mock.patch.object(launch_flow, "multiprocessors", return_value=processors))
         return self

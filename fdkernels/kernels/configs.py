@@ -1,24 +1,21 @@
-"""How large a program's tile is: a table per GPU family, and a rule for the families it does not have.
+"""How large a program's tile is, and how a flow is integrated: the table's nearest entry, fitted to the problem.
 
-``configs.json`` maps family -> kernel -> list of entries. For the penalty and the score, an entry holds ``row_bytes``
-(of the padded row it was chosen for), ``tile_bytes``, ``num_warps`` and ``source`` (what the choice rests on); for the
-flow, the fields of :class:`FlowPlan`, and the ``problem_rows``, ``width`` and ``precision`` ("highest", "high" or
-"half") it was chosen for. The entry nearest to the problem at hand, in the logarithm, is used; nothing is searched for
-at run time. ``python benchmarks/tune.py`` measures the candidates on a GPU and writes its family's entries.
+For the penalty and the score, an entry of the table holds ``row_bytes`` (of the padded row it was chosen for),
+``tile_bytes`` and ``num_warps``; for the flow, the fields of :class:`FlowPlan`, and the ``problem_rows``, ``width`` and
+``precision`` ("highest", "high" or "half") it was chosen for. The entry nearest to the problem at hand, in the
+logarithm, is used, and a rule where there is none; nothing is searched for at run time.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 import math
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-TABLE_FILE = Path(__file__).with_name("configs.json")
-TABLE: dict[str, dict[str, list[dict[str, Any]]]] = json.loads(TABLE_FILE.read_text())
+from fdkernels.kernels.table import Entry, Gpu, nearest, remembers
+
 MAX_D = 8192  # δ and the gradient to it stay in registers
 
 
@@ -41,27 +38,17 @@ class Tile(NamedTuple):
 HEURISTIC = Config(tile_bytes=4096, num_warps=4)
 
 
-@functools.cache
-def gpu_family(device: torch.device) -> str:
-    """sm_90, gfx942, ...; "cpu" under the interpreter."""
-    if device.type == "cpu":
-        return "cpu"
-    properties = torch.cuda.get_device_properties(device)
-    return properties.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
+def config(gpu: Gpu, kernel: str, row_bytes: int) -> Config:
+    entry = nearest(gpu, kernel, lambda entry: abs(math.log2(entry["row_bytes"] / row_bytes)))
+    return Config(entry["tile_bytes"], entry["num_warps"]) if entry else HEURISTIC
 
 
-def config(family: str, kernel: str, row_bytes: int) -> Config:
-    entries = TABLE.get(family, {}).get(kernel, [])
-    nearest = min(entries, key=lambda entry: abs(math.log2(entry["row_bytes"] / row_bytes)), default=None)
-    return Config(nearest["tile_bytes"], nearest["num_warps"]) if nearest else HEURISTIC
-
-
-@functools.cache
-def penalty_tile(family: str, kernel: str, num_samples: int, d: int, itemsize: int) -> Tile:
+@remembers
+def penalty_tile(gpu: Gpu, kernel: str, num_samples: int, d: int, itemsize: int) -> Tile:
     if d > MAX_D:
         raise ValueError(f"the Triton kernels serve d up to {MAX_D}, got {d}; use backend='torch'")
     block_k, block_d = next_power_of_two(num_samples), next_power_of_two(d)
-    tile_bytes, num_warps = config(family, kernel, block_k * block_d * itemsize)
+    tile_bytes, num_warps = config(gpu, kernel, block_k * block_d * itemsize)
     elements = tile_bytes // itemsize
     if block_k * block_d <= elements:
         return Tile(elements // (block_k * block_d), block_k, block_d, num_warps)
@@ -69,9 +56,9 @@ def penalty_tile(family: str, kernel: str, num_samples: int, d: int, itemsize: i
     return Tile(1, max(1, elements // block_d), block_d, max(num_warps, min(16, block_d // 128)))
 
 
-@functools.cache
-def score_block(family: str, itemsize: int) -> tuple[int, int]:
-    tile_bytes, num_warps = config(family, "score", 1)
+@remembers
+def score_block(gpu: Gpu, itemsize: int) -> tuple[int, int]:
+    tile_bytes, num_warps = config(gpu, "score", 1)
     return tile_bytes // itemsize, num_warps
 
 
@@ -123,9 +110,9 @@ def multiprocessors(device: torch.device) -> int:
     return 8 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
-@functools.cache
+@remembers
 def flow_plan(
-    family: str,
+    gpu: Gpu,
     num_multiprocessors: int,
     widths: tuple[int, ...],
     d: int,
@@ -149,11 +136,11 @@ def flow_plan(
         ValueError: the one insisted on cannot serve this network.
     """
     widest, rows, together = max(widths), states * num_samples, next_power_of_two(num_samples)
-    split, why_not = _split(family, num_multiprocessors, widths, d, normalised, precision, models)
+    split, why_not = _split(gpu.family, num_multiprocessors, widths, d, normalised, precision, models)
     if implementation == "stationary" and why_not:
         raise ValueError(f"implementation='stationary' {why_not}; use implementation='streamed' or None")
 
-    def serves(entry: dict[str, Any]) -> bool:
+    def serves(entry: Entry) -> bool:
         way = entry["implementation"]
         if entry["precision"] != precision or way != (implementation or way):
             return False
@@ -161,13 +148,12 @@ def flow_plan(
             return not why_not and entry["rows"] >= together
         return way != "gemm" or library
 
-    def distance(entry: dict[str, Any]) -> float:
+    def distance(entry: Entry) -> float:
         return abs(math.log2(entry["problem_rows"] / rows)) + abs(math.log2(entry["width"] / widest))
 
-    entries = filter(serves, TABLE.get(family, {}).get("flow", []))
-    nearest = min(entries, key=distance, default=None)
-    if nearest:
-        plan = FlowPlan(**{name: nearest[name] for name in FlowPlan._fields if name in nearest})
+    entry = nearest(gpu, "flow", distance, serves)
+    if entry:
+        plan = FlowPlan(**{name: entry[name] for name in FlowPlan._fields if name in entry})
     else:
         plan = FLOW_HEURISTICS[implementation or ("gemm" if library and rows >= MANY_ROWS else "streamed")]
     fit = max(16, next_power_of_two(widest))

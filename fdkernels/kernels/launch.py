@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fdkernels.kernels.configs import gpu_family, penalty_tile, score_block
+from fdkernels.kernels.configs import penalty_tile, score_block
 from fdkernels.kernels.penalty import penalty_kernel, score_gradient_kernel
 from fdkernels.kernels.score import score_kernel
+from fdkernels.kernels.table import gpu_of
 
 
 def penalty(
@@ -67,7 +68,7 @@ def _penalty(
     if out.numel() == 0:
         return out, gradient, trace
     coefficients, layout = _row_coefficients(coefficients, (*lead, num_samples))
-    tile = penalty_tile(gpu_family(score.device), "penalty", num_samples, d, score.element_size())
+    tile = penalty_tile(gpu_of(score.device), "penalty", num_samples, d, score.element_size())
     with torch.cuda.device_of(score):
         penalty_kernel[(-(-out.numel() // tile.rows),)](
             displacement.contiguous(),
@@ -105,7 +106,7 @@ def penalty_score_gradient(
     out = torch.empty(score.shape, dtype=score.dtype, device=score.device)
     if out.numel() == 0:
         return out
-    tile = penalty_tile(gpu_family(score.device), "penalty_score_gradient", num_samples, d, score.element_size())
+    tile = penalty_tile(gpu_of(score.device), "penalty_score_gradient", num_samples, d, score.element_size())
     with torch.cuda.device_of(score):
         score_gradient_kernel[(-(-penalty.numel() // tile.rows),)](
             upstream.contiguous(),
@@ -133,7 +134,7 @@ def score(velocity: Tensor, x: Tensor, coefficients: Tensor | None, p: float, q:
     if out.numel() == 0:
         return out
     coefficients, layout = _row_coefficients(coefficients, velocity.shape[:-1])
-    block, num_warps = score_block(gpu_family(velocity.device), velocity.element_size())
+    block, num_warps = score_block(gpu_of(velocity.device), velocity.element_size())
     with torch.cuda.device_of(velocity):
         score_kernel[(-(-out.numel() // block),)](
             velocity.contiguous(),

@@ -14,12 +14,12 @@ from fdkernels.kernels.configs import (
     PROGRAMS_PER_SM,
     FlowPlan,
     flow_plan,
-    gpu_family,
     multiprocessors,
     next_power_of_two,
 )
 from fdkernels.kernels.flow import flow_kernel
 from fdkernels.kernels.graphs import replayed
+from fdkernels.kernels.table import gpu_of
 
 
 def integrate(
@@ -120,7 +120,7 @@ def _plan(
             f"{precision!r}), got {float32_products()!r}"
         )
     return flow_plan(
-        gpu_family(device), multiprocessors(device), net.widths, net.action_dim,
+        gpu_of(device), multiprocessors(device), net.widths, net.action_dim,
         any(norm != "none" for norm in net.norms), "half" if precision in HALF else precision, states,
         num_samples, models, implementation, library,
     )  # fmt: skip

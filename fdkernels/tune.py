@@ -1,0 +1,185 @@
+"""Time the kernels' configurations on the GPU at hand, and use the best from then on.
+
+    python -m fdkernels.tune                                            # the published network, 4 x 512
+    python -m fdkernels.tune --only flow --hidden 256 256 256 --cond-dim 29 --action-dim 8 --rows 256 1024
+    python -m fdkernels.tune --dry-run                                  # only print
+
+Writes the winners to the user's table, $FDKERNELS_CONFIGS or ~/.cache/fdkernels/configs.json, under the GPU's name;
+processes started afterwards go by it. Without that table the shipped one is used, and rules for GPUs it does not know.
+The flow's candidates take seconds each to compile: that is done beforehand, in as many processes as there are cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import datetime
+import functools
+import itertools
+import math
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+import triton
+
+import fdkernels
+from fdkernels.kernels import configs, launch, table
+from fdkernels.kernels.table import Entry, Gpu
+
+Timer: TypeAlias = Callable[[Callable[[], object]], float]
+SIZES = [(4, 6), (4, 17), (16, 60), (64, 256), (256, 1024)]  # (K, d); rows fill half a gigabyte
+ELEMENTS = 2**27
+PRECISIONS = {"bf16": "half", "high": "high", "highest": "highest"}  # and what the table calls it
+
+TILES: list[Entry] = [
+    {"tile_bytes": tile_bytes, "num_warps": num_warps}
+    for tile_bytes, num_warps in itertools.product((1024, 2048, 4096, 8192, 16384), (1, 2, 4, 8))
+]
+
+
+def _flows(implementation: str, **choices: Sequence[int]) -> list[Entry]:
+    """All combinations."""
+    combinations = itertools.product(*choices.values())
+    return [{"implementation": implementation} | dict(zip(choices, chosen)) for chosen in combinations]
+
+
+ROWS = (16, 32, 64, 128)
+FLOWS: list[Entry] = [
+    *_flows("stationary", rows=ROWS, block_n=[0], block_inputs=(128, 256), num_stages=[1], num_warps=(4, 8)),
+    *_flows("streamed", rows=ROWS, block_n=(64, 128), block_inputs=(32, 64), num_stages=(3, 4), num_warps=[8]),
+    *_flows("gemm", rows=ROWS[:3], block_n=(64, 128), block_inputs=[64], num_stages=(2, 3), num_warps=[4]),
+]
+
+
+class Workload(NamedTuple):
+    kernel: str
+    problem: Entry
+    """What of an entry says what it is for."""
+    label: str
+    run: Callable[[Entry], object]
+    """With a candidate, which the table holds meanwhile."""
+    candidates: list[Entry]
+
+
+def _always(run: Callable[[], object]) -> Callable[[Entry], object]:
+    return lambda _: run()
+
+
+def penalty_workloads(args: argparse.Namespace) -> Iterator[Workload]:
+    """float32 tensors that no cache holds."""
+    for num_samples, d in SIZES:
+        rows = ELEMENTS // (num_samples * d)
+        score = torch.randn(rows, num_samples, d, device="cuda")
+        displacement, row = torch.randn(rows, d, device="cuda"), torch.rand(rows, device="cuda")
+        problem = {"row_bytes": 4 * configs.next_power_of_two(num_samples) * configs.next_power_of_two(d)}
+        label = f"K={num_samples} d={d}"
+
+        forward = functools.partial(launch.penalty, displacement, score, 1e-3, True, 1e-6, True, False)
+        backward = functools.partial(launch.penalty_score_gradient, row, displacement, score, row, row, True, 1e-6)
+        yield Workload("penalty", problem, label, _always(forward), TILES)
+        yield Workload("penalty_score_gradient", problem, label, _always(backward), TILES)
+
+
+def score_workloads(args: argparse.Namespace) -> Iterator[Workload]:
+    flat = torch.randn(ELEMENTS, 1, device="cuda")
+    yield Workload("score", {"row_bytes": 1}, "flat", lambda _: launch.score(flat, flat, None, 2.0, 1.0, True), TILES)
+
+
+def flow_workloads(args: argparse.Namespace) -> Iterator[Workload]:
+    """Ten Euler steps."""
+    velocity = fdkernels.VelocityMLP(args.cond_dim, args.action_dim, args.hidden).to(args.device)
+    for precision, rows in itertools.product(args.precision, args.rows):
+        x0 = torch.randn(rows, args.action_dim, device=args.device)
+        cond = torch.randn(rows, args.cond_dim, device=args.device) if args.cond_dim else None
+        integrate = functools.partial(fdkernels.integrate_flow, velocity, x0, cond, precision=precision)
+
+        def run(candidate: Entry, integrate: Any = integrate, precision: str = precision) -> object:
+            if precision != "bf16":  # cuBLAS follows it
+                torch.set_float32_matmul_precision(precision)
+            return integrate(implementation=candidate["implementation"])
+
+        problem = {"precision": PRECISIONS[precision], "problem_rows": rows, "width": max(args.hidden)}
+        yield Workload("flow", problem, f"{precision} rows={rows}", run, FLOWS)
+
+
+WORKLOADS = {"penalty": penalty_workloads, "score": score_workloads, "flow": flow_workloads}
+
+
+def measure(workload: Workload, candidate: Entry, gpu: Gpu, timer: Timer) -> tuple[float, str]:
+    """The timer's milliseconds with this candidate; infinite, and why, where it does not fit or serve."""
+    with table.only(gpu, workload.kernel, workload.problem | candidate):
+        try:
+            return timer(lambda: workload.run(candidate)), ""
+        except (triton.runtime.errors.OutOfResources, ValueError, RuntimeError) as error:
+            return math.inf, str(error).splitlines()[0]
+
+
+def tune(workload: Workload, gpu: Gpu, timer: Timer) -> Entry | None:
+    """The fastest candidate, as an entry; every one is printed."""
+    timings = [(*measure(workload, candidate, gpu, timer), candidate) for candidate in workload.candidates]
+    timings.sort(key=lambda timing: timing[0])
+    for milliseconds, why_not, candidate in timings:
+        settings = " ".join(f"{name}={value}" for name, value in candidate.items())
+        result = f"{milliseconds:.4f} ms" if not why_not else "-"
+        print(f"{workload.kernel:24}{workload.label:16}{result:>12}  {settings}  {why_not}", flush=True)
+    milliseconds, why_not, best = timings[0]
+    return None if why_not else workload.problem | best
+
+
+def _compile(args: argparse.Namespace, index: int) -> None:
+    """In a process of its own; what it compiles stays in Triton's cache. One number of rows will do for all."""
+    args.rows = args.rows[:1]
+    for workload in flow_workloads(args):
+        measure(workload, FLOWS[index], table.gpu_of(args.device), _once)
+
+
+def _once(run: Callable[[], object]) -> float:
+    run()
+    return 0.0
+
+
+def _graph_time(run: Callable[[], object]) -> float:
+    """Median milliseconds on the GPU."""
+    return triton.testing.do_bench_cudagraph(run, return_mode="median")
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m fdkernels.tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", nargs="+", choices=WORKLOADS, default=list(WORKLOADS), help="the kernels to time")
+    parser.add_argument("--cond-dim", type=int, default=17, help="of the flow's network: width of the condition")
+    parser.add_argument("--action-dim", type=int, default=6)
+    parser.add_argument("--hidden", type=int, nargs="+", default=[512] * 4, help="widths of its hidden layers")
+    parser.add_argument("--rows", type=int, nargs="+", default=[16, 256, 512, 1536, 4096, 16384], help="to integrate")
+    parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
+    parser.add_argument("--dry-run", action="store_true", help="print the timings and write nothing")
+    parser.add_argument("--ship", action="store_true", help="write the library's own table, for the GPU's whole family")
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    args = parse()
+    if not torch.cuda.is_available():
+        raise SystemExit("fdkernels.tune: no CUDA GPU here to measure; nothing was written")
+    args.device = torch.device("cuda", torch.cuda.current_device())
+    gpu = table.gpu_of(args.device)
+    if "flow" in args.only:
+        spawn = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(min(8, os.cpu_count() or 1), mp_context=spawn) as pool:
+            list(pool.map(_compile, itertools.repeat(args), range(len(FLOWS))))
+    source = f"timed on {gpu.name}, {datetime.date.today()}, torch {torch.__version__}, triton {triton.__version__}"
+    file, key = (table.SHIPPED_FILE, gpu.family) if args.ship else (table.user_file(), gpu.name)
+    for workload in itertools.chain.from_iterable(WORKLOADS[name](args) for name in args.only):
+        best = tune(workload, gpu, _graph_time)
+        if best and not args.dry_run:
+            table.write(file, key, {workload.kernel: [best | {"source": source}]})
+    if not args.dry_run:
+        print(f"wrote {file}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""Tuning, on a network that takes no time: what is found fastest is what the next process goes by."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from judge import DEVICE
+
+from fdkernels import tune
+from fdkernels.kernels import configs, table
+
+CANDIDATES = [
+    {"implementation": "stationary", "rows": 16, "block_n": 0, "block_inputs": 32, "num_stages": 1, "num_warps": 4},
+    {"implementation": "streamed", "rows": 16, "block_n": 64, "block_inputs": 32, "num_stages": 3, "num_warps": 4},
+    {"implementation": "streamed", "rows": 32, "block_n": 32, "block_inputs": 16, "num_stages": 2, "num_warps": 4},
+    {"implementation": "gemm", "rows": 16, "block_n": 16, "block_inputs": 16, "num_stages": 2, "num_warps": 4},
+]
+
+
+@pytest.mark.parametrize("fastest", [1, 2, 3])
+def test_the_fastest_is_used_from_then_on(
+    fastest: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(tune, "FLOWS", CANDIDATES)
+    args = tune.parse(
+        [
+            "--cond-dim",
+            "0",
+            "--action-dim",
+            "3",
+            "--hidden",
+            "24",
+            "24",
+            "--rows",
+            "5",
+            "--precision",
+            "bf16",
+            "highest",
+        ]
+    )
+    args.device = DEVICE
+    gpu, plans = table.gpu_of(DEVICE), []
+    flow_plan = configs.flow_plan
+
+    def timer(run: Callable[[], object]) -> float:
+        """Runs the candidate, and calls the one asked for the fastest."""
+        run()
+        (entry,) = table.TABLE[gpu.family]["flow"]
+        plans.append(entry)
+        return 1.0 if {name: entry[name] for name in CANDIDATES[fastest]} == CANDIDATES[fastest] else 2.0
+
+    before, setting = dict(table.TABLE), torch.get_float32_matmul_precision()
+    try:
+        found = [tune.tune(workload, gpu, timer) for workload in tune.flow_workloads(args)]
+    finally:
+        torch.set_float32_matmul_precision(setting)
+    assert before == table.TABLE
+    assert len(plans) == 2 * 3  # stationary groups do not serve this width
+    assert "stationary" in (printed := capsys.readouterr().out)
+    assert "serves two or more hidden layers of one width, a power of two" in printed
+
+    file = tmp_path / "configs.json"
+    table.write(file, "this GPU", {"flow": [entry for entry in found if entry]})
+    monkeypatch.setattr(table, "TABLE", table.read(file))
+    named = table.Gpu("this GPU", "unknown family")
+    for precision in ("half", "highest"):
+        arguments = (named, 8, (24, 24), 3, False, precision, 7, 1, 1, None, True)
+        plan = flow_plan.__wrapped__(*arguments)
+        assert plan.implementation == CANDIDATES[fastest]["implementation"]
+        assert plan.rows == CANDIDATES[fastest]["rows"]
+
+
+def test_nothing_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "FLOWS", CANDIDATES[:1])
+    args = tune.parse(["--cond-dim", "0", "--hidden", "24", "24", "--rows", "5", "--precision", "bf16"])
+    args.device = DEVICE
+    (workload,) = tune.flow_workloads(args)
+    gpu = table.gpu_of(DEVICE)
+    assert tune.tune(workload, gpu, lambda run: run() or 0.0) is None
+    assert tune.measure(workload, CANDIDATES[0], gpu, lambda run: run() or 0.0)[0] == math.inf
