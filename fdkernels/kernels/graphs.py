@@ -32,26 +32,19 @@ def replayed(
     """``function(*inputs, parameters, *settings)``, which does nothing but launch kernels, by a graph if there is one.
 
     Inputs are copied to where the graph reads them, and outputs are fresh tensors. Parameters are read where they are:
-    a graph sees what an optimiser did to them, and one that moved makes another call of it. Within a capture by the
-    caller the launches become part of that.
+    a graph sees what an optimiser did to them, and one that moved makes another call of it. On another stream than the
+    default one the caller is capturing a graph, or about to, and the launches become part of that.
     """
     device = next(tensor.device for tensor in inputs if tensor is not None)
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+    if device.type != "cuda" or torch.cuda.current_stream(device) != torch.cuda.default_stream(device):
         return function(*inputs, parameters, *settings)
     with torch.cuda.device(device), _lock:
-        stream = torch.cuda.current_stream()
         addresses = tuple(None if tensor is None else tensor.data_ptr() for tensor in parameters)
         forms = tuple(map(_form, (*inputs, *parameters)))
-        key = (function, device, stream.cuda_stream, addresses, forms, settings, torch.get_float32_matmul_precision())
-        if key not in _recordings:
-            _recordings[key] = None
-            if len(_recordings) > MOST:
-                _recordings.popitem(last=False)
-            return function(*inputs, parameters, *settings)
-        _recordings.move_to_end(key)
-        recording = _recordings[key]
+        key = (function, device, addresses, forms, settings, torch.get_float32_matmul_precision())
+        recording = _remembered(key, lambda: _record(function, inputs, parameters, settings))
         if recording is None:
-            recording = _recordings[key] = _record(function, inputs, parameters, settings)
+            return function(*inputs, parameters, *settings)
         for place, tensor in zip(recording.inputs, inputs):
             if place is not None and tensor is not None:
                 place.copy_(tensor)
@@ -59,14 +52,26 @@ def replayed(
         return tuple(output.clone() for output in recording.outputs)
 
 
+def _remembered(key: Hashable, record: Callable[[], Recording]) -> Recording | None:
+    """None at the first call, so that what happens once, or with ever other shapes, is never recorded."""
+    recording = _recordings.get(key)
+    if recording is None and key in _recordings:
+        recording = record()
+    _recordings[key] = recording
+    _recordings.move_to_end(key)
+    if len(_recordings) > MOST:
+        _recordings.popitem(last=False)
+    return recording
+
+
 def _form(tensor: Tensor | None) -> Hashable:
     return None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype)
 
 
 @functools.cache
-def _recorder(stream: torch.cuda.Stream) -> tuple[torch.cuda.Stream, Any]:
-    """Where what is replayed on a stream is recorded. Its graphs follow one another, and so can share their memory."""
-    return torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+def _recorder(device: torch.device) -> tuple[torch.cuda.Stream, Any]:
+    """Where a device's graphs are recorded. They are replayed one after another, and so can share their memory."""
+    return torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
 
 
 def _record(
@@ -74,7 +79,7 @@ def _record(
 ) -> Recording:
     places = [None if tensor is None else tensor.clone() for tensor in inputs]
     current = torch.cuda.current_stream()
-    side, pool = _recorder(current)
+    side, pool = _recorder(current.device)
     side.wait_stream(current)
     with torch.cuda.stream(side):  # plainly once more: while recording, nothing may be compiled or set up by a library
         function(*places, parameters, *settings)

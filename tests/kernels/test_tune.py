@@ -13,6 +13,7 @@ from judge import DEVICE
 from fdkernels import tune
 from fdkernels.kernels import configs, table
 
+SMALL = ["--cond-dim", "0", "--action-dim", "3", "--hidden", "24", "24", "--rows", "5"]
 CANDIDATES = [
     {"implementation": "stationary", "rows": 16, "block_n": 0, "block_inputs": 32, "num_stages": 1, "num_warps": 4},
     {"implementation": "streamed", "rows": 16, "block_n": 64, "block_inputs": 32, "num_stages": 3, "num_warps": 4},
@@ -76,7 +77,7 @@ def test_the_fastest_is_used_from_then_on(
 
 def test_nothing_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tune, "FLOWS", CANDIDATES[:1])
-    args = tune.parse(["--cond-dim", "0", "--hidden", "24", "24", "--rows", "5", "--precision", "bf16"])
+    args = tune.parse([*SMALL, "--precision", "bf16"])
     args.device = DEVICE
     (workload,) = tune.flow_workloads(args)
     gpu = table.gpu_of(DEVICE)
