@@ -6,11 +6,12 @@ Rows come as (models, rows, d), and weights either as a module holds them or sta
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fdkernels.mlp import PackedMLP
@@ -20,35 +21,38 @@ from fdkernels.solvers import METHODS, Method
 Parameters = list[Tensor | None]
 
 
-def solver_table(times: list[float], method: Method) -> list[float]:
+@functools.lru_cache(maxsize=64)
+def solver_table(times: tuple[float, ...], method: Method) -> tuple[float, ...]:
     """What the kernel reads: for each evaluation time, reach, weight, and whether the step ends. No times, no lines."""
     table: list[float] = []
     for t, next_t in itertools.pairwise(times):
         h, stages = next_t - t, METHODS[method]
         for i, stage in enumerate(stages):
             table += [t + stage.at * h, stage.reach * h, stage.weight * h, float(i == len(stages) - 1)]
-    return table
+    return tuple(table)
 
 
 def architecture_and_parameters(mlp: PackedMLP) -> tuple[str, Parameters]:
     """The operators' view of a packed MLP: for each layer weight, bias, and scale and shift of its layer norm."""
     from fdkernels.kernels.architecture import Architecture
 
-    layers = [layer.read() for layer in mlp.layers]
-    norms = [layer.norm_before or layer.norm_after for layer in layers]
-    hidden = layers[:-1]
+    parameters: Parameters = []
+    norms: list[nn.LayerNorm | None] = []
+    for layer in mlp.layers:
+        norm = layer.norm_before or layer.norm_after
+        norms.append(norm)
+        parameters += [layer.linear.weight, layer.linear.bias]
+        parameters += [None, None] if norm is None else [norm.weight, norm.bias]
+    hidden = mlp.layers[:-1]
     architecture = Architecture(
         cond_dim=mlp.cond_dim,
         action_dim=mlp.action_dim,
-        order=tuple(mlp.order),
-        widths=tuple(layer.weight.shape[0] for layer in hidden),
+        order=mlp.order,
+        widths=tuple(layer.linear.out_features for layer in hidden),
         activations=tuple(layer.activation or "none" for layer in hidden),
         norms=tuple("before" if layer.norm_before else "after" if layer.norm_after else "none" for layer in hidden),
         norm_eps=tuple(norm.eps if norm else 0.0 for norm in norms[:-1]),
     )
-    parameters: Parameters = []
-    for layer, norm in zip(layers, norms):
-        parameters += [layer.weight, layer.bias, norm.weight if norm else None, norm.bias if norm else None]
     return architecture.encode(), [None if parameter is None else parameter.detach() for parameter in parameters]
 
 
@@ -93,7 +97,7 @@ def _integrate(
 ) -> Tensor:
     from fdkernels.kernels import launch_flow
 
-    return launch_flow.integrate(start, cond, parameters, architecture, solver_table(times, method), *settings)
+    return launch_flow.integrate(start, cond, parameters, architecture, solver_table(tuple(times), method), *settings)
 
 
 def _integrate_fake(start: Tensor, *args: Any) -> Tensor:
@@ -127,7 +131,7 @@ def _fisher(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     from fdkernels.kernels import launch_flow
 
     times, method = args[8:10]
-    arguments: list[Any] = [*args[:8], solver_table(times, method), *args[10:]]
+    arguments: list[Any] = [*args[:8], solver_table(tuple(times), method), *args[10:]]
     return launch_flow.fisher(*arguments)
 
 

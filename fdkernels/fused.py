@@ -56,12 +56,11 @@ def _why_not(velocity: Any, differentiable: bool) -> str | None:
         return "serves a VelocityMLP or a packed MLP, and this velocity is neither"
     if differentiable and torch.is_grad_enabled():
         return "has no gradient through the solver, which differentiable=True asks for"
-    layers = [layer.read() for layer in velocity.layers]
-    if len(layers) < 2:
+    if len(velocity.layers) < 2:
         return "serves networks with a hidden layer, got a linear velocity"
     if velocity.action_dim > MAX_D:
         return f"serves up to {MAX_D} dimensions, got {velocity.action_dim}"
-    if any(layer.norm_before and layer.norm_after for layer in layers):
+    if any(layer.norm_before and layer.norm_after for layer in velocity.layers):
         return "serves one layer norm in a layer, got one before and one after an activation"
     return None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
@@ -268,13 +269,34 @@ def pack_mlp(module: nn.Module, order: Sequence[Input] = ("cond", "x", "t")) -> 
     """
     if isinstance(module, PackedMLP):
         return module
-    known = isinstance(module, VelocityMLP) and type(module).forward is VelocityMLP.forward
-    if known:
-        order, module = module.order, module.net  # type: ignore[assignment]
+    if isinstance(module, VelocityMLP) and type(module).forward is VelocityMLP.forward:
+        return _pack_known(module)
     if sorted(order) not in (["cond", "t", "x"], ["t", "x"]):
         raise ValueError(
             f"pack_mlp: order must name 'x', 't' and, unless unconditional, 'cond' once, got {tuple(order)}"
         )
+    packed = _pack(module, order)
+    _try_out(module, packed.layers)
+    return packed
+
+
+_known: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[object, ...], PackedMLP]] = weakref.WeakKeyDictionary()
+
+
+def _pack_known(module: VelocityMLP) -> PackedMLP:
+    """Packing takes as long as half a launch, so what was made is kept for as long as it is what would be made."""
+    if torch.compiler.is_compiling():
+        return _pack(module.net, module.order)
+    made_of = (*module.order, *module.net)
+    before, packed = _known.get(module, ((), None))
+    if packed is None or made_of != before:
+        packed = _pack(module.net, module.order)
+        if all(next(leaf.children(), None) is None for leaf in module.net):  # further down nothing would be noticed
+            _known[module] = made_of, packed
+    return packed
+
+
+def _pack(module: nn.Module, order: Sequence[Input]) -> PackedMLP:
     layers = tuple(_layers(list(_leaves(module))))
     packed = PackedMLP(layers, tuple(order))
     for layer in layers:
@@ -290,8 +312,6 @@ def pack_mlp(module: nn.Module, order: Sequence[Input] = ("cond", "x", "t")) -> 
             f"{'cond_dim + ' if 'cond' in order else ''}{packed.action_dim} + 1 inputs, got "
             f"{layers[0].linear.in_features}"
         )
-    if not known:
-        _try_out(module, layers)
     return packed
 
 

@@ -49,9 +49,6 @@ def check_shape(op: str, name: str, tensor: Tensor, shape: tuple[int, ...], want
 
 def check_broadcast(op: str, name: str, tensor: Tensor, shape: torch.Size, wants: str) -> None:
     """``tensor`` broadcasts to ``shape`` without enlarging it."""
-    try:
-        fits = torch.broadcast_shapes(tensor.shape, shape) == shape
-    except RuntimeError:
-        fits = False
-    if not fits:
-        raise ValueError(f"{op}: {name} must broadcast to {wants} = {tuple(shape)}, got {tuple(tensor.shape)}")
+    sizes = tensor.shape
+    if len(sizes) > len(shape) or not all(a == b or a == 1 for a, b in zip(reversed(sizes), reversed(shape))):
+        raise ValueError(f"{op}: {name} must broadcast to {wants} = {tuple(shape)}, got {tuple(sizes)}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -36,6 +38,22 @@ def test_pack_mlp_reads_what_people_have(order: tuple[str, ...]) -> None:
     torch.testing.assert_close(packed(**inputs), expected)
     field = packed.read(torch.float32, torch.float32).field(inputs["cond"])
     torch.testing.assert_close(field(inputs["x"], inputs["t"]), expected)
+
+
+def test_a_layer_put_in_later_is_seen() -> None:
+    """What packing found is remembered only as long as the module is made of the same layers."""
+    flow, x0, cond = fdkernels.VelocityMLP(3, 2, hidden=(8, 8)), torch.randn(4, 2), torch.randn(4, 3)
+    assert fdkernels.pack_mlp(flow) is fdkernels.pack_mlp(flow)
+    copied = copy.deepcopy(flow)
+    for i, replacement in ((1, nn.Tanh()), (2, nn.Linear(8, 8)), (3, nn.Sequential(nn.ReLU()))):
+        flow.net[i] = replacement
+        expected = fdkernels_ref.integrate_flow(flow, x0, cond).detach()
+        torch.testing.assert_close(fdkernels.integrate_flow(flow, x0, cond), expected)
+    flow.net[3][0] = nn.SiLU()
+    expected = fdkernels_ref.integrate_flow(flow, x0, cond).detach()
+    torch.testing.assert_close(fdkernels.integrate_flow(flow, x0, cond), expected)
+    expected = fdkernels_ref.integrate_flow(copied, x0, cond).detach()
+    torch.testing.assert_close(fdkernels.integrate_flow(copied, x0, cond), expected)
 
 
 class Residual(nn.Sequential):

@@ -25,7 +25,7 @@ class Architecture(NamedTuple):
 
     def encode(self) -> str:
         """As an operator's argument."""
-        return repr(tuple(self))
+        return _encode(self)
 
     @staticmethod
     @functools.cache
@@ -37,6 +37,11 @@ class Architecture(NamedTuple):
         widths = {"cond": self.cond_dim, "x": self.action_dim, "t": 1}
         before = self.order[: self.order.index(name)] if name in self.order else ()
         return sum(widths[other] for other in before)
+
+
+@functools.cache
+def _encode(net: Architecture) -> str:
+    return repr(tuple(net))
 
 
 @functools.cache

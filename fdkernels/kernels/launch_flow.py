@@ -27,7 +27,7 @@ def integrate(
     cond: Tensor | None,
     parameters: list[Tensor | None],
     architecture: str,
-    table: list[float],
+    table: tuple[float, ...],
     low: float,
     high: float,
     clip: str,
@@ -43,7 +43,7 @@ def integrate(
     net = Architecture.decode(architecture)
     plan = _plan(net, start.device, (models, rows, 1), precision, implementation)
     if plan.implementation == "gemm":
-        settings = (net, plan, tuple(table), low, high, clip, want_path, precision)
+        settings = (net, plan, table, low, high, clip, want_path, precision)
         return replayed(launch_gemm.integrate, (start, cond), parameters, *settings)[0]
     out = start.new_empty((steps + 1, *start.shape) if want_path else start.shape)
     _launch(
@@ -63,7 +63,7 @@ def fisher(
     parameters: list[Tensor | None],
     seed: Tensor | None,
     architecture: str,
-    table: list[float],
+    table: tuple[float, ...],
     low: float,
     high: float,
     clip: str,
@@ -95,7 +95,7 @@ def fisher(
     if plan.implementation == "gemm":
         settings = (low, high, clip, num_samples, t, p, q, use_x, damping, normalize, eps, want_score, precision)
         inputs = (start, bridge, cond, displacement, coefficients, seed)
-        penalty, gradient, score = replayed(launch_gemm.fisher, inputs, parameters, net, plan, tuple(table), *settings)
+        penalty, gradient, score = replayed(launch_gemm.fisher, inputs, parameters, net, plan, table, *settings)
         return penalty, gradient, score
     _launch(
         net, plan, parameters, cond, table, (models, states, num_samples), precision,
@@ -139,7 +139,7 @@ def _launch(
     plan: FlowPlan,
     parameters: list[Tensor | None],
     cond: Tensor | None,
-    table: list[float],
+    table: tuple[float, ...],
     shape: tuple[int, int, int],
     precision: str,
     **given: Any,
@@ -163,7 +163,7 @@ def _launch(
     with torch.cuda.device_of(weight):
         flow_kernel[(programs,)](
             cond_ptr=_contiguous(cond),
-            table_ptr=device_table(tuple(table), device),
+            table_ptr=device_table(table, device),
             weights=weights,
             biases=biases,
             scales=scales[:-1],
