@@ -1,0 +1,147 @@
+"""Which accesses to one place of memory nothing orders: the happens-before of the PTX memory model, in short.
+
+Two accesses to the same two bytes by different threads, at least one of them a write, are a race unless
+
+* both belong to one program (CTA) and a ``bar.sync`` of it lies between them;
+* they belong to two programs, the first passed a ``bar.sync`` after its access and then added to a counter with ``release``; the
+  second read the counter after that with ``acquire``, in GPU scope, and passed a ``bar.sync``;
+* they store the same bits (compute-sanitizer lets that pass as well), or they are threads of one warp storing in one
+  instruction (one of them writes; CUDA leaves open which);
+* both are atomic.
+
+Nothing else orders: threads of one warp run in no particular order here, and ``ldmatrix``, ``stmatrix`` and ``shfl``
+do not wait for one another's memory. What ``ldmatrix`` reads is read by the whole warp. ``cp.async`` reads its source
+and writes its target at any time from its issue to the ``wait_group`` of the thread that issued it; from there on, the
+data is that thread's write.
+
+A place keeps a stamp of its last write, and one of its last reads for every program. Stamps of one program grow.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+GRANULE = 2  # bytes
+CTA, EPOCH, AGENT = 52, 28, 16  # where a stamp's fields begin: program, barriers passed, thread, instruction
+MANY, ASYNC, ATOMIC = 0xFFF, 0xFFE, 0xFFD  # in the place of a thread
+MANY_BITS = MANY << AGENT
+NEVER = ((1 << (CTA - EPOCH)) - 1) << EPOCH  # the epoch of what has not completed: ordered before nothing
+PLACE = (1 << AGENT) - 1
+
+
+@dataclass(frozen=True)
+class Race:
+    kind: str  # "read after write", ...
+    space: str
+    first: int  # instructions
+    second: int
+
+    def __str__(self) -> str:
+        return f"{self.kind} in {self.space} memory, instructions {self.first} and {self.second}"
+
+
+class Order:
+    """How much of every program's past one program has seen."""
+
+    def __init__(self, cta: int, num_ctas: int) -> None:
+        self.cta, self.epoch = cta, 0
+        self.seen = np.zeros(num_ctas, np.int64)
+        self.acquired = np.zeros(num_ctas, np.int64)
+        self.barrier()
+
+    def barrier(self) -> None:
+        np.maximum(self.seen, self.acquired, out=self.seen)
+        self.seen[self.cta] = self.epoch
+        self.epoch += 1
+        programs = np.arange(len(self.seen), dtype=np.int64)
+        self.limits = (programs << CTA) + ((self.seen + 1) << EPOCH)
+        """Of each program, the first stamp that is not ordered before what this one does now."""
+        self.limit = int(self.limits[self.cta])
+        self.stamp = (self.cta << CTA) + (self.epoch << EPOCH)
+
+    @property
+    def open(self) -> int:
+        return (self.cta << CTA) + NEVER
+
+
+class Shadow:
+    """The stamps of a piece of memory. ``rows`` are indices of aligned pieces of ``width`` bytes, one an agent."""
+
+    def __init__(self, space: str, size: int, num_ctas: int, races: dict[Race, int]) -> None:
+        granules = -(-size // 16) * 16 // GRANULE
+        self.space, self.races = space, races
+        self.written = np.zeros(granules, np.int64)
+        self.reads = np.zeros((num_ctas, granules), np.int64)
+        self.shared = num_ctas == 1
+
+    def note(self, kind: str, earlier: np.ndarray, index: int) -> None:
+        for first, count in zip(*np.unique(earlier & PLACE, return_counts=True)):
+            race = Race(kind, self.space, int(first), index)
+            self.races[race] = self.races.get(race, 0) + int(count)
+
+    def unordered(self, order: Order, earlier: np.ndarray, mine: np.ndarray) -> np.ndarray:
+        limit = order.limit if self.shared else order.limits[earlier >> CTA]
+        return (earlier >= limit) & ((earlier ^ mine) > PLACE)
+
+    def read(self, order: Order, rows: np.ndarray, width: int, agents: np.ndarray | int, index: int) -> None:
+        shape = (-1, width // GRANULE)
+        written = self.written.reshape(shape)[rows]
+        base = order.open if agents is ASYNC else order.stamp
+        mine = np.broadcast_to(np.asarray((agents << AGENT) + (base + index), np.int64).reshape(-1, 1), written.shape)
+        if written.any():
+            wrong = self.unordered(order, written, mine)
+            if wrong.any():
+                if agents is ATOMIC:
+                    wrong &= (written >> AGENT & MANY) != ATOMIC
+                if wrong.any():
+                    self.note("read after write", written[wrong], index)
+        reads = self.reads[0 if self.shared else order.cta].reshape(shape)
+        before = reads[rows]
+        mixed = (before >= order.limit) & ((before ^ mine) > PLACE)
+        mine = np.where(mixed, np.maximum(before, mine) | MANY_BITS, mine) if mixed.any() else mine
+        reads[rows] = mine
+        if isinstance(agents, np.ndarray):
+            lost = (reads[rows] != mine).any(1)
+            if lost.any():  # several threads read one place
+                reads[rows[lost]] |= MANY_BITS
+
+    def write(
+        self, order: Order, rows: np.ndarray, width: int, agents: np.ndarray | int, index: int, same: np.ndarray
+    ) -> None:
+        """``same``: where the bits are those that were there."""
+        shape = (-1, width // GRANULE)
+        table = self.written.reshape(shape)
+        written = table[rows]
+        base = order.open if agents is ASYNC else order.stamp
+        mine = np.broadcast_to(np.asarray((agents << AGENT) + (base + index), np.int64).reshape(-1, 1), written.shape)
+        if written.any():
+            wrong = self.unordered(order, written, mine)
+            if wrong.any():
+                wrong &= ~same if agents is not ATOMIC else (written >> AGENT & MANY) != ATOMIC
+                if wrong.any():
+                    self.note("write after write", written[wrong], index)
+        for reads in self.reads:
+            before = reads.reshape(shape)[rows]
+            wrong = self.unordered(order, before, mine)
+            if wrong.any():
+                if agents is ATOMIC:
+                    wrong &= (before >> AGENT & MANY) != ATOMIC
+                if wrong.any():
+                    self.note("write after read", before[wrong], index)
+        table[rows] = mine
+        if isinstance(agents, np.ndarray):
+            lost = (table[rows] != mine).any(1)
+            if lost.any():
+                table[rows[lost]] |= MANY_BITS
+
+    def completed(
+        self, order: Order, rows: np.ndarray, width: int, agents: np.ndarray | None, index: int
+    ) -> None:
+        """An asynchronous read, or write by ``agents``, has happened."""
+        shape = (-1, width // GRANULE)
+        if agents is None:
+            self.reads[0 if self.shared else order.cta].reshape(shape)[rows] = order.stamp + MANY_BITS + index
+        else:
+            self.written.reshape(shape)[rows] = ((agents << AGENT) + (order.stamp + index)).reshape(-1, 1)

@@ -1,0 +1,73 @@
+"""Launchers on CPU tensors: what they launch is compiled for a GPU and runs here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from benchmarks.static_report import AheadOfTime, Compiler
+from tests.ptx.machine import launch
+from tests.ptx.program import parse
+from tests.ptx.races import Race
+
+
+class RaceError(AssertionError):
+    def __init__(self, races: dict[Race, int], ptx: str) -> None:
+        lines = {i.index: i.text for block in parse(ptx).blocks for i in block}
+        found = [f"{race} ({count}): {lines[race.first]} / {lines[race.second]}" for race, count in races.items()]
+        super().__init__("\n".join(found))
+        self.races = races
+
+
+class Emulated(AheadOfTime):
+    """Stands in for a kernel: ``kernel[grid](...)`` compiles it and runs the PTX on the tensors given."""
+
+    edit: Callable[[str], str] = staticmethod(lambda ptx: ptx)
+    seed = 0
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Emulated:
+        (self.grid,) = grid
+        return self
+
+    def __call__(self, *args: Any, **given: Any) -> None:
+        build = self.compile(args, given)
+        ptx = self.edit(build.compiled.asm["ptx"])
+        program = parse(ptx)
+        assert program.threads == 32 * build.num_warps
+        arguments = [*build.arguments, 0, 0]  # no kernel here asks for scratch
+        assert len(program.parameters) == len(arguments)
+        races = launch(program, self.grid, arguments, build.compiled.metadata.shared, self.seed)
+        if races:
+            raise RaceError(races, ptx)
+        self.found = {"ptx": ptx, "config": build.integers}
+
+
+def emulate(
+    architecture: str, launcher: Callable, *args: Any, edit: Callable[[str], str] | None = None, seed: int = 0
+) -> tuple[Any, str]:
+    """What the launcher returns, and the PTX that ran. Fresh memory is NaN."""
+
+    class Stand(Emulated):
+        pass
+
+    if edit is not None:
+        Stand.edit = staticmethod(edit)
+    Stand.seed = seed
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with Compiler(architecture, Stand) as compiler:
+            out = launcher(*args)
+            (ptx,) = (kernel.found["ptx"] for kernel in compiler.kernels.values() if kernel.found)
+            return out, ptx
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def without(ptx: str, pattern: str, which: int) -> str:
+    """The text less one of the lines that match."""
+    lines = ptx.splitlines()
+    at = [i for i, line in enumerate(lines) if re.search(pattern, line)][which]
+    return "\n".join(lines[:at] + lines[at + 1 :])
