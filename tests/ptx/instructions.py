@@ -525,6 +525,5 @@ BINDERS: dict[str, Callable[[Any, Instruction], Operation]] = {
     **{"setp": _compare, "selp": _select, "mov": _move, "cvt": _convert, "ld": _load, "st": _store},
     **{f"ld.param.{kind}": _parameter for kind in ("b32", "u32", "s32", "f32", "b64", "u64")},
     **{"atom": _add_atomically, "cp": _copy, "shfl": _shuffle},
-    "fence.proxy.async.shared::cta": lambda cta, instruction: lambda mask: None,
     **MATRIX,
 }

@@ -131,7 +131,8 @@ class Cta:
         self.shared.size = shared_bytes
         self.copies: list[list[Any]] = []  # committed groups of asynchronous copies
         self.uncommitted: list[Any] = []
-        self.products: list[Any] = []  # what asynchronous products still read
+        self.products: list[list[Any]] = []  # what committed groups of asynchronous products still read
+        self.reading: list[Any] = []
         self.polled = False
         self.blocks = [[bind(self, instruction) for instruction in block] for block in program.blocks]
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tests.ptx.program import Instruction
-from tests.ptx.races import MANY
+from tests.ptx.races import ASYNC, MANY
 
 if TYPE_CHECKING:
     from tests.ptx.machine import Cta
@@ -106,7 +107,108 @@ def whole_warps(mask: Any, instruction: Instruction) -> None:
             raise instruction.refuse()
 
 
+SWIZZLES = {0: 16, 1: 128, 2: 64, 3: 32}  # bytes of a row whose 16-byte pieces are permuted; 16: none are
+
+
+def described(descriptor: int, lines: int, pieces: int, across: bool) -> np.ndarray:
+    """Addresses of a tile's 16-byte pieces in shared memory, (lines, pieces).
+
+    A line is a row of k (``across``: a line is one k, and its pieces run over the rows of the other operand). The
+    canonical layouts of the PTX ISA: rows of the swizzle's size, eight of them a block; the stride leads to the next
+    eight lines, the leading offset to the piece beyond a row.
+    """
+    start, leading, stride = ((descriptor >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))
+    row = SWIZZLES[descriptor >> 62]
+    line, piece = np.arange(lines)[:, None], np.arange(pieces)[None, :]
+    if row == 16 and across:
+        leading, stride = stride, leading
+    at = start + line // 8 * stride + line % 8 * row + piece % (row // 16) * 16 + piece // (row // 16) * leading
+    if row > 16 and not across:
+        at = start + line // 8 * stride + line % 8 * row + piece * 16
+    return at ^ (at >> 7 & row // 16 - 1) << 4
+
+
+def _multiply_together(cta: Cta, instruction: Instruction) -> Callable[[Any], None]:
+    """Four warps: each 16 of 64 rows, laid out as ``mma.sync`` lays them out, eight columns after eight.
+
+    The product is there at once, so that a register read before the wait goes unnoticed; shared memory counts as read
+    until then. What it holds must have been fenced for the asynchronous proxy since it was written.
+    """
+    shape = re.fullmatch(r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k(8|16)\.f32\.(tf32|bf16|f16)\.\3", instruction.opcode)
+    if not shape:
+        return _product_group(cta, instruction)
+    columns, kind = int(shape[1]), shape[3]
+    out, a, b, keep, *flags = instruction.operands
+    across = [bool(int(flag)) for flag in flags[2:]]
+    if flags[:2] != ["1", "1"] or any(across[:-1]):
+        raise instruction.refuse()
+    results = [cta.register(name, "f32") for name in out]
+    left = [cta.register(name, "b32") for name in a] if isinstance(a, tuple) else cta.register(a, "b64")
+    right, kept = cta.register(b, "b64"), cta.value(keep, "pred")
+    item = 4 if kind == "tf32" else 2
+
+    def tile(descriptors: np.ndarray, lines: int, across: bool) -> np.ndarray:
+        """(lines, 32 bytes of k) as float32."""
+        if (descriptors != descriptors[0]).any() or int(descriptors[0]) >> 49 & 7:
+            raise instruction.refuse()
+        at = described(int(descriptors[0]), *((16, lines // 8) if across else (lines, 2)), across)
+        rows = cta.shared.rows(at.ravel(), 16, instruction)
+        cta.shared.shadow.read(cta.order, rows, 16, ASYNC, instruction.index)
+        cta.shared.shadow.fenced(cta.order, rows, 16, instruction.index)
+        cta.reading.append((rows, instruction.index))
+        words = cta.shared.table(16, item)[rows].reshape(len(at), -1)
+        values = widen(words, kind)[..., 0] if item == 4 else widen(words.view(np.uint32), kind).reshape(len(at), -1)
+        return values.T if across else values
+
+    def multiply(mask: Any) -> None:
+        if mask is not True:
+            raise instruction.refuse()
+        for first in range(0, cta.num_threads, 128):
+            group = slice(first, first + 128)
+            if isinstance(left, list):
+                words = widen(np.array([register[group] for register in left]).reshape(2, 2, -1, 8, 4), kind)
+                rows = words.transpose(2, 1, 3, 0, 4, 5).reshape(64, -1)
+            else:
+                rows = tile(left[group], 64, False)
+            product = rows @ tile(right[group], columns, across[-1] if across else False).T
+            # (warp, half of rows, g, eight columns, t, one of two) -> (register, thread)
+            product = product.reshape(4, 2, 8, -1, 4, 2).transpose(3, 1, 5, 0, 2, 4).reshape(len(results), 128)
+            for result, values in zip(results, product):
+                before = np.where(np.broadcast_to(kept, cta.thread.shape)[group], result[group], 0)
+                result[group] = before + values
+
+    return multiply
+
+
+def _product_group(cta: Cta, instruction: Instruction) -> Callable[[Any], None]:
+    def commit(mask: Any) -> None:
+        cta.products.append(cta.reading)
+        cta.reading = []
+
+    def wait(mask: Any) -> None:
+        while len(cta.products) > int(instruction.operands[0]):
+            for rows, index in cta.products.pop(0):
+                cta.shared.shadow.completed(cta.order, rows, 16, None, index)
+
+    forms = {"fence": lambda mask: None, "commit_group": commit, "wait_group": wait}
+    _, name, *rest = instruction.opcode.split(".")
+    if name not in forms or rest != ["sync", "aligned"]:
+        raise instruction.refuse()
+    return forms[name]
+
+
+def _fence(cta: Cta, instruction: Instruction) -> Callable[[Any], None]:
+    def fence(mask: Any) -> None:
+        if mask is not True:
+            raise instruction.refuse()
+        cta.order.fenced = cta.order.epoch
+
+    return fence
+
+
 MATRIX: dict[str, Callable[[Any, Instruction], Callable[[Any], None]]] = {
     "mma": _multiply,
+    "wgmma": _multiply_together,
+    "fence.proxy.async.shared::cta": _fence,
     **dict.fromkeys(("ldmatrix", "stmatrix"), _matrices),
 }

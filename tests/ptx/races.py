@@ -47,6 +47,7 @@ class Order:
 
     def __init__(self, cta: int, num_ctas: int) -> None:
         self.cta, self.epoch = cta, 0
+        self.fenced = 0
         self.seen = np.zeros(num_ctas, np.int64)
         self.acquired = np.zeros(num_ctas, np.int64)
         self.barrier()
@@ -145,3 +146,10 @@ class Shadow:
             self.reads[0 if self.shared else order.cta].reshape(shape)[rows] = order.stamp + MANY_BITS + index
         else:
             self.written.reshape(shape)[rows] = ((agents << AGENT) + (order.stamp + index)).reshape(-1, 1)
+
+    def fenced(self, order: Order, rows: np.ndarray, width: int, index: int) -> None:
+        """What was written in an earlier epoch has been fenced for the asynchronous proxy in that epoch or later."""
+        written = self.written.reshape(-1, width // GRANULE)[rows]
+        late = (written >> EPOCH & (NEVER >> EPOCH)) > order.fenced
+        if late.any():
+            self.note("not fenced", written[late], index)
