@@ -26,7 +26,7 @@ import numpy as np
 GRANULE = 2  # bytes
 CTA, EPOCH, AGENT = 52, 28, 16  # where a stamp's fields begin: program, barriers passed, thread, instruction
 MANY, ASYNC, ATOMIC = 0xFFF, 0xFFE, 0xFFD  # in the place of a thread
-MANY_BITS = MANY << AGENT
+MANY_BITS, NOT_ONE = MANY << AGENT, ATOMIC << AGENT
 NEVER = ((1 << (CTA - EPOCH)) - 1) << EPOCH  # the epoch of what has not completed: ordered before nothing
 PLACE = (1 << AGENT) - 1
 
@@ -84,7 +84,8 @@ class Shadow:
 
     def unordered(self, order: Order, earlier: np.ndarray, mine: np.ndarray) -> np.ndarray:
         limit = order.limit if self.shared else order.limits[earlier >> CTA]
-        return (earlier >= limit) & ((earlier ^ mine) > PLACE)
+        wrong = earlier >= limit
+        return wrong & (((earlier ^ mine) > PLACE) | (earlier & MANY_BITS >= NOT_ONE)) if wrong.any() else wrong
 
     def read(self, order: Order, rows: np.ndarray, width: int, agents: np.ndarray | int, index: int) -> None:
         shape = (-1, width // GRANULE)
