@@ -131,8 +131,10 @@ class Cta:
         self.shared.size = shared_bytes
         self.copies: list[list[Any]] = []  # committed groups of asynchronous copies
         self.uncommitted: list[Any] = []
-        self.products: list[list[Any]] = []  # what committed groups of asynchronous products still read
-        self.reading: list[Any] = []
+        self.products: list[tuple[list, list]] = []  # what committed groups of asynchronous products read and make
+        self.reading: list[tuple[np.ndarray, int]] = []
+        self.multiplied: list[tuple[str, ...]] = []
+        self.in_flight: dict[tuple[str, ...], np.ndarray] = {}
         self.polled = False
         self.blocks = [[bind(self, instruction) for instruction in block] for block in program.blocks]
 

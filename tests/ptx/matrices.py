@@ -131,8 +131,9 @@ def described(descriptor: int, lines: int, pieces: int, across: bool) -> np.ndar
 def _multiply_together(cta: Cta, instruction: Instruction) -> Callable[[Any], None]:
     """Four warps: each 16 of 64 rows, laid out as ``mma.sync`` lays them out, eight columns after eight.
 
-    The product is there at once, so that a register read before the wait goes unnoticed; shared memory counts as read
-    until then. What it holds must have been fenced for the asynchronous proxy since it was written.
+    Until the wait, shared memory counts as being read and the result registers hold NaN, but for the next product into
+    them. What shared memory holds must have been fenced for the asynchronous proxy since it was written. Registers
+    that ``wgmma.fence`` should order are not followed.
     """
     shape = re.fullmatch(r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k(8|16)\.f32\.(tf32|bf16|f16)\.\3", instruction.opcode)
     if not shape:
@@ -142,7 +143,7 @@ def _multiply_together(cta: Cta, instruction: Instruction) -> Callable[[Any], No
     across = [bool(int(flag)) for flag in flags[2:]]
     if flags[:2] != ["1", "1"] or any(across[:-1]):
         raise instruction.refuse()
-    results = [cta.register(name, "f32") for name in out]
+    key, results = tuple(out), [cta.register(name, "f32") for name in out]
     left = [cta.register(name, "b32") for name in a] if isinstance(a, tuple) else cta.register(a, "b64")
     right, kept = cta.register(b, "b64"), cta.value(keep, "pred")
     item = 4 if kind == "tf32" else 2
@@ -163,6 +164,7 @@ def _multiply_together(cta: Cta, instruction: Instruction) -> Callable[[Any], No
     def multiply(mask: Any) -> None:
         if mask is not True:
             raise instruction.refuse()
+        totals = cta.in_flight.pop(key, np.array(results))
         for first in range(0, cta.num_threads, 128):
             group = slice(first, first + 128)
             if isinstance(left, list):
@@ -173,22 +175,30 @@ def _multiply_together(cta: Cta, instruction: Instruction) -> Callable[[Any], No
             product = rows @ tile(right[group], columns, across[-1] if across else False).T
             # (warp, half of rows, g, eight columns, t, one of two) -> (register, thread)
             product = product.reshape(4, 2, 8, -1, 4, 2).transpose(3, 1, 5, 0, 2, 4).reshape(len(results), 128)
-            for result, values in zip(results, product):
-                before = np.where(np.broadcast_to(kept, cta.thread.shape)[group], result[group], 0)
-                result[group] = before + values
+            keeps = np.broadcast_to(kept, cta.thread.shape)[group]
+            totals[:, group] = np.where(keeps, totals[:, group], 0) + product
+        for result in results:
+            result[:] = np.nan
+        cta.in_flight[key] = totals
+        cta.multiplied.append(key)
 
     return multiply
 
 
 def _product_group(cta: Cta, instruction: Instruction) -> Callable[[Any], None]:
     def commit(mask: Any) -> None:
-        cta.products.append(cta.reading)
-        cta.reading = []
+        cta.products.append((cta.reading, cta.multiplied))
+        cta.reading, cta.multiplied = [], []
 
     def wait(mask: Any) -> None:
         while len(cta.products) > int(instruction.operands[0]):
-            for rows, index in cta.products.pop(0):
+            reading, multiplied = cta.products.pop(0)
+            for rows, index in reading:
                 cta.shared.shadow.completed(cta.order, rows, 16, None, index)
+            later = [cta.multiplied, *(keys for _, keys in cta.products)]
+            for key in set(multiplied).difference(*later):
+                for name, values in zip(key, cta.in_flight.pop(key)):
+                    cta.register(name, "f32")[:] = values
 
     forms = {"fence": lambda mask: None, "commit_group": commit, "wait_group": wait}
     _, name, *rest = instruction.opcode.split(".")
