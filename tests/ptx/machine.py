@@ -68,8 +68,10 @@ class Span:
         table[rows] = values
         self.shadow.write(order, rows, width, agents, instruction.index, same)
         beaten = (table[rows] != values).any(1)
-        for row in np.unique(rows[beaten]):  # of a warp's threads one writes, and nothing says which; of two warps' both
-            if len(np.unique(agents[rows == row] // 32)) > 1:
+        for row in np.unique(rows[beaten]):  # of a warp's threads one writes, whichever
+            here = np.flatnonzero(rows == row)
+            warps = {int(warp): {bytes(values[i]) for i in here if agents[i] // 32 == warp} for warp in agents[here] // 32}
+            if len({frozenset(stored) for stored in warps.values()}) > 1:
                 self.shadow.note("two values", np.array([instruction.index]), instruction.index)
 
 

@@ -5,8 +5,10 @@ Two accesses to the same two bytes by different threads, at least one of them a 
 * both belong to one program (CTA) and a ``bar.sync`` of it lies between them;
 * they belong to two programs, the first passed a ``bar.sync`` after its access and then added to a counter with ``release``; the
   second read the counter after that with ``acquire``, in GPU scope, and passed a ``bar.sync``;
-* they store the same bits (compute-sanitizer lets that pass as well), or they are threads of one warp storing in one
-  instruction (one of them writes; CUDA leaves open which);
+* they store the same bits (compute-sanitizer lets that pass as well), or they do so in one instruction and what their
+  warps' threads store there is the same choice of bits. A warp's threads may differ: CUDA says that one of them writes
+  and leaves open which. They do where the compiler fuses a product into the sum over lanes that follows, so that equal
+  sums are rounded differently on each lane;
 * both are atomic.
 
 Nothing else orders: threads of one warp run in no particular order here, and ``ldmatrix``, ``stmatrix`` and ``shfl``

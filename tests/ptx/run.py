@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 
 from benchmarks.static_report import AheadOfTime, Compiler
+from fdkernels.kernels import launch_flow
 from tests.ptx.machine import launch
 from tests.ptx.program import parse
 from tests.ptx.races import Race
@@ -42,26 +45,37 @@ class Emulated(AheadOfTime):
         races = launch(program, self.grid, arguments, build.compiled.metadata.shared, self.seed)
         if races:
             raise RaceError(races, ptx)
-        self.found = {"ptx": ptx, "config": build.integers}
 
 
 def emulate(
-    architecture: str, launcher: Callable, *args: Any, edit: Callable[[str], str] | None = None, seed: int = 0
-) -> tuple[Any, str]:
-    """What the launcher returns, and the PTX that ran. Fresh memory is NaN."""
+    architecture: str,
+    launcher: Callable,
+    *args: Any,
+    edit: Callable[[str], str] | None = None,
+    seed: int = 0,
+    processors: int | None = None,
+) -> Any:
+    """What the launcher returns. Fresh memory is NaN.
+
+    Args:
+        edit: makes the PTX that runs of the one that was compiled.
+        seed: of the order in which programs take turns.
+        processors: of the GPU, where it should have fewer.
+    """
 
     class Stand(Emulated):
         pass
 
+    Stand.seed = seed
     if edit is not None:
         Stand.edit = staticmethod(edit)
-    Stand.seed = seed
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        with Compiler(architecture, Stand) as compiler:
-            out = launcher(*args)
-            (ptx,) = (kernel.found["ptx"] for kernel in compiler.kernels.values() if kernel.found)
-            return out, ptx
+        with Compiler(architecture, Stand), contextlib.ExitStack() as patches:
+            if processors is not None:
+                few = mock.patch.object(launch_flow, "multiprocessors", return_value=processors)
+                patches.enter_context(few)
+            return launcher(*args)
     finally:
         torch.use_deterministic_algorithms(False)
 
