@@ -17,7 +17,7 @@ from fdkernels.kernels import configs, launch_flow
 from fdkernels.philox import philox_normal
 from tests.ptx.run import emulate
 
-P, Q, T, STEPS = 3.0, -4.0, 0.75, 2
+P, Q, T = 3.0, -4.0, 0.75
 SEED = 2**40 + 17
 
 
@@ -31,8 +31,8 @@ class Problem:
     The table's entry is that of ``case.rows``, however few ``states`` there are.
     """
 
-    def __init__(self, case: FlowCase, states: int, dtype: torch.dtype) -> None:
-        self.case, self.states = case, states
+    def __init__(self, case: FlowCase, states: int, dtype: torch.dtype, steps: int = 2) -> None:
+        self.case, self.states, self.steps = case, states, steps
         d, width, models = case.d, case.width, case.models
         order = ("cond", "x", "t") if case.cond_dim else ("x", "t")
         hidden = (width,) * case.depth
@@ -55,8 +55,8 @@ class Problem:
         self.seed = torch.tensor(SEED) if case.seed else None
         if case.seed:
             whole, total = (models, rows, d), models * rows * d
-            self.start, self.bridge = (philox_normal(SEED, whole, "cpu", dtype, first=first) for first in (0, total))
-        table = [x for step in range(STEPS) for x in (step / STEPS, 0.0, 1 / STEPS, 1.0)]
+            self.start, self.bridge = (philox_normal(SEED, whole, "cpu", torch.float32, first=first) for first in (0, total))
+        table = [x for step in range(steps) for x in (step / steps, 0.0, 1 / steps, 1.0)]
         self.solver = (net.encode(), table, -100.0, 100.0, "end")  # bounds that nothing reaches
         self.how = (case.precision, case.implementation)
 
@@ -84,7 +84,7 @@ class Problem:
             velocity, start, bridge = self.velocity(model), self.start[model].double(), self.bridge[model].double()
             k, d = self.case.num_samples, self.case.d
             cond = None if self.obs is None else self.obs[model].double().repeat_interleave(k, 0)
-            path = fdkernels_ref.integrate_flow(velocity, start, cond, num_steps=STEPS, clip=None, return_path=True)
+            path = fdkernels_ref.integrate_flow(velocity, start, cond, num_steps=self.steps, clip=None, return_path=True)
             t, p, q = [T, P, Q] if self.triples is None else self.triples[model].double()[..., None].unbind(1)
             x = (1 - t) * bridge + t * path[-1]
             score = p * velocity(x, torch.ones_like(x[:, :1]) * t, cond) + q * x

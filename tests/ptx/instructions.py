@@ -350,7 +350,10 @@ def _form(instruction: Instruction, modifiers: set[str]) -> tuple[str, set[str],
 
 def _base(cta: Cta, address: Address, space: str) -> np.ndarray:
     """Every thread's address but for the offset; a register's later values show in it."""
-    return np.broadcast_to(cta.value(address.base, "b32" if space == "shared" else "b64"), cta.thread.shape)
+    kind = "b64" if space == "global" else "b32"
+    if address.base.startswith("%"):
+        kind = cta.program.registers[address.base.rstrip("0123456789")][0]
+    return np.broadcast_to(cta.value(address.base, kind), cta.thread.shape)
 
 
 def _load(cta: Cta, instruction: Instruction) -> Operation:
@@ -434,7 +437,7 @@ def _add_atomically(cta: Cta, instruction: Instruction) -> Operation:
             cell = span.table(4, 4)[int(rows[0])]
             target[thread] = cell[0]
             cell[0] += amount if not amount.ndim else amount[thread]
-            span.shadow.write(cta.order, rows, 4, ATOMIC, instruction.index, np.zeros((1, 2), bool))
+            span.shadow.write(cta.order, rows, 4, ATOMIC, instruction.index)
             cta.memory.polls = 0
             if parts[3] == "release":
                 seen = cta.memory.released.setdefault(int(at[0]), np.zeros_like(cta.order.seen))
@@ -467,7 +470,7 @@ def _copy(cta: Cta, instruction: Instruction) -> Operation:
             values[reads] = span.load(cta.order, addresses, width, 4, ASYNC, instruction)
             origin = span, span.rows(addresses, width, instruction)
         rows = cta.shared.rows(to[who].astype(np.int64) + target.offset, width, instruction)
-        cta.shared.shadow.write(cta.order, rows, width, ASYNC, instruction.index, np.zeros((1, 1), bool))
+        cta.shared.shadow.write(cta.order, rows, width, ASYNC, instruction.index)
         cta.shared.table(width, 4)[rows] = 0xFFFFFFFF
         cta.uncommitted.append((rows, width, values, who, origin, instruction.index))
 

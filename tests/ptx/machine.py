@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -46,10 +47,9 @@ class Span:
         low, high = int(at.min()), int(at.max())
         if low < 0 or high + width > self.size:
             raise MemoryFault(f"outside of {self.name} ({low}, {high} of {self.size}): {instruction.text}")
-        rows, rest = np.divmod(at, width)
-        if rest.any():
+        if (at & width - 1).any():
             raise MemoryFault(f"not aligned to {width} bytes: {instruction.text}")
-        return rows
+        return at >> width.bit_length() - 1
 
     def load(
         self, order: Order, addresses: np.ndarray, width: int, item: int, agents: Any, instruction: Instruction
@@ -105,6 +105,19 @@ class Global:
         return self.spans[at]
 
 
+@functools.cache
+def _number(text: str, kind: str) -> np.ndarray:
+    if text == "global_smem" or text.startswith("__local_depot"):
+        return DTYPES[kind](0)
+    if text[:2] in ("0f", "0d"):
+        bits = np.uint32(int(text[2:], 16)) if text[1] == "f" else np.uint64(int(text[2:], 16))
+        return bits.view(DTYPES[kind])
+    if kind == "pred":
+        return np.bool_(integer(text) != 0)
+    size = np.dtype(DTYPES[kind]).itemsize
+    return np.array(integer(text) % (1 << 8 * size), f"u{size}").view(DTYPES[kind])[()]
+
+
 class Cta:
     """One program: registers as (number, threads) arrays, shared memory, and where its threads are."""
 
@@ -125,6 +138,7 @@ class Cta:
             )
             for prefix, (kind, count) in program.registers.items()
         }
+        self.views: dict[tuple[str, str], np.ndarray] = {}
         self.carry = np.zeros(threads, np.uint64)
         self.local = np.full((program.local_bytes // 4, threads), 0xFFFFFFFF, np.uint32)
         shared = np.full(shared_bytes + 16, POISON, np.uint8)
@@ -142,27 +156,23 @@ class Cta:
 
     def register(self, name: str, kind: str) -> np.ndarray:
         """All threads' values of a register, to read and write, as numbers of a type."""
-        prefix = name.rstrip("0123456789")
-        array = self.registers[prefix][int(name[len(prefix) :] or 0)]
-        return array if kind == "pred" else array.view(DTYPES[kind])
+        if (name, kind) not in self.views:
+            prefix = name.rstrip("0123456789")
+            array = self.registers[prefix][int(name[len(prefix) :] or 0)]
+            self.views[name, kind] = array if kind == "pred" else array.view(DTYPES[kind])
+        return self.views[name, kind]
 
     def value(self, text: str, kind: str) -> np.ndarray:
         """A register, or the same number for all threads."""
+        if text == "%tid.x":
+            return self.thread.astype(np.uint32)
+        if text == "%ctaid.x":
+            return np.uint32(self.index)
         if text[0] == "%":
-            if text in ("%tid.x", "%ctaid.x"):
-                return self.thread.astype(np.uint32) if text == "%tid.x" else np.uint32(self.index)
             return self.register(text, kind)
         if text in self.memory.symbols:
             return np.uint64(self.memory.symbols[text])
-        if text == "global_smem" or text.startswith("__local_depot"):
-            return DTYPES[kind](0)
-        if text[:2] in ("0f", "0d"):
-            bits = np.uint32(int(text[2:], 16)) if text[1] == "f" else np.uint64(int(text[2:], 16))
-            return bits.view(DTYPES[kind])
-        if kind == "pred":
-            return np.bool_(integer(text) != 0)
-        size = np.dtype(DTYPES[kind]).itemsize
-        return np.array(integer(text) % (1 << 8 * size), f"u{size}").view(DTYPES[kind])[()]
+        return _number(text, kind)
 
     def run(self) -> Iterator[None]:
         """Groups of threads at one block each; the first in the text goes on until it meets the next."""

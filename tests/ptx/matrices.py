@@ -77,7 +77,7 @@ def _matrices(cta: Cta, instruction: Instruction) -> Callable[[Any], None]:
 
     def load(mask: Any) -> None:
         warps, at = rows(mask)
-        cta.shared.shadow.read(cta.order, at, 16, np.full(len(at), MANY), instruction.index)
+        cta.shared.shadow.read(cta.order, at, 16, MANY, instruction.index)
         matrices = cta.shared.table(16, 2)[at].reshape(-1, count, 8, 8)
         if transposed:
             matrices = matrices.swapaxes(2, 3)
@@ -95,7 +95,7 @@ def _matrices(cta: Cta, instruction: Instruction) -> Callable[[Any], None]:
         table = cta.shared.table(16, 2)
         same = table[at] == pieces
         table[at] = pieces
-        cta.shared.shadow.write(cta.order, at, 16, np.full(len(at), MANY), instruction.index, same)
+        cta.shared.shadow.write(cta.order, at, 16, MANY, instruction.index, same)
 
     return load if name == "ldmatrix" else store
 

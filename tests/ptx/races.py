@@ -22,6 +22,7 @@ A place keeps a stamp of its last write, and one of its last reads for every pro
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -64,10 +65,6 @@ class Order:
         self.limit = int(self.limits[self.cta])
         self.stamp = (self.cta << CTA) + (self.epoch << EPOCH)
 
-    @property
-    def open(self) -> int:
-        return (self.cta << CTA) + NEVER
-
 
 class Shadow:
     """The stamps of a piece of memory. ``rows`` are indices of aligned pieces of ``width`` bytes, one an agent."""
@@ -84,61 +81,47 @@ class Shadow:
             race = Race(kind, self.space, int(first), index)
             self.races[race] = self.races.get(race, 0) + int(count)
 
-    def unordered(self, order: Order, earlier: np.ndarray, mine: np.ndarray) -> np.ndarray:
-        limit = order.limit if self.shared else order.limits[earlier >> CTA]
-        wrong = earlier >= limit
-        return wrong & (((earlier ^ mine) > PLACE) | (earlier & MANY_BITS >= NOT_ONE)) if wrong.any() else wrong
+    def stamps(self, order: Order, agents: np.ndarray | int, index: int, width: int) -> np.ndarray:
+        """One a row."""
+        base = (order.cta << CTA) + NEVER if np.ndim(agents) == 0 and agents == ASYNC else order.stamp
+        stamps = np.asarray((agents << AGENT) + (base + index), np.int64).reshape(-1, 1)
+        return np.repeat(stamps, width // GRANULE, 1)
+
+    def check(self, kind: str, order: Order, earlier: np.ndarray, mine: np.ndarray, same: Any = np.False_) -> None:
+        wrong = earlier >= (order.limit if self.shared else order.limits[earlier >> CTA])
+        if wrong.any():
+            agents = earlier & MANY_BITS
+            wrong &= ((earlier ^ mine) > PLACE) | (agents >= NOT_ONE)
+            if int(mine[0, 0]) >> AGENT & MANY == ATOMIC:
+                wrong &= agents != NOT_ONE
+            wrong &= ~same
+            if wrong.any():
+                self.note(kind, earlier[wrong], int(mine[0, 0]) & PLACE)
 
     def read(self, order: Order, rows: np.ndarray, width: int, agents: np.ndarray | int, index: int) -> None:
         shape = (-1, width // GRANULE)
+        mine = self.stamps(order, agents, index, width)
         written = self.written.reshape(shape)[rows]
-        base = order.open if agents is ASYNC else order.stamp
-        mine = np.broadcast_to(np.asarray((agents << AGENT) + (base + index), np.int64).reshape(-1, 1), written.shape)
         if written.any():
-            wrong = self.unordered(order, written, mine)
-            if wrong.any():
-                if agents is ATOMIC:
-                    wrong &= (written >> AGENT & MANY) != ATOMIC
-                if wrong.any():
-                    self.note("read after write", written[wrong], index)
-        reads = self.reads[0 if self.shared else order.cta].reshape(shape)
-        before = reads[rows]
+            self.check("read after write", order, written, mine)
+        table = self.reads[0 if self.shared else order.cta].reshape(shape)
+        before = table[rows]
         mixed = (before >= order.limit) & ((before ^ mine) > PLACE)
-        mine = np.where(mixed, np.maximum(before, mine) | MANY_BITS, mine) if mixed.any() else mine
-        reads[rows] = mine
-        if isinstance(agents, np.ndarray):
-            lost = (reads[rows] != mine).any(1)
-            if lost.any():  # several threads read one place
-                reads[rows[lost]] |= MANY_BITS
+        table[rows] = np.where(mixed, np.maximum(before, mine) | MANY_BITS, mine) if mixed.any() else mine
+        _share(table, rows, mine, agents)
 
     def write(
-        self, order: Order, rows: np.ndarray, width: int, agents: np.ndarray | int, index: int, same: np.ndarray
+        self, order: Order, rows: np.ndarray, width: int, agents: np.ndarray | int, index: int, same: Any = np.False_
     ) -> None:
         """``same``: where the bits are those that were there."""
         shape = (-1, width // GRANULE)
+        mine = self.stamps(order, agents, index, width)
         table = self.written.reshape(shape)
-        written = table[rows]
-        base = order.open if agents is ASYNC else order.stamp
-        mine = np.broadcast_to(np.asarray((agents << AGENT) + (base + index), np.int64).reshape(-1, 1), written.shape)
-        if written.any():
-            wrong = self.unordered(order, written, mine)
-            if wrong.any():
-                wrong &= ~same if agents is not ATOMIC else (written >> AGENT & MANY) != ATOMIC
-                if wrong.any():
-                    self.note("write after write", written[wrong], index)
+        self.check("write after write", order, table[rows], mine, same)
         for reads in self.reads:
-            before = reads.reshape(shape)[rows]
-            wrong = self.unordered(order, before, mine)
-            if wrong.any():
-                if agents is ATOMIC:
-                    wrong &= (before >> AGENT & MANY) != ATOMIC
-                if wrong.any():
-                    self.note("write after read", before[wrong], index)
+            self.check("write after read", order, reads.reshape(shape)[rows], mine)
         table[rows] = mine
-        if isinstance(agents, np.ndarray):
-            lost = (table[rows] != mine).any(1)
-            if lost.any():
-                table[rows[lost]] |= MANY_BITS
+        _share(table, rows, mine, agents)
 
     def completed(
         self, order: Order, rows: np.ndarray, width: int, agents: np.ndarray | None, index: int
@@ -156,3 +139,11 @@ class Shadow:
         late = (written >> EPOCH & (NEVER >> EPOCH)) > order.fenced
         if late.any():
             self.note("not fenced", written[late], index)
+
+
+def _share(table: np.ndarray, rows: np.ndarray, mine: np.ndarray, agents: np.ndarray | int) -> None:
+    """Where several threads of one instruction left a stamp."""
+    if np.ndim(agents):
+        lost = (table[rows] != mine).any(1)
+        if lost.any():
+            table[rows[lost]] |= MANY_BITS
