@@ -133,6 +133,15 @@ def flow_calls(case: FlowCase, dtype: torch.dtype) -> Iterator[tuple[str, Any, t
     yield "chain", launch_flow.fisher, (*chain, *settings, *how)
 
 
+class Build(NamedTuple):
+    compiled: Any
+    arguments: list[Any]
+    """Those that the compiled kernel takes, in its order; scratch that Triton adds comes after."""
+    integers: dict[str, int]
+    """Constants by name."""
+    num_warps: int
+
+
 class AheadOfTime:
     """Stands in for a kernel: ``kernel[grid](...)`` compiles it for ``target`` and notes what came out."""
 
@@ -144,11 +153,21 @@ class AheadOfTime:
         return self
 
     def __call__(self, *args: Any, **given: Any) -> None:
+        build = self.compile(args, given)
+        inspect = inspect_cuda if self.target.backend == "cuda" else inspect_hip
+        self.found = {
+            "config": build.integers | {"num_warps": build.num_warps},
+            "shared_bytes": build.compiled.metadata.shared,
+            **inspect(build.compiled.asm),
+        }
+
+    def compile(self, args: tuple, given: dict[str, Any]) -> Build:
         names = self.kernel.arg_names
         given |= dict(zip(names, args))
         options = {name: given.pop(name) for name in list(given) if name not in names}
         constants: dict[tuple[int, ...], Any] = {}
         aligned: dict[tuple[int, ...], list] = {}
+        passed: list[Any] = []
 
         def type_of(path: tuple[int, ...], value: Any) -> Any:
             if isinstance(value, tuple):
@@ -156,6 +175,7 @@ class AheadOfTime:
             if value is None:
                 constants[path] = None
                 return "constexpr"
+            passed.append(value)
             if isinstance(value, torch.Tensor):
                 aligned[path] = [["tt.divisibility", 16]]  # what the allocator gives
                 return "*" + DTYPES[value.dtype]
@@ -169,13 +189,8 @@ class AheadOfTime:
                 signature[parameter.name] = type_of((i,), given[parameter.name])
         source = ASTSource(self.kernel, signature, constexprs=constants, attrs=aligned)
         compiled = triton.compile(source, target=self.target, options=options)
-        inspect = inspect_cuda if self.target.backend == "cuda" else inspect_hip
         integers = {names[path[0]]: value for path, value in constants.items() if type(value) is int}
-        self.found = {
-            "config": integers | {"num_warps": options["num_warps"]},
-            "shared_bytes": compiled.metadata.shared,
-            **inspect(compiled.asm),
-        }
+        return Build(compiled, passed, integers, options["num_warps"])
 
 
 def inspect_cuda(asm: dict[str, Any]) -> dict[str, int]:
@@ -223,9 +238,9 @@ def report(architectures: list[str], dtypes: list[torch.dtype]) -> Iterator[dict
 class Compiler:
     """Within it, launchers compile for an architecture what they would launch on it."""
 
-    def __init__(self, architecture: str) -> None:
+    def __init__(self, architecture: str, stand_in: type[AheadOfTime] = AheadOfTime) -> None:
         self.kernels = {
-            (module, name): AheadOfTime(getattr(module, name), ARCHITECTURES[architecture])
+            (module, name): stand_in(getattr(module, name), ARCHITECTURES[architecture])
             for module, names in KERNELS.items()
             for name in names
         }

@@ -1,0 +1,175 @@
+"""The kernels as compiled for sm_80 and sm_90, run on the CPU by an emulator of PTX: values, races and stray accesses.
+
+Values are judged by the plain maths in float64, with what tensor cores round; ``tests/ptx/races.py`` says what a race
+is. Every run fails on one.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import fdkernels_ref
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("nothing is compiled under Triton's interpreter", allow_module_level=True)
+
+from benchmarks.static_report import FlowCase, flow_cases
+from fdkernels.kernels import launch, networks
+from tests.ptx.flows import Problem, draw
+from tests.ptx.run import RaceError, emulate, without
+
+BARS = {"highest": 1e-5, "high": 1e-3, "bf16": 1e-2}
+DTYPES = {"highest": torch.float32, "high": torch.float32, "bf16": torch.bfloat16}
+
+
+def relative(out: Tensor, truth: Tensor) -> float:
+    assert out.shape == truth.shape
+    assert not out.isnan().any(), "NaN: unwritten output, or something was read before it was written"
+    return ((out.double() - truth).norm() / truth.norm()).item()
+
+
+def cases(architecture: str, dtype: torch.dtype, shipped: bool) -> list:
+    """Those of the static report: their kernels are compiled once for both. Without those that share a kernel."""
+    found = [case for case in flow_cases(architecture, dtype) if case.shipped == shipped]
+    if architecture == "sm_90" and dtype == torch.bfloat16 and shipped:
+        found = [case for case in found if case.rows != 256]  # its entry is that of 64 rows
+    return [pytest.param(architecture, case, id=name(architecture, case)) for case in found]
+
+
+def name(architecture: str, case: FlowCase) -> str:
+    """What sets it apart."""
+    usual = FlowCase(*case[:3])
+    rest = (f"{field}={value}" for field, value, same in zip(case._fields, case, usual) if value != same)
+    return "-".join((architecture, *map(str, case[:3]), *(part for part in rest if part != "shipped=True")))
+
+
+SHIPPED = [case for arch in ("sm_80", "sm_90") for dtype in (torch.float32, torch.bfloat16) for case in cases(arch, dtype, True)]
+OTHERS = cases("sm_80", torch.float32, False)[1::2] + cases("sm_90", torch.bfloat16, False)[::2]
+
+
+@pytest.mark.parametrize(("architecture", "case"), SHIPPED + OTHERS)
+def test_from_noise_to_penalty(architecture: str, case: FlowCase) -> None:
+    """At the size and with the tiles that are shipped, and what else the kernels serve."""
+    case = case._replace(models=min(case.models, 2))
+    problem = Problem(case, states=3, dtype=DTYPES[case.precision], steps=1 if case.shipped else 2)
+    penalty, gradient, _ = problem.fisher(architecture)
+    _, true_penalty, true_gradient = problem.truth()
+    errors = relative(penalty, true_penalty), relative(gradient, true_gradient)
+    print("{}: penalty {:.1e}, gradient {:.1e}".format(name(architecture, case), *errors))
+    assert max(errors) < 2 * BARS[case.precision]  # quadratic in the scores
+
+
+SMALL = {
+    "streamed": FlowCase("streamed", "bf16", width=128, depth=3, cond_dim=5),
+    "stationary": FlowCase("stationary", "bf16", rows=64, width=64, depth=3, cond_dim=5),
+}
+
+
+def small(implementation: str, states: int = 4, **changes: object) -> Problem:
+    torch.manual_seed(0)
+    return Problem(SMALL[implementation]._replace(**changes), states, torch.bfloat16)
+
+
+@pytest.mark.parametrize("implementation", SMALL)
+@pytest.mark.parametrize("times", [False, True])
+def test_blocks_of_rows_in_turns(implementation: str, times: bool) -> None:
+    """One group of programs walks over several blocks of rows; the result does not depend on who goes first."""
+    problem = small(implementation, states=10, times=times)
+    processors = {"streamed": 0, "stationary": 2}[implementation]
+    path, *_ = problem.truth()
+    outs = [problem.integrate("sm_90", processors=processors, seed=seed) for seed in range(3)]
+    assert relative(outs[0], path if times else path[-1]) < BARS["bf16"]
+    assert torch.equal(outs[0], outs[1])
+    assert torch.equal(outs[0], outs[2])
+    penalty, gradient, _ = problem.fisher("sm_90", processors=processors)
+    assert relative(penalty, problem.truth()[1]) < 2 * BARS["bf16"]
+
+
+@pytest.mark.parametrize("depth", [2, 4])
+def test_two_buffers_are_enough(depth: int) -> None:
+    problem = small("stationary", states=10, depth=depth)
+    assert relative(problem.integrate("sm_90", processors=2), problem.truth()[0][-1]) < BARS["bf16"]
+
+
+def fails(problem: Problem, edit: Callable[[str], str]) -> bool:
+    """Whether a race is reported, or programs wait for ever."""
+    try:
+        problem.integrate("sm_90", edit=edit, processors=2)
+    except (RaceError, TimeoutError):
+        return True
+    return False
+
+
+def ptx_of(problem: Problem) -> str:
+    seen: list[str] = []
+    problem.integrate("sm_90", edit=lambda ptx: seen.append(ptx) or ptx, processors=2)
+    return seen[0]
+
+
+@pytest.mark.parametrize("implementation", SMALL)
+def test_a_barrier_too_few_is_a_race(implementation: str) -> None:
+    """Every barrier of the small kernel is removed in turn.
+
+    What goes unnoticed must have another barrier on the same way: the compiler puts its own beside ours, one more at
+    the turn of each buffer, and some that only other ways through the code need.
+    """
+    problem = small(implementation)
+    ptx = ptx_of(problem)
+    lines = ptx.splitlines()
+    barriers = [i for i, line in enumerate(lines) if re.search(r"\bbar\.sync", line)]
+    noticed = [fails(problem, lambda ptx, which=which: without(ptx, r"\bbar\.sync", which)) for which in range(len(barriers))]
+    print([barriers[i] + 1 for i, found in enumerate(noticed) if not found])
+    assert sum(noticed) >= 0.75 * len(noticed)
+    source, first = inspect.getsourcelines(networks.meet.fn)
+    meeting = [f"networks.py:{first + i}:" for i, line in enumerate(source) if "tl.debug_barrier" in line]
+    for at, found in zip(barriers, noticed):
+        place = next(line for line in lines[at::-1] if ".loc" in line)
+        assert found or not any(of_meet in place for of_meet in meeting), place
+
+
+@pytest.mark.parametrize(
+    ("pattern", "instead"),
+    [
+        (r"atom\.global\.gpu\.release", "atom.global.gpu.relaxed"),
+        (r"ld\.global\.gpu\.acquire", "ld.global.gpu.relaxed"),
+        (r"(?<=cp\.async\.wait_group)\s+0", " 9"),
+    ],
+)
+def test_weaker_waiting_is_a_race(pattern: str, instead: str) -> None:
+    problem = small("streamed" if "wait_group" in pattern else "stationary")
+    found = re.search(pattern, ptx_of(problem))
+    assert found
+    assert fails(problem, lambda ptx: re.sub(pattern, instead, ptx))
+    assert fails(problem, lambda ptx: re.sub(pattern, instead, ptx, count=1))
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("num_samples", "d"), [(4, 6), (5, 7)])
+def test_penalty_and_score(architecture: str, dtype: torch.dtype, num_samples: int, d: int) -> None:
+    rows, bar = 11, 1e-5 if dtype == torch.float32 else 1e-2
+    displacement, score, x = (draw(rows, *shape, dtype=dtype) for shape in ((d,), (num_samples, d), (num_samples, d)))
+    leaf, scores = displacement.double().requires_grad_(), score.double().requires_grad_()
+    truth = fdkernels_ref.fisher_penalty(leaf, scores)
+    upstream = draw(rows)
+    gradients = torch.autograd.grad(truth, (leaf, scores), upstream.double())
+
+    penalty, gradient, trace = emulate(architecture, launch.penalty, displacement, score, 1e-3, True, 1e-6, True, True)
+    assert relative(penalty, truth.detach()) < bar
+    assert relative(gradient * upstream[:, None], gradients[0]) < bar
+    args = (upstream, displacement, score, penalty, trace, True, 1e-6)
+    assert relative(emulate(architecture, launch.penalty_score_gradient, *args), gradients[1]) < bar
+
+    pairs = draw(rows, num_samples, 2)
+    made = pairs[..., :1].double() * score.double() + pairs[..., 1:].double() * x.double()
+    assert relative(emulate(architecture, launch.score, score, x, pairs, 1.0, 0.0, True), made) < bar
+    args = (displacement, score, x, pairs, 1.0, 0.0, True, 1e-3, True, 1e-6, True)
+    penalty, _ = emulate(architecture, launch.velocity_penalty, *args)
+    assert relative(penalty, fdkernels_ref.fisher_penalty(displacement.double(), made)) < bar
