@@ -26,7 +26,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fdkernels.kernels import launch, launch_flow
+from fdkernels.kernels import launch, launch_flow, launch_gemm
 from fdkernels.kernels.table import TABLE, Gpu
 
 ARCHITECTURES = {
@@ -85,8 +85,6 @@ def flow_cases(architecture: str, dtype: torch.dtype) -> Iterator[FlowCase]:
     """The sizes that the table was made for, and what else the kernels serve."""
     precision = "high" if dtype == torch.float32 else "bf16" if dtype == torch.bfloat16 else "fp16"
     for entry in TABLE.get(architecture, {}).get("flow", []):
-        if entry["implementation"] == "gemm":
-            continue
         named = {"half": precision if dtype.itemsize == 2 else "bf16"}.get(entry["precision"], entry["precision"])
         if (entry["precision"] == "half") == (dtype.itemsize == 2):
             yield FlowCase(entry["implementation"], named, entry["problem_rows"], entry["width"], shipped=True)
@@ -120,7 +118,7 @@ def flow_calls(case: FlowCase, dtype: torch.dtype) -> Iterator[tuple[str, Any, t
         parameters += [weight, bias, *((bias, bias) if case.norm != "none" else (None, None))]
     rows = empty(models, case.rows, d)
     cond = empty(models, case.rows, cond_dim) if cond_dim else None
-    table, how = [0.0, 0.0, 1.0, 1.0], (case.precision, case.implementation)
+    table, how = (0.0, 0.0, 1.0, 1.0), (case.precision, case.implementation)
     solver = (parameters, net.encode(), table, -1.0, 1.0, "end")
     yield "flow", launch_flow.integrate, (rows, cond, *solver, case.times, *how)
     states = empty(models, max(1, case.rows // case.num_samples), d)
@@ -147,7 +145,7 @@ class AheadOfTime:
 
     def __init__(self, kernel: triton.JITFunction, target: GPUTarget) -> None:
         self.kernel, self.target = kernel, target
-        self.found: dict[str, Any] = {}
+        self.found: list[dict[str, Any]] = []
 
     def __getitem__(self, grid: tuple[int, ...]) -> AheadOfTime:
         return self
@@ -155,11 +153,13 @@ class AheadOfTime:
     def __call__(self, *args: Any, **given: Any) -> None:
         build = self.compile(args, given)
         inspect = inspect_cuda if self.target.backend == "cuda" else inspect_hip
-        self.found = {
-            "config": build.integers | {"num_warps": build.num_warps},
-            "shared_bytes": build.compiled.metadata.shared,
-            **inspect(build.compiled.asm),
-        }
+        self.found.append(
+            {
+                "config": build.integers | {"num_warps": build.num_warps},
+                "shared_bytes": build.compiled.metadata.shared,
+                **inspect(build.compiled.asm),
+            }
+        )
 
     def compile(self, args: tuple, given: dict[str, Any]) -> Build:
         names = self.kernel.arg_names
@@ -200,10 +200,11 @@ def inspect_cuda(asm: dict[str, Any]) -> dict[str, int]:
         command = [TOOLS / "cuobjdump", "--dump-resource-usage", "--dump-sass", cubin.name]
         dump = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     loads = re.findall(r"ld\.global\S*?(?:\.v(\d))?\.[bfsu](\d+)\s", asm["ptx"])
+    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global.*?\], (?:0x)?(\w+)", asm["ptx"])  # to shared memory, bytes
     return {
         "registers": int(re.search(r"REG:(\d+)", dump)[1]),  # type: ignore[index]
         "spills": len(re.findall(r"\b(?:LDL|STL)\b", dump)),
-        "widest_load_bits": max(int(count or 1) * int(bits) for count, bits in loads),
+        "widest_load_bits": max([int(n or 1) * int(bits) for n, bits in loads] + [8 * int(n, 16) for n in copies]),
         "mma": len(re.findall(r"\b(?:wgmma\.mma_async|mma\.sync)\b", asm["ptx"])),
     }
 
@@ -225,14 +226,16 @@ def report(architectures: list[str], dtypes: list[torch.dtype]) -> Iterator[dict
         with Compiler(architecture) as compiler:
             for num_samples, d in SHAPES:
                 for name, launcher, args in calls(dtype, num_samples, d):
-                    yield {"kernel": name, "arch": architecture, "dtype": DTYPES[dtype], "K": num_samples, "d": d} | (
-                        compiler.compile(launcher, args)
-                    )
+                    row = {"kernel": name, "arch": architecture, "dtype": DTYPES[dtype], "K": num_samples, "d": d}
+                    yield from (row | found for found in compiler.compile(launcher, args))
             for case in flow_cases(architecture, dtype):
+                torch.set_float32_matmul_precision("high" if case.precision == "high" else "highest")  # of "gemm"
                 for name, launcher, args in flow_calls(case, dtype):
                     row = {"kernel": f"{name} {case.implementation} {case.rows}", "arch": architecture}
                     row |= {"dtype": DTYPES[dtype], "K": case.num_samples, "d": case.d, "case": case._asdict()}
-                    yield row | compiler.compile(launcher, args)
+                    for turn, found in enumerate(compiler.compile(launcher, args, launch_flow, launch_gemm)):
+                        several = {"kernel": f"{row['kernel']} turn {turn}"} if case.implementation == "gemm" else {}
+                        yield row | found | several
 
 
 class Compiler:
@@ -250,7 +253,7 @@ class Compiler:
     def __enter__(self) -> Compiler:
         for (module, name), kernel in self.kernels.items():
             self.patches.enter_context(mock.patch.object(module, name, kernel))
-        for module in KERNELS:
+        for module in (launch, launch_flow):
             self.patches.enter_context(mock.patch.object(module, "gpu_of", return_value=Gpu("", self.architecture)))
         processors = MULTIPROCESSORS[self.architecture]
         self.patches.enter_context(mock.patch.object(launch_flow, "multiprocessors", return_value=processors))
@@ -259,15 +262,20 @@ class Compiler:
     def __exit__(self, *_: object) -> None:
         self.patches.close()
 
-    def compile(self, launcher: Any, args: tuple) -> dict[str, Any]:
+    def compile(self, launcher: Any, args: tuple, *modules: Any) -> list[dict[str, Any]]:
+        """What came out, a row for each launch; only of kernels that these modules launch, where some are given."""
         for kernel in self.kernels.values():
-            kernel.found = {}
+            kernel.found = []
         launcher(*args)
-        (found,) = (kernel.found for kernel in self.kernels.values() if kernel.found)
-        return found
+        looked_at = [kernel for (module, _), kernel in self.kernels.items() if module in (modules or KERNELS)]
+        return [row for kernel in looked_at for row in kernel.found]
 
 
-KERNELS = {launch: ("penalty_kernel", "score_gradient_kernel", "score_kernel"), launch_flow: ("flow_kernel",)}
+KERNELS = {
+    launch: ("penalty_kernel", "score_gradient_kernel", "score_kernel"),
+    launch_flow: ("flow_kernel",),
+    launch_gemm: ("turn_kernel",),
+}
 MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "gfx942": 304}
 
 
