@@ -194,7 +194,7 @@ def _shifting(cta: Cta, instruction: Instruction) -> Operation:
 
 
 def _wide(cta: Cta, instruction: Instruction) -> Operation:
-    name, _, kind = instruction.opcode.rpartition(".")
+    kind = instruction.opcode.rpartition(".")[2]
     out, a, b, *c = instruction.operands
     wide = WIDER[kind]
     target, x, y = cta.register(out, wide), cta.value(a, kind), cta.value(b, kind)
@@ -424,7 +424,12 @@ def _store(cta: Cta, instruction: Instruction) -> Operation:
 def _add_atomically(cta: Cta, instruction: Instruction) -> Operation:
     """Releases what all threads did before the last barrier, and what this program has seen of others."""
     parts = instruction.opcode.split(".")
-    if parts[1] != "global" or parts[2] != "gpu" or parts[3] not in ("release", "relaxed") or parts[4:] != ["add", "u32"]:
+    if (
+        parts[1] != "global"
+        or parts[2] != "gpu"
+        or parts[3] not in ("release", "relaxed")
+        or parts[4:] != ["add", "u32"]
+    ):
         raise instruction.refuse()
     out, address, operand = instruction.operands
     target, base, amount = cta.register(out, "u32"), cta.value(address.base, "s64"), cta.value(operand, "u32")

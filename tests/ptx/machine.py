@@ -70,7 +70,9 @@ class Span:
         beaten = (table[rows] != values).any(1)
         for row in np.unique(rows[beaten]):  # of a warp's threads one writes, whichever
             here = np.flatnonzero(rows == row)
-            warps = {int(warp): {bytes(values[i]) for i in here if agents[i] // 32 == warp} for warp in agents[here] // 32}
+            warps = {
+                int(warp): {bytes(values[i]) for i in here if agents[i] // 32 == warp} for warp in agents[here] // 32
+            }
             if len({frozenset(stored) for stored in warps.values()}) > 1:
                 self.shadow.note("two values", np.array([instruction.index]), instruction.index)
 
@@ -210,16 +212,16 @@ class Cta:
 
 
 def launch(
-    program: Program, num_ctas: int, arguments: Sequence[Any], shared_bytes: int, seed: int = 0, scramble: bool = True
+    program: Program, num_ctas: int, arguments: Sequence[Any], shared_bytes: int, seed: int = 0
 ) -> dict[Race, int]:
-    """The races found, and how many places each touched. Tensors among the arguments are written to."""
+    """The first races found, and how many places each touched. Tensors among the arguments are written to."""
     tensors = [argument for argument in arguments if isinstance(argument, torch.Tensor)]
     memory = Global(tensors, program.constants, num_ctas)
     given = {name: argument for (name, _), argument in zip(program.parameters, arguments)}
     chance = random.Random(seed)
     with np.errstate(all="ignore"):
         ctas = [Cta(program, memory, given, index, shared_bytes).run() for index in range(num_ctas)]
-        while ctas:
+        while ctas and not memory.races:
             if memory.polls > POLLS:
                 raise TimeoutError("programs wait for one another for ever")
             turn = chance.choice(ctas)

@@ -135,7 +135,9 @@ def _multiply_together(cta: Cta, instruction: Instruction) -> Callable[[Any], No
     them. What shared memory holds must have been fenced for the asynchronous proxy since it was written. Registers
     that ``wgmma.fence`` should order are not followed.
     """
-    shape = re.fullmatch(r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k(8|16)\.f32\.(tf32|bf16|f16)\.\3", instruction.opcode)
+    shape = re.fullmatch(
+        r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k(8|16)\.f32\.(tf32|bf16|f16)\.\3", instruction.opcode
+    )
     if not shape:
         return _product_group(cta, instruction)
     columns, kind = int(shape[1]), shape[3]

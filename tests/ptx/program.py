@@ -62,7 +62,7 @@ def parse(text: str) -> Program:
 
     for number, line in enumerate(text.splitlines(), 1):
         line = re.sub(r"//.*", "", line).strip()
-        if not line or line == "{" and body:
+        if not line or (line == "{" and body):
             continue
         if not body:
             body = _declaration(program, line)

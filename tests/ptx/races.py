@@ -3,8 +3,8 @@
 Two accesses to the same two bytes by different threads, at least one of them a write, are a race unless
 
 * both belong to one program (CTA) and a ``bar.sync`` of it lies between them;
-* they belong to two programs, the first passed a ``bar.sync`` after its access and then added to a counter with ``release``; the
-  second read the counter after that with ``acquire``, in GPU scope, and passed a ``bar.sync``;
+* they belong to two programs, the first passed a ``bar.sync`` after its access and then added to a counter with
+  ``release``; the second read the counter after that with ``acquire``, in GPU scope, and passed a ``bar.sync``;
 * they store the same bits (compute-sanitizer lets that pass as well), or they do so in one instruction and what their
   warps' threads store there is the same choice of bits. A warp's threads may differ: CUDA says that one of them writes
   and leaves open which. They do where the compiler fuses a product into the sum over lanes that follows, so that equal
@@ -123,9 +123,7 @@ class Shadow:
         table[rows] = mine
         _share(table, rows, mine, agents)
 
-    def completed(
-        self, order: Order, rows: np.ndarray, width: int, agents: np.ndarray | None, index: int
-    ) -> None:
+    def completed(self, order: Order, rows: np.ndarray, width: int, agents: np.ndarray | None, index: int) -> None:
         """An asynchronous read, or write by ``agents``, has happened."""
         shape = (-1, width // GRANULE)
         if agents is None:
