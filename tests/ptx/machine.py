@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from tests.ptx.program import WIDTHS, Address, Instruction, NotEmulatedError, Program, integer
+from tests.ptx.instructions import bind
+from tests.ptx.program import WIDTHS, Instruction, Program, integer
 from tests.ptx.races import Order, Race, Shadow
 
 DTYPES: dict[str, Any] = {
@@ -126,27 +127,19 @@ class Cta:
     def __init__(
         self, program: Program, memory: Global, arguments: dict[str, Any], index: int, shared_bytes: int
     ) -> None:
-        from tests.ptx.instructions import bind
-
         self.program, self.memory, self.arguments, self.index = program, memory, arguments, index
         self.num_threads = threads = program.threads
         self.thread = np.arange(threads)
         self.order = Order(index, memory.num_ctas)
-        self.registers = {
-            prefix: np.full((count or 1, threads), POISON, np.uint8).astype(bool)
-            if kind == "pred"
-            else np.frombuffer(bytearray(b"\xff") * ((count or 1) * threads * WIDTHS[kind]), DTYPES[kind]).reshape(
-                -1, threads
-            )
-            for prefix, (kind, count) in program.registers.items()
-        }
+        self.registers = {}
+        for prefix, (kind, count) in program.registers.items():
+            poison = np.full((count or 1, threads * WIDTHS[kind]), kind == "pred" or POISON, np.uint8)
+            self.registers[prefix] = poison.view(DTYPES[kind])
         self.views: dict[tuple[str, str], np.ndarray] = {}
         self.carry = np.zeros(threads, np.uint64)
         self.local = np.full((program.local_bytes // 4, threads), 0xFFFFFFFF, np.uint32)
         shared = np.full(shared_bytes + 16, POISON, np.uint8)
         self.shared = Span("shared", 0, shared[-shared.ctypes.data % 16 :][:shared_bytes], 1, memory.races)
-        self.shared.shadow.shared = True
-        self.shared.size = shared_bytes
         self.copies: list[list[Any]] = []  # committed groups of asynchronous copies
         self.uncommitted: list[Any] = []
         self.products: list[tuple[list, list]] = []  # what committed groups of asynchronous products read and make
@@ -178,10 +171,8 @@ class Cta:
 
     def run(self) -> Iterator[None]:
         """Groups of threads at one block each; the first in the text goes on until it meets the next."""
-        everyone = np.ones(self.num_threads, bool)
         at: dict[int, Any] = {0: True}
         waiting: dict[int, Any] = {}
-        gone: Any = ~everyone
         while at or waiting:
             if not at:  # all that are left have come to a barrier
                 at, waiting = waiting, {}
@@ -189,23 +180,20 @@ class Cta:
                 yield
             index = min(at)
             mask = at.pop(index)
-            if index == len(self.blocks):
-                gone = gone | mask
-                continue
             for operation in self.blocks[index]:
                 branch = operation(mask)
             kind, taken, target = branch if isinstance(branch, tuple) else ("next", False, 0)
             if kind == "exit":
-                gone = gone | mask
                 continue
-            goes = {target: mask & taken, index + 1: mask & ~np.asarray(taken)} if taken is not True else {target: mask}
-            if taken is False:
-                goes = {index + 1: mask}
+            if isinstance(taken, bool):
+                goes = {target if taken else index + 1: mask}
+            else:
+                goes = {target: mask & taken, index + 1: mask & ~taken}
             queue = waiting if kind == "barrier" else at
             for block, threads in goes.items():
-                if threads is True or threads.any():
-                    together = threads if block not in queue else queue[block] | threads
-                    queue[block] = True if together is True or together.all() else together
+                if np.any(threads):
+                    together = queue.get(block, False) | threads
+                    queue[block] = True if np.all(together) else together
             if self.polled:
                 self.polled = False
                 yield
@@ -228,6 +216,3 @@ def launch(
             if next(turn, "end") == "end":
                 ctas.remove(turn)
     return memory.races
-
-
-__all__ = ["Address", "Cta", "MemoryFault", "NotEmulatedError", "launch"]
