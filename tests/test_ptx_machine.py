@@ -150,6 +150,12 @@ COUNTER = """st.global.b32 [%rd4], %r1; {wait_own} setp.eq.b32 %p1, %r1, 0; @%p1
         (EXCHANGE.format("", 0), set()),  # its own
         (EXCHANGE.format("", 4), {"read after write"}),  # of the same warp
         (EXCHANGE.format("", 128), {"read after write"}),
+        (EXCHANGE.format("bar.warp.sync -1;", 4), set()),
+        (EXCHANGE.format("bar.warp.sync -1;", 128), {"read after write"}),
+        (
+            "ld.shared.b32 %r3, [global_smem+0]; bar.warp.sync -1; st.shared.b32 [global_smem+0], 1",
+            {"write after read"},
+        ),
         ("ld.shared.b32 %r3, [%r2]; xor.b32 %r4, %r2, 4; st.shared.b32 [%r4], %r3", {"write after read"}),
         ("st.shared.b32 [global_smem+0], 1", set()),  # all the same
         ("st.shared.b32 [global_smem+0], %r1", {"two values"}),

@@ -23,7 +23,7 @@ WIDER = {"s16": "s32", "u16": "u32", "s32": "s64", "u32": "u64"}
 
 def bind(cta: Cta, instruction: Instruction) -> Operation:
     family = instruction.opcode.split(".")[0]
-    if instruction.opcode in CONTROL or family in ("bra", "bar", "ret"):
+    if family in ("bra", "ret") or instruction.opcode == "bar.sync":
         return _control(cta, instruction)
     for name in (instruction.opcode, instruction.opcode.rpartition(".")[0], family):
         if name in BINDERS:
@@ -502,6 +502,18 @@ def _copy_group(cta: Cta, instruction: Instruction) -> Operation:
     return wait
 
 
+def _warp_barrier(cta: Cta, instruction: Instruction) -> Operation:
+    if instruction.operands != ("-1",):
+        raise instruction.refuse()
+
+    def wait(mask: Any) -> None:
+        if mask is not True:
+            raise instruction.refuse()
+        cta.order.warp_barrier()
+
+    return wait
+
+
 def _shuffle(cta: Cta, instruction: Instruction) -> Operation:
     """Among 32 threads."""
     out, a, b, clamp, members = instruction.operands
@@ -525,6 +537,6 @@ BINDERS: dict[str, Callable[[Any, Instruction], Operation]] = {
     **dict.fromkeys(("mad.lo.cc.u32", "madc.hi.u32"), _carrying),
     **{"setp": _compare, "selp": _select, "mov": _move, "cvt": _convert, "ld": _load, "st": _store},
     **{f"ld.param.{kind}": _parameter for kind in ("b32", "u32", "s32", "f32", "b64", "u64")},
-    **{"atom": _add_atomically, "cp": _copy, "shfl": _shuffle},
+    **{"atom": _add_atomically, "cp": _copy, "shfl": _shuffle, "bar.warp.sync": _warp_barrier},
     **MATRIX,
 }
