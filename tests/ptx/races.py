@@ -18,6 +18,10 @@ and writes its target at any time from its issue to the ``wait_group`` of the th
 data is that thread's write.
 
 A place keeps a stamp of its last write, and one of its last reads for every program. Stamps of one program grow.
+
+Unseen: what ``wgmma.fence`` orders; a write after a fence for the asynchronous proxy but before the next barrier; that
+one of two asynchronous reads of a place, both under way, still goes on when the other has been waited for; and what
+lies on ways through the code that a test does not take.
 """
 
 from __future__ import annotations
