@@ -35,7 +35,9 @@ HEAD = """.visible .entry kernel(
 
 def run(body: str, first: Tensor, second: Tensor, threads: int = 32, programs: int = 1, shared: int = 0) -> set[Race]:
     """%r1 is the thread, %r2 four times that, %rd4 and %rd5 the thread's word of each tensor."""
-    lines = "".join(f"\t{line.strip()};\n" if line.strip()[-1] != ":" else line.strip() + "\n" for line in body.split(";"))
+    lines = "".join(
+        f"\t{line.strip()};\n" if line.strip()[-1] != ":" else line.strip() + "\n" for line in body.split(";")
+    )
     return set(launch(parse(HEAD.format(threads=threads) + lines + "\tret;\n}\n"), programs, [first, second], shared))
 
 
@@ -75,7 +77,13 @@ NAN = float("nan")
         ("cvt.rn.bf16.f32 %rs1, %r3; cvt.f32.bf16 %r6, %rs1", 1 + 2**-8, 0, 0, 1.0),
         ("cvt.rni.ftz.s32.f32 %r6, %r3", 2.5, 0, 0, 2),
         ("cvt.s64.s32 %rd6, %r3; mul.hi.u64 %rd6, %rd6, %rd6; cvt.u32.u64 %r6, %rd6", -1, 0, 0, -2),
-        ("mad.wide.s32 %rd6, %r3, %r4, -1; shr.u64 %rd6, %rd6, 32; cvt.u32.u64 %r6, %rd6", 1 << 20, -(1 << 20), 0, -257),
+        (
+            "mad.wide.s32 %rd6, %r3, %r4, -1; shr.u64 %rd6, %rd6, 32; cvt.u32.u64 %r6, %rd6",
+            1 << 20,
+            -(1 << 20),
+            0,
+            -257,
+        ),
         ("ex2.approx.f32 %r6, %r3", 3.0, 0, 0, 8.0),
         ("shfl.sync.bfly.b32 %r6, %r1, 1, 31, -1", 0, 0, 0, 1),
         ("shfl.sync.idx.b32 %r6, %r1, %r3, 31, -1", 7, 0, 0, 7),
@@ -142,6 +150,12 @@ COUNTER = """st.global.b32 [%rd4], %r1; {wait_own} setp.eq.b32 %p1, %r1, 0; @%p1
         (EXCHANGE.format("", 0), set()),  # its own
         (EXCHANGE.format("", 4), {"read after write"}),  # of the same warp
         (EXCHANGE.format("", 128), {"read after write"}),
+        (EXCHANGE.format("bar.warp.sync -1;", 4), set()),
+        (EXCHANGE.format("bar.warp.sync -1;", 128), {"read after write"}),
+        (
+            "ld.shared.b32 %r3, [global_smem+0]; bar.warp.sync -1; st.shared.b32 [global_smem+0], 1",
+            {"write after read"},
+        ),
         ("ld.shared.b32 %r3, [%r2]; xor.b32 %r4, %r2, 4; st.shared.b32 [%r4], %r3", {"write after read"}),
         ("st.shared.b32 [global_smem+0], 1", set()),  # all the same
         ("st.shared.b32 [global_smem+0], %r1", {"two values"}),
@@ -201,7 +215,7 @@ def test_stray_accesses_and_unknown_instructions() -> None:
             run(body, words, torch.zeros(32), shared=124)
     with pytest.raises(MemoryFault, match="not aligned"):
         run("ld.global.b32 %r3, [%rd1+2]", words, words)
-    with pytest.raises(NotEmulatedError, match="popc.b32 %r3, %r1"):
+    with pytest.raises(NotEmulatedError, match=r"popc\.b32 %r3, %r1"):
         run("popc.b32 %r3, %r1", words, words)
     out = torch.zeros(32)
     run("ld.shared.b32 %r3, [%r2]; st.global.b32 [%rd5], %r3", words, out, shared=128)

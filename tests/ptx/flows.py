@@ -37,7 +37,13 @@ class Problem:
         order = ("cond", "x", "t") if case.cond_dim else ("x", "t")
         hidden = (width,) * case.depth
         net = launch_flow.Architecture(
-            case.cond_dim, d, order, hidden, ("gelu_tanh",) * case.depth, (case.norm,) * case.depth, (1e-6,) * case.depth
+            case.cond_dim,
+            d,
+            order,
+            hidden,
+            ("gelu_tanh",) * case.depth,
+            (case.norm,) * case.depth,
+            (1e-6,) * case.depth,
         )
         self.parameters: list[Tensor | None] = []
         weights = dtype if case.half_weights else torch.float32
@@ -55,7 +61,9 @@ class Problem:
         self.seed = torch.tensor(SEED) if case.seed else None
         if case.seed:
             whole, total = (models, rows, d), models * rows * d
-            self.start, self.bridge = (philox_normal(SEED, whole, "cpu", torch.float32, first=first) for first in (0, total))
+            self.start, self.bridge = (
+                philox_normal(SEED, whole, "cpu", torch.float32, first=first) for first in (0, total)
+            )
         table = [x for step in range(steps) for x in (step / steps, 0.0, 1 / steps, 1.0)]
         self.solver = (net.encode(), table, -100.0, 100.0, "end")  # bounds that nothing reaches
         self.how = (case.precision, case.implementation)
@@ -84,7 +92,9 @@ class Problem:
             velocity, start, bridge = self.velocity(model), self.start[model].double(), self.bridge[model].double()
             k, d = self.case.num_samples, self.case.d
             cond = None if self.obs is None else self.obs[model].double().repeat_interleave(k, 0)
-            path = fdkernels_ref.integrate_flow(velocity, start, cond, num_steps=self.steps, clip=None, return_path=True)
+            path = fdkernels_ref.integrate_flow(
+                velocity, start, cond, num_steps=self.steps, clip=None, return_path=True
+            )
             t, p, q = [T, P, Q] if self.triples is None else self.triples[model].double()[..., None].unbind(1)
             x = (1 - t) * bridge + t * path[-1]
             score = p * velocity(x, torch.ones_like(x[:, :1]) * t, cond) + q * x

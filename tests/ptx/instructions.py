@@ -23,7 +23,7 @@ WIDER = {"s16": "s32", "u16": "u32", "s32": "s64", "u32": "u64"}
 
 def bind(cta: Cta, instruction: Instruction) -> Operation:
     family = instruction.opcode.split(".")[0]
-    if instruction.opcode in CONTROL or family in ("bra", "bar", "ret"):
+    if family in ("bra", "ret") or instruction.opcode == "bar.sync":
         return _control(cta, instruction)
     for name in (instruction.opcode, instruction.opcode.rpartition(".")[0], family):
         if name in BINDERS:
@@ -134,11 +134,8 @@ ARITHMETIC: dict[str, tuple[Any, tuple[str, ...]]] = {
     "neg": (np.negative, INTEGERS + FLOATS),
     **dict.fromkeys(("abs", "abs.ftz"), (np.abs, ("s32", *FLOATS))),
     "min.relu": (lambda a, b: np.maximum(np.minimum(a, b), 0), ("s32",)),
-    "max.relu": (lambda a, b: np.maximum(np.maximum(a, b), 0), ("s32",)),
     "min": (np.fmin, INTEGERS + FLOATS),  # the number, of a number and a NaN
     "max": (np.fmax, INTEGERS + FLOATS),
-    "min.NaN": (np.minimum, FLOATS),
-    "max.NaN": (np.maximum, FLOATS),
     "and": (np.bitwise_and, BITS),
     "or": (np.bitwise_or, BITS),
     "xor": (np.bitwise_xor, BITS),
@@ -146,14 +143,8 @@ ARITHMETIC: dict[str, tuple[Any, tuple[str, ...]]] = {
     "bfe": (_extract, ("s32", "u32")),
     "shf.l.wrap": (_wrap_left, ("b32",)),
     "ex2.approx": (np.exp2, ("f32",)),
-    "ex2.approx.ftz": (np.exp2, ("f32",)),
-    "lg2.approx": (np.log2, ("f32",)),
-    "lg2.approx.ftz": (np.log2, ("f32",)),
-    "rcp.approx.ftz": (np.reciprocal, ("f32",)),
     "rsqrt.approx.ftz": (lambda a: 1 / np.sqrt(a), ("f32",)),
     **dict.fromkeys(("sqrt.approx.ftz", "sqrt.rn"), (np.sqrt, ("f32",))),
-    "cos.approx": (np.cos, ("f32",)),
-    "sin.approx": (np.sin, ("f32",)),
 }
 SHIFTS = {"shl": np.left_shift, "shr": np.right_shift}
 COMPARISONS = {
@@ -170,7 +161,7 @@ COMPARISONS = {
 
 def _arithmetic(cta: Cta, instruction: Instruction) -> Operation:
     name, _, kind = instruction.opcode.rpartition(".")
-    function, kinds = ARITHMETIC[name]
+    function, kinds = ARITHMETIC.get(name, (None, ()))
     if kind not in kinds:
         raise instruction.refuse()
     out, *operands = instruction.operands
@@ -184,6 +175,8 @@ def _arithmetic(cta: Cta, instruction: Instruction) -> Operation:
 
 def _shifting(cta: Cta, instruction: Instruction) -> Operation:
     name, _, kind = instruction.opcode.rpartition(".")
+    if name not in SHIFTS or kind not in (*INTEGERS, *BITS[1:]):
+        raise instruction.refuse()
     out, a, count = instruction.operands
     target, source, by = cta.register(out, kind), cta.value(a, kind), cta.value(count, "u32")
     function = _shift(SHIFTS[name])
@@ -194,7 +187,7 @@ def _shifting(cta: Cta, instruction: Instruction) -> Operation:
 
 
 def _wide(cta: Cta, instruction: Instruction) -> Operation:
-    name, _, kind = instruction.opcode.rpartition(".")
+    kind = instruction.opcode.rpartition(".")[2]
     out, a, b, *c = instruction.operands
     wide = WIDER[kind]
     target, x, y = cta.register(out, wide), cta.value(a, kind), cta.value(b, kind)
@@ -221,8 +214,8 @@ def _carrying(cta: Cta, instruction: Instruction) -> Operation:
 
 
 def _compare(cta: Cta, instruction: Instruction) -> Operation:
-    name, kind = instruction.opcode.split(".")[1:]
-    if name not in COMPARISONS or "|" in instruction.operands[0]:
+    _, name, *more, kind = instruction.opcode.split(".")
+    if name not in COMPARISONS or more or "|" in instruction.operands[0]:
         raise instruction.refuse()
     out, a, b = instruction.operands
     target, x, y, function = cta.register(out, "pred"), cta.value(a, kind), cta.value(b, kind), COMPARISONS[name]
@@ -232,14 +225,14 @@ def _compare(cta: Cta, instruction: Instruction) -> Operation:
 
 
 def _select(cta: Cta, instruction: Instruction) -> Operation:
-    kind = instruction.opcode.split(".")[1]
+    _, kind = instruction.opcode.split(".")
     out, a, b, p = instruction.operands
     target, x, y, chosen = cta.register(out, kind), cta.value(a, kind), cta.value(b, kind), cta.register(p, "pred")
     return lambda mask: np.copyto(target, np.where(chosen, x, y), where=mask)
 
 
 def _move(cta: Cta, instruction: Instruction) -> Operation:
-    kind = instruction.opcode.split(".")[1]
+    _, kind = instruction.opcode.split(".")
     out, source = instruction.operands
     if isinstance(source, tuple):  # the first part is the lowest
         part = f"b{8 * WIDTHS[kind] // len(source)}"
@@ -424,7 +417,12 @@ def _store(cta: Cta, instruction: Instruction) -> Operation:
 def _add_atomically(cta: Cta, instruction: Instruction) -> Operation:
     """Releases what all threads did before the last barrier, and what this program has seen of others."""
     parts = instruction.opcode.split(".")
-    if parts[1] != "global" or parts[2] != "gpu" or parts[3] not in ("release", "relaxed") or parts[4:] != ["add", "u32"]:
+    if (
+        parts[1] != "global"
+        or parts[2] != "gpu"
+        or parts[3] not in ("release", "relaxed")
+        or parts[4:] != ["add", "u32"]
+    ):
         raise instruction.refuse()
     out, address, operand = instruction.operands
     target, base, amount = cta.register(out, "u32"), cta.value(address.base, "s64"), cta.value(operand, "u32")
@@ -504,6 +502,18 @@ def _copy_group(cta: Cta, instruction: Instruction) -> Operation:
     return wait
 
 
+def _warp_barrier(cta: Cta, instruction: Instruction) -> Operation:
+    if instruction.operands != ("-1",):
+        raise instruction.refuse()
+
+    def wait(mask: Any) -> None:
+        if mask is not True:
+            raise instruction.refuse()
+        cta.order.warp_barrier()
+
+    return wait
+
+
 def _shuffle(cta: Cta, instruction: Instruction) -> Operation:
     """Among 32 threads."""
     out, a, b, clamp, members = instruction.operands
@@ -527,6 +537,6 @@ BINDERS: dict[str, Callable[[Any, Instruction], Operation]] = {
     **dict.fromkeys(("mad.lo.cc.u32", "madc.hi.u32"), _carrying),
     **{"setp": _compare, "selp": _select, "mov": _move, "cvt": _convert, "ld": _load, "st": _store},
     **{f"ld.param.{kind}": _parameter for kind in ("b32", "u32", "s32", "f32", "b64", "u64")},
-    **{"atom": _add_atomically, "cp": _copy, "shfl": _shuffle},
+    **{"atom": _add_atomically, "cp": _copy, "shfl": _shuffle, "bar.warp.sync": _warp_barrier},
     **MATRIX,
 }

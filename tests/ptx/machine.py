@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from tests.ptx.program import WIDTHS, Address, Instruction, NotEmulatedError, Program, integer
+from tests.ptx.instructions import bind
+from tests.ptx.program import WIDTHS, Instruction, Program, integer
 from tests.ptx.races import Order, Race, Shadow
 
 DTYPES: dict[str, Any] = {
@@ -70,7 +71,9 @@ class Span:
         beaten = (table[rows] != values).any(1)
         for row in np.unique(rows[beaten]):  # of a warp's threads one writes, whichever
             here = np.flatnonzero(rows == row)
-            warps = {int(warp): {bytes(values[i]) for i in here if agents[i] // 32 == warp} for warp in agents[here] // 32}
+            warps = {
+                int(warp): {bytes(values[i]) for i in here if agents[i] // 32 == warp} for warp in agents[here] // 32
+            }
             if len({frozenset(stored) for stored in warps.values()}) > 1:
                 self.shadow.note("two values", np.array([instruction.index]), instruction.index)
 
@@ -124,27 +127,19 @@ class Cta:
     def __init__(
         self, program: Program, memory: Global, arguments: dict[str, Any], index: int, shared_bytes: int
     ) -> None:
-        from tests.ptx.instructions import bind
-
         self.program, self.memory, self.arguments, self.index = program, memory, arguments, index
         self.num_threads = threads = program.threads
         self.thread = np.arange(threads)
         self.order = Order(index, memory.num_ctas)
-        self.registers = {
-            prefix: np.full((count or 1, threads), POISON, np.uint8).astype(bool)
-            if kind == "pred"
-            else np.frombuffer(bytearray(b"\xff") * ((count or 1) * threads * WIDTHS[kind]), DTYPES[kind]).reshape(
-                -1, threads
-            )
-            for prefix, (kind, count) in program.registers.items()
-        }
+        self.registers = {}
+        for prefix, (kind, count) in program.registers.items():
+            poison = np.full((count or 1, threads * WIDTHS[kind]), kind == "pred" or POISON, np.uint8)
+            self.registers[prefix] = poison.view(DTYPES[kind])
         self.views: dict[tuple[str, str], np.ndarray] = {}
         self.carry = np.zeros(threads, np.uint64)
         self.local = np.full((program.local_bytes // 4, threads), 0xFFFFFFFF, np.uint32)
         shared = np.full(shared_bytes + 16, POISON, np.uint8)
         self.shared = Span("shared", 0, shared[-shared.ctypes.data % 16 :][:shared_bytes], 1, memory.races)
-        self.shared.shadow.shared = True
-        self.shared.size = shared_bytes
         self.copies: list[list[Any]] = []  # committed groups of asynchronous copies
         self.uncommitted: list[Any] = []
         self.products: list[tuple[list, list]] = []  # what committed groups of asynchronous products read and make
@@ -176,10 +171,8 @@ class Cta:
 
     def run(self) -> Iterator[None]:
         """Groups of threads at one block each; the first in the text goes on until it meets the next."""
-        everyone = np.ones(self.num_threads, bool)
         at: dict[int, Any] = {0: True}
         waiting: dict[int, Any] = {}
-        gone: Any = ~everyone
         while at or waiting:
             if not at:  # all that are left have come to a barrier
                 at, waiting = waiting, {}
@@ -187,45 +180,39 @@ class Cta:
                 yield
             index = min(at)
             mask = at.pop(index)
-            if index == len(self.blocks):
-                gone = gone | mask
-                continue
             for operation in self.blocks[index]:
                 branch = operation(mask)
             kind, taken, target = branch if isinstance(branch, tuple) else ("next", False, 0)
             if kind == "exit":
-                gone = gone | mask
                 continue
-            goes = {target: mask & taken, index + 1: mask & ~np.asarray(taken)} if taken is not True else {target: mask}
-            if taken is False:
-                goes = {index + 1: mask}
+            if isinstance(taken, bool):
+                goes = {target if taken else index + 1: mask}
+            else:
+                goes = {target: mask & taken, index + 1: mask & ~taken}
             queue = waiting if kind == "barrier" else at
             for block, threads in goes.items():
-                if threads is True or threads.any():
-                    together = threads if block not in queue else queue[block] | threads
-                    queue[block] = True if together is True or together.all() else together
+                if np.any(threads):
+                    together = queue.get(block, False) | threads
+                    queue[block] = True if np.all(together) else together
             if self.polled:
                 self.polled = False
                 yield
 
 
 def launch(
-    program: Program, num_ctas: int, arguments: Sequence[Any], shared_bytes: int, seed: int = 0, scramble: bool = True
+    program: Program, num_ctas: int, arguments: Sequence[Any], shared_bytes: int, seed: int = 0
 ) -> dict[Race, int]:
-    """The races found, and how many places each touched. Tensors among the arguments are written to."""
+    """The first races found, and how many places each touched. Tensors among the arguments are written to."""
     tensors = [argument for argument in arguments if isinstance(argument, torch.Tensor)]
     memory = Global(tensors, program.constants, num_ctas)
     given = {name: argument for (name, _), argument in zip(program.parameters, arguments)}
     chance = random.Random(seed)
     with np.errstate(all="ignore"):
         ctas = [Cta(program, memory, given, index, shared_bytes).run() for index in range(num_ctas)]
-        while ctas:
+        while ctas and not memory.races:
             if memory.polls > POLLS:
                 raise TimeoutError("programs wait for one another for ever")
             turn = chance.choice(ctas)
             if next(turn, "end") == "end":
                 ctas.remove(turn)
     return memory.races
-
-
-__all__ = ["Address", "Cta", "MemoryFault", "NotEmulatedError", "launch"]

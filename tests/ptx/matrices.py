@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tests.ptx.program import Instruction
-from tests.ptx.races import ASYNC, MANY
+from tests.ptx.races import ASYNC, WARP
 
 if TYPE_CHECKING:
     from tests.ptx.machine import Cta
@@ -69,15 +69,16 @@ def _matrices(cta: Cta, instruction: Instruction) -> Callable[[Any], None]:
     registers = [cta.register(word, "b32") for word in words]
     base = np.broadcast_to(cta.value(address.base, "b32"), cta.thread.shape)
 
-    def rows(mask: Any) -> tuple[Any, np.ndarray]:
+    def rows(mask: Any) -> tuple[Any, np.ndarray, np.ndarray]:
         whole_warps(mask, instruction)
         warps = slice(None) if mask is True else mask.reshape(-1, 32)[:, 0]
         addresses = base.reshape(-1, 32)[warps, : 8 * count].astype(np.int64) + address.offset
-        return warps, cta.shared.rows(addresses.ravel(), 16, instruction)
+        who = np.repeat(WARP + np.arange(cta.num_threads // 32)[warps], 8 * count)
+        return warps, cta.shared.rows(addresses.ravel(), 16, instruction), who
 
     def load(mask: Any) -> None:
-        warps, at = rows(mask)
-        cta.shared.shadow.read(cta.order, at, 16, MANY, instruction.index)
+        warps, at, who = rows(mask)
+        cta.shared.shadow.read(cta.order, at, 16, who, instruction.index)
         matrices = cta.shared.table(16, 2)[at].reshape(-1, count, 8, 8)
         if transposed:
             matrices = matrices.swapaxes(2, 3)
@@ -86,7 +87,7 @@ def _matrices(cta: Cta, instruction: Instruction) -> Callable[[Any], None]:
             register.reshape(-1, 32)[warps] = values[:, i]
 
     def store(mask: Any) -> None:
-        warps, at = rows(mask)
+        warps, at, who = rows(mask)
         values = np.stack([register.reshape(-1, 32)[warps] for register in registers], 1)
         matrices = values.view(np.uint16).reshape(-1, count, 8, 8)
         if transposed:
@@ -95,7 +96,7 @@ def _matrices(cta: Cta, instruction: Instruction) -> Callable[[Any], None]:
         table = cta.shared.table(16, 2)
         same = table[at] == pieces
         table[at] = pieces
-        cta.shared.shadow.write(cta.order, at, 16, MANY, instruction.index, same)
+        cta.shared.shadow.write(cta.order, at, 16, who, instruction.index, same)
 
     return load if name == "ldmatrix" else store
 
@@ -135,7 +136,9 @@ def _multiply_together(cta: Cta, instruction: Instruction) -> Callable[[Any], No
     them. What shared memory holds must have been fenced for the asynchronous proxy since it was written. Registers
     that ``wgmma.fence`` should order are not followed.
     """
-    shape = re.fullmatch(r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k(8|16)\.f32\.(tf32|bf16|f16)\.\3", instruction.opcode)
+    shape = re.fullmatch(
+        r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k(8|16)\.f32\.(tf32|bf16|f16)\.\3", instruction.opcode
+    )
     if not shape:
         return _product_group(cta, instruction)
     columns, kind = int(shape[1]), shape[3]

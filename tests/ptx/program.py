@@ -62,7 +62,7 @@ def parse(text: str) -> Program:
 
     for number, line in enumerate(text.splitlines(), 1):
         line = re.sub(r"//.*", "", line).strip()
-        if not line or line == "{" and body:
+        if not line or (line == "{" and body):
             continue
         if not body:
             body = _declaration(program, line)
@@ -80,7 +80,7 @@ def parse(text: str) -> Program:
                 raise NotEmulatedError(f"not one instruction, line {number}: {line}")
             block.append(_instruction(count, number, line))
             count += 1
-            if block[-1].opcode.split(".")[0] in ("bra", "ret", "bar"):
+            if block[-1].opcode.split(".")[0] in ("bra", "ret") or block[-1].opcode == "bar.sync":
                 end_block()
     end_block()
     return program
