@@ -22,11 +22,11 @@ from fdkernels.kernels.tiles import load_rows, store_rows
 @triton.jit
 def load_scores(
     score_ptr, x_ptr, coefficient_ptr, p, q, first, num_rows, row, keep,
-    RUN: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    RUN: tl.constexpr, STEP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     SCORE: tl.constexpr, COEFFICIENTS: tl.constexpr,
 ):  # fmt: skip
     """s, or p·v + q·x where SCORE is "velocity" (v alone is read for "scaled"), with p and q from a tensor if there."""
-    s = load_rows(score_ptr, first, num_rows, row, keep, RUN, D, BLOCK_D)
+    s = load_rows(score_ptr, first, num_rows, row, keep, RUN, STEP, D, BLOCK_D)
     if SCORE != "given":
         if COEFFICIENTS != "scalar":
             at = first + row if COEFFICIENTS == "rows" else row * 0
@@ -35,7 +35,7 @@ def load_scores(
             q = tl.load(coefficient_ptr + 2 * at + 1, mask=mask, other=0.0).to(tl.float32)[:, None]
         s = p * s
         if SCORE == "velocity":
-            s += q * load_rows(x_ptr, first, num_rows, row, keep, RUN, D, BLOCK_D)
+            s += q * load_rows(x_ptr, first, num_rows, row, keep, RUN, STEP, D, BLOCK_D)
     return s
 
 
@@ -67,9 +67,10 @@ def penalty_kernel(
 ):  # fmt: skip
     """penalty, and where asked its gradient to δ (float32) and the trace."""
     RUN: tl.constexpr = ROWS * min(K, BLOCK_K)
+    STEP: tl.constexpr = ROWS * K if K <= BLOCK_K else (K | BLOCK_K) & -(K | BLOCK_K)  # their greatest common divisor
     first = tl.program_id(0).to(tl.int64) * ROWS
     r = tl.arange(0, ROWS)
-    delta = load_rows(displacement_ptr, first, num_rows, r, r < ROWS, ROWS, D, BLOCK_D)
+    delta = load_rows(displacement_ptr, first, num_rows, r, r < ROWS, ROWS, ROWS, D, BLOCK_D)
 
     rk = tl.arange(0, ROWS * BLOCK_K)  # (row, k) pairs; in a block of K there is one row
     squares = tl.zeros((ROWS,), tl.float32)
@@ -78,7 +79,7 @@ def penalty_kernel(
     for k0 in range(0, K, BLOCK_K):
         s = load_scores(
             score_ptr, x_ptr, coefficient_ptr, p, q, first * K + k0, num_rows * K,
-            rk // BLOCK_K * K + rk % BLOCK_K, rk % BLOCK_K < K - k0, RUN, D, BLOCK_D, SCORE, COEFFICIENTS,
+            rk // BLOCK_K * K + rk % BLOCK_K, rk % BLOCK_K < K - k0, RUN, STEP, D, BLOCK_D, SCORE, COEFFICIENTS,
         )  # fmt: skip
         s = tl.reshape(s, (ROWS, BLOCK_K, BLOCK_D))
         projection = tl.sum(s * delta[:, None, :], 2)
@@ -105,10 +106,11 @@ def score_gradient_kernel(
 ):  # fmt: skip
     """upstream · ∂penalty/∂s_k."""
     RUN: tl.constexpr = ROWS * min(K, BLOCK_K)
+    STEP: tl.constexpr = ROWS * K if K <= BLOCK_K else (K | BLOCK_K) & -(K | BLOCK_K)  # their greatest common divisor
     first = tl.program_id(0).to(tl.int64) * ROWS
     r = tl.arange(0, ROWS)
     inside = first + r < num_rows
-    delta = load_rows(displacement_ptr, first, num_rows, r, r < ROWS, ROWS, D, BLOCK_D)
+    delta = load_rows(displacement_ptr, first, num_rows, r, r < ROWS, ROWS, ROWS, D, BLOCK_D)
     scale = 2 * tl.load(upstream_ptr + first + r, mask=inside, other=0.0).to(tl.float32) / K
     shrink = tl.zeros((ROWS,), tl.float32)
     if NORMALIZE:
@@ -123,7 +125,7 @@ def score_gradient_kernel(
     row = rk // BLOCK_K * K + rk % BLOCK_K
     for k0 in range(0, K, BLOCK_K):
         keep = rk % BLOCK_K < K - k0
-        s = load_rows(score_ptr, first * K + k0, num_rows * K, row, keep, RUN, D, BLOCK_D)
+        s = load_rows(score_ptr, first * K + k0, num_rows * K, row, keep, RUN, STEP, D, BLOCK_D)
         s = tl.reshape(s, (ROWS, BLOCK_K, BLOCK_D))
         projection = tl.sum(s * delta[:, None, :], 2)
         gradient = scale[:, None, None] * (projection[:, :, None] * delta[:, None, :] - shrink[:, None, None] * s)

@@ -10,11 +10,13 @@ import triton.language as tl
 
 
 @triton.jit
-def load_rows(ptr, first, num_rows, row, keep, RUN: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def load_rows(
+    ptr, first, num_rows, row, keep, RUN: tl.constexpr, STEP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
     """Rows ``first + row`` of a contiguous (num_rows, D) matrix as float32 (len(row), BLOCK_D), zero where not kept.
 
     Args:
-        first: int64; ``row`` counts from it, and lies in [0, RUN) where ``keep`` is true.
+        first: int64, a multiple of STEP; ``row`` counts from it, and lies in [0, RUN) where ``keep`` is true.
         keep: which of the rows are wanted; rows at or beyond ``num_rows`` never are.
     """
     VECTOR: tl.constexpr = 128 // ptr.dtype.element_ty.primitive_bitwidth
@@ -26,8 +28,8 @@ def load_rows(ptr, first, num_rows, row, keep, RUN: tl.constexpr, D: tl.constexp
     else:
         start = first * D
         aligned = start // VECTOR * VECTOR
-        # A start that is known to be aligned (RUN rows are a whole number of vectors) needs no room for the shift.
-        SHIFT: tl.constexpr = 0 if (RUN * D) % VECTOR == 0 else VECTOR - 1
+        # A start that is known to be aligned (STEP rows are a whole number of vectors) needs no room for the shift.
+        SHIFT: tl.constexpr = 0 if (STEP * D) % VECTOR == 0 else VECTOR - 1
         SPAN: tl.constexpr = (RUN * D + SHIFT + VECTOR - 1) // VECTOR * VECTOR
         e = tl.arange(0, triton.next_power_of_2(SPAN))
         # Only the run that ends the tensor is masked by element: a mask that cuts through a vector forbids wide loads.

@@ -74,7 +74,7 @@ def assert_close(name: str, out: Tensor, truth: Tensor, reference: Tensor, backe
     plain = (reference.double() - truth).norm().item() / scale
     bar = BARS[max(out.dtype, reference.dtype, key=lambda dtype: torch.finfo(dtype).eps)][backend]
     # The plain maths may overflow where ours does not; and it may be exact by chance, so a few roundings are free.
-    assert not error > max(2 * plain, 4 * number.eps), f"{name}: error {error:.2e}, plain maths {plain:.2e}"
+    assert not error > max(2 * plain, 8 * number.eps), f"{name}: error {error:.2e}, plain maths {plain:.2e}"
     assert error <= bar, f"{name}: error {error:.2e} above the bar {bar:.0e}"
 
 

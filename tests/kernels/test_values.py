@@ -16,11 +16,11 @@ import fdkernels
 import fdkernels_ref
 
 # lead, K, d: neither powers of two nor multiples of anything; one number a row; several programs and a last one that is
-# not full; rows walked over in blocks of K, with and without 16-byte starts.
+# not full; rows walked over in blocks of K, with and without 16-byte starts, of the blocks and of the rows.
 SHAPES = [
     ((5,), 4, 6), ((), 4, 6), ((256,), 4, 6), ((3, 1, 2), 5, 7), ((2,), 3, 17), ((3,), 1, 1), ((700,), 3, 1),
     ((3,), 4, 8), ((1,), 300, 5), ((2,), 256, 33), ((2,), 3, 1024), ((2,), 3, 1031), ((33,), 16, 60), ((1,), 2, 2051),
-    ((1300,), 2, 2),
+    ((1300,), 2, 2), ((5,), 33, 17), ((4,), 129, 6), ((3,), 515, 2),
 ]  # fmt: skip
 # A compilation each on a GPU, where every fourth shape is enough for a second half precision.
 cases = pytest.mark.parametrize(
@@ -243,7 +243,7 @@ layouts = st.sampled_from(["contiguous", "transposed", "sliced"])
 
 @given(
     lead=st.lists(st.integers(1, 5), max_size=3).map(tuple),
-    num_samples=st.integers(1, 20),
+    num_samples=st.one_of(st.integers(1, 20), st.integers(21, 200)),
     d=st.integers(1, 40),
     dtypes=st.tuples(st.sampled_from(DTYPES), st.sampled_from(DTYPES)),
     layout=layouts,
