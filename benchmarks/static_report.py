@@ -27,6 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fdkernels.kernels import launch, launch_flow, launch_gemm
+from fdkernels.kernels.architecture import Architecture
 from fdkernels.kernels.table import TABLE, Gpu
 
 ARCHITECTURES = {
@@ -108,7 +109,7 @@ def flow_calls(case: FlowCase, dtype: torch.dtype) -> Iterator[tuple[str, Any, t
     weights = dtype if case.half_weights else torch.float32
     width, depth, cond_dim, d, models = case.width, case.depth, case.cond_dim, case.d, case.models
     order = ("cond", "x", "t") if cond_dim else ("x", "t")
-    net = launch_flow.Architecture(
+    net = Architecture(
         cond_dim, d, order, (width,) * depth, ("gelu_tanh",) * depth, (case.norm,) * depth, (1e-6,) * depth
     )
     lead = (models,) if models > 1 else ()

@@ -60,7 +60,7 @@ def flow_kernel(
         partial_ptr += group * (SPLIT * ROWS * BLOCK_D)
         counter_ptr += group
         slices = load_slices(
-            weights, model, part, DEPTH, WIDEST, SPLIT, BLOCK_INPUTS, hidden_ptr.dtype.element_ty
+            weights, model, part, DEPTH, WIDEST, SPLIT, BLOCK_INPUTS, hidden_ptr.dtype.element_ty, PRECISION
         )  # fmt: skip
     elif wide_ptr is not None:
         wide_ptr += program.to(tl.int64) * (ROWS * WIDEST)

@@ -44,7 +44,7 @@ def turn_kernel(
     else:
         v = tl.zeros((ROWS, BLOCK_D), tl.float32) + load_bias(last_bias_ptr, model, j, D)
         v = product(
-            v, last_hidden_ptr, row, model, last_weight_ptr, j, LAST_WIDTH, D, BLOCK_INPUTS, STAGES, PRECISION
+            v, last_hidden_ptr, row, model, last_weight_ptr, j, LAST_WIDTH, D, BLOCK_INPUTS, STAGES, PRECISION, False
         )  # fmt: skip
     if FISHER and ENDS:
         tl.store(total_ptr + at, v, mask=mask)

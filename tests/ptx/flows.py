@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -14,6 +15,7 @@ from torch import Tensor
 import fdkernels_ref
 from benchmarks.static_report import FlowCase
 from fdkernels.kernels import configs, launch_flow
+from fdkernels.kernels.architecture import Architecture
 from fdkernels.philox import philox_normal
 from tests.ptx.run import emulate
 
@@ -36,7 +38,7 @@ class Problem:
         d, width, models = case.d, case.width, case.models
         order = ("cond", "x", "t") if case.cond_dim else ("x", "t")
         hidden = (width,) * case.depth
-        net = launch_flow.Architecture(
+        net = Architecture(
             case.cond_dim,
             d,
             order,
@@ -64,7 +66,7 @@ class Problem:
             self.start, self.bridge = (
                 philox_normal(SEED, whole, "cpu", torch.float32, first=first) for first in (0, total)
             )
-        table = [x for step in range(steps) for x in (step / steps, 0.0, 1 / steps, 1.0)]
+        table = tuple(x for step in range(steps) for x in (step / steps, 0.0, 1 / steps, 1.0))
         self.solver = (net.encode(), table, -100.0, 100.0, "end")  # bounds that nothing reaches
         self.how = (case.precision, case.implementation)
 
@@ -119,10 +121,17 @@ class Problem:
         with self.entry():
             return emulate(architecture, launch_flow.fisher, *chain, *more, *self.how, **options)
 
-    def entry(self) -> Any:
+    @contextlib.contextmanager
+    def entry(self) -> Iterator[None]:
         """Within it, the plan is the table's for the case's number of rows."""
 
         def plan(*args: Any) -> configs.FlowPlan:
-            return configs.flow_plan(*args[:6], self.case.rows, *args[7:])
+            return configs.flow_plan(*args[:6], self.case.rows // args[7], *args[7:])
 
-        return mock.patch.object(launch_flow, "flow_plan", plan)
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high" if self.case.precision == "high" else "highest")  # as "gemm" wants it
+        try:
+            with mock.patch.object(launch_flow, "flow_plan", plan):
+                yield
+        finally:
+            torch.set_float32_matmul_precision(before)

@@ -125,9 +125,17 @@ class Cta:
     """One program: registers as (number, threads) arrays, shared memory, and where its threads are."""
 
     def __init__(
-        self, program: Program, memory: Global, arguments: dict[str, Any], index: int, shared_bytes: int
+        self,
+        program: Program,
+        memory: Global,
+        arguments: dict[str, Any],
+        grid: tuple[int, int],
+        index: int,
+        shared_bytes: int,
     ) -> None:
-        self.program, self.memory, self.arguments, self.index = program, memory, arguments, index
+        self.program, self.memory, self.arguments = program, memory, arguments
+        places = {"%ctaid.x": index % grid[0], "%ctaid.y": index // grid[0], "%nctaid.x": grid[0], "%nctaid.y": grid[1]}
+        self.places = {name: np.uint32(place) for name, place in places.items()}
         self.num_threads = threads = program.threads
         self.thread = np.arange(threads)
         self.order = Order(index, memory.num_ctas)
@@ -161,8 +169,8 @@ class Cta:
         """A register, or the same number for all threads."""
         if text == "%tid.x":
             return self.thread.astype(np.uint32)
-        if text == "%ctaid.x":
-            return np.uint32(self.index)
+        if text in self.places:
+            return self.places[text]
         if text[0] == "%":
             return self.register(text, kind)
         if text in self.memory.symbols:
@@ -200,15 +208,18 @@ class Cta:
 
 
 def launch(
-    program: Program, num_ctas: int, arguments: Sequence[Any], shared_bytes: int, seed: int = 0
+    program: Program, grid: tuple[int, ...], arguments: Sequence[Any], shared_bytes: int, seed: int = 0
 ) -> dict[Race, int]:
     """The first races found, and how many places each touched. Tensors among the arguments are written to."""
     tensors = [argument for argument in arguments if isinstance(argument, torch.Tensor)]
+    columns, lines = (*grid, 1)[:2]
+    num_ctas = columns * lines
     memory = Global(tensors, program.constants, num_ctas)
     given = {name: argument for (name, _), argument in zip(program.parameters, arguments)}
     chance = random.Random(seed)
     with np.errstate(all="ignore"):
-        ctas = [Cta(program, memory, given, index, shared_bytes).run() for index in range(num_ctas)]
+        every = (Cta(program, memory, given, (columns, lines), index, shared_bytes) for index in range(num_ctas))
+        ctas = [cta.run() for cta in every]
         while ctas and not memory.races:
             if memory.polls > POLLS:
                 raise TimeoutError("programs wait for one another for ever")

@@ -32,7 +32,7 @@ class Emulated(AheadOfTime):
     seed = 0
 
     def __getitem__(self, grid: tuple[int, ...]) -> Emulated:
-        (self.grid,) = grid
+        self.grid = grid
         return self
 
     def __call__(self, *args: Any, **given: Any) -> None:
