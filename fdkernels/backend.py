@@ -18,8 +18,11 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"  # triton reads it once, too: when it is imported
 
 
-def choose_backend(op: str, backend: Backend | None, *tensors: Tensor) -> Backend:
-    """``None`` picks Triton for CUDA tensors that it serves; an explicit choice that cannot be honoured raises."""
+def choose_backend(op: str, backend: Backend | None, *tensors: Tensor, asked: str = "backend='triton'") -> Backend:
+    """``None`` picks Triton for CUDA tensors that it serves; an explicit choice that cannot be honoured raises.
+
+    ``asked`` is what the caller wrote where that insists on Triton.
+    """
     check_choice(op, "backend", backend, (None, "triton", "torch"))  # type: ignore[arg-type]
     on_gpu = tensors[0].device.type == "cuda"
     if backend == "torch" or (backend is None and not on_gpu):
@@ -28,7 +31,7 @@ def choose_backend(op: str, backend: Backend | None, *tensors: Tensor) -> Backen
     if reason is None:
         return "triton"
     if backend == "triton":
-        raise RuntimeError(f"{op}: backend='triton' {reason}; use backend=None or backend='torch'")
+        raise RuntimeError(f"{op}: {asked} {reason}; leave the choice open, or use backend='torch'")
     return "torch"
 
 

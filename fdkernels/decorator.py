@@ -51,8 +51,8 @@ def flow_fisher_penalty(
 
     For each state, K samples a_k of the flow are brought to time t by fresh noise, x_k = (1−t)·x0_k + t·a_k; the
     velocity there gives the score s_k (:func:`velocity_to_score`), and the scores weigh the displacement
-    (:func:`fisher_penalty`). For a packed MLP on CUDA one launch does it all, and leaves behind the gradient to the
-    displacement; from a ``seed`` it draws the noise as well.
+    (:func:`fisher_penalty`). For a packed MLP on CUDA one launch does it all (or one CUDA graph, where there are many
+    rows), and leaves behind the gradient to the displacement; from a ``seed`` it draws the noise as well.
 
     Args:
         velocity: as in :func:`integrate_flow`; a callable gets x (..., K, d), t (..., K, 1), cond (..., K, c).

@@ -72,8 +72,10 @@ def integrate_flow(
             unless given. ``"stationary"``: groups of programs hold them on the chip for the whole solve; for few rows,
             and hidden layers of one width, a power of two, without layer norm. ``"streamed"``: every program reads all
             of them at every evaluation; any network. ``"gemm"``: cuBLAS multiplies, layer by layer; for many rows. Its
-            launches are recorded as a CUDA graph at the second call with tensors of the same shapes, and replayed
-            from then on. ``python -m fdkernels.tune`` measures the table.
+            launches are recorded as a CUDA graph at the second call with the same shapes and weights, on the default
+            stream, and replayed from then on; elsewhere they become part of the graph that the caller captures.
+            Float32 products follow ``torch.set_float32_matmul_precision`` there. ``python -m fdkernels.tune``
+            measures the table.
 
     Returns:
         (..., d), or (S + 1, ..., d) with ``return_path``, in x0's dtype. The state of a packed MLP in half precision
@@ -128,7 +130,7 @@ def integrate_flow_groups(
     """Several groups of rows along the flow of the same weights: :func:`integrate_flow` of each, in one call.
 
     One update of an agent needs next actions (B, d), base actions (B, d) and Fisher samples (B, K, d), the last with
-    one condition (B, 1, c) for K samples. The kernels take all rows in one launch. On the CPU nothing is gained by
+    one condition (B, 1, c) for K samples. The kernels take all rows at once. On the CPU nothing is gained by
     merging them, and they run one after another.
 
     Args:

@@ -1,7 +1,7 @@
 """The two operators over a fused flow: integration, and on to the Fisher penalty; and what a module becomes for them.
 
 Rows come as (models, rows, d), and weights either as a module holds them or stacked over the models: that is what
-``torch.func.vmap`` over parameters makes of them, so that many networks are integrated in one launch.
+``torch.func.vmap`` over parameters makes of them, so that many networks are integrated at once.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def architecture_and_parameters(mlp: PackedMLP) -> tuple[str, Parameters]:
         cond_dim=mlp.cond_dim,
         action_dim=mlp.action_dim,
         order=mlp.order,
-        widths=tuple(layer.linear.out_features for layer in hidden),
+        widths=tuple(layer.linear.weight.shape[0] for layer in hidden),
         activations=tuple(layer.activation or "none" for layer in hidden),
         norms=tuple("before" if layer.norm_before else "after" if layer.norm_after else "none" for layer in hidden),
         norm_eps=tuple(norm.eps if norm else 0.0 for norm in norms[:-1]),

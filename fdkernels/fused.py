@@ -40,14 +40,14 @@ def choose_fused(
         return False
     reason = _why_not(velocity, differentiable)
     insisted = backend == "triton" or implementation is not None
+    asked = "backend='triton'" if implementation is None else f"implementation={implementation!r}"
     if reason is not None:
         if insisted:
-            asked = "backend='triton'" if backend == "triton" else f"implementation={implementation!r}"
             raise RuntimeError(f"{op}: {asked} {reason}; leave the choice open")
         choose_backend(op, backend, *tensors)
         return False
     tensors = (*tensors, *(layer.linear.weight for layer in velocity.layers))
-    return choose_backend(op, "triton" if insisted else None, *tensors) == "triton"
+    return choose_backend(op, "triton" if insisted else None, *tensors, asked=asked) == "triton"
 
 
 def _why_not(velocity: Any, differentiable: bool) -> str | None:
@@ -99,7 +99,7 @@ def fused_integrate(
 def fused_integrate_groups(
     mlp: PackedMLP, x0s: Sequence[Tensor], conds: Sequence[Tensor | None], *settings: Any
 ) -> tuple[Tensor, ...]:
-    """All groups in one launch."""
+    """All groups in one call of the operator."""
     d = mlp.action_dim
     rows = torch.cat([x0.detach().reshape(-1, d) for x0 in x0s])
     cond = None

@@ -285,13 +285,15 @@ _known: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[object, ...], PackedMLP
 
 def _pack_known(module: VelocityMLP) -> PackedMLP:
     """Packing takes as long as half a launch, so what was made is kept for as long as it is what would be made."""
-    if torch.compiler.is_compiling():
-        return _pack(module.net, module.order)
-    made_of = (*module.order, *module.net)
+    stack = module.net
+    if torch.compiler.is_compiling() or not isinstance(stack, nn.Sequential):
+        return _pack(stack, module.order)
+    settings = ((layer.training, getattr(layer, "approximate", None)) for layer in stack)
+    made_of = (*module.order, *stack, *settings)
     before, packed = _known.get(module, ((), None))
     if packed is None or made_of != before:
-        packed = _pack(module.net, module.order)
-        if all(next(leaf.children(), None) is None for leaf in module.net):  # further down nothing would be noticed
+        packed = _pack(stack, module.order)
+        if all(next(layer.children(), None) is None for layer in stack):  # further down nothing would be noticed
             _known[module] = made_of, packed
     return packed
 

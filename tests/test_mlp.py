@@ -50,6 +50,15 @@ def test_a_layer_put_in_later_is_seen() -> None:
         expected = fdkernels_ref.integrate_flow(flow, x0, cond).detach()
         torch.testing.assert_close(fdkernels.integrate_flow(flow, x0, cond), expected)
     flow.net[3][0] = nn.SiLU()
+    flow.net[1] = nn.GELU()
+    assert fdkernels.pack_mlp(flow).layers[0].activation == "gelu"
+    flow.net[1].approximate = "tanh"
+    assert fdkernels.pack_mlp(flow).layers[0].activation == "gelu_tanh"
+    dropping = fdkernels.VelocityMLP(3, 2, hidden=(8,))
+    dropping.net.insert(1, nn.Dropout().eval())
+    fdkernels.pack_mlp(dropping)
+    with pytest.raises(TypeError, match="Dropout"):
+        fdkernels.pack_mlp(dropping.train())
     expected = fdkernels_ref.integrate_flow(flow, x0, cond).detach()
     torch.testing.assert_close(fdkernels.integrate_flow(flow, x0, cond), expected)
     expected = fdkernels_ref.integrate_flow(copied, x0, cond).detach()

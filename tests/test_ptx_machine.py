@@ -38,7 +38,9 @@ def run(body: str, first: Tensor, second: Tensor, threads: int = 32, programs: i
     lines = "".join(
         f"\t{line.strip()};\n" if line.strip()[-1] != ":" else line.strip() + "\n" for line in body.split(";")
     )
-    return set(launch(parse(HEAD.format(threads=threads) + lines + "\tret;\n}\n"), (programs,), [first, second], shared))
+    return set(
+        launch(parse(HEAD.format(threads=threads) + lines + "\tret;\n}\n"), (programs,), [first, second], shared)
+    )
 
 
 def bits(number: float) -> int:

@@ -56,9 +56,19 @@ def test_where_the_users_table_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_a_damaged_table_is_named(tmp_path: Path) -> None:
     file = tmp_path / "configs.json"
-    file.write_text('{"sm_90": ')
-    with pytest.raises(RuntimeError, match=r"configs\.json is no table of fdkernels .* python -m fdkernels\.tune"):
-        table.read(file)
+    for content in ('{"sm_90": ', "[]"):
+        file.write_text(content)
+        with pytest.raises(RuntimeError, match=r"configs\.json is no table of fdkernels .*: delete it"):
+            table.read(file)
+
+
+def test_no_place_for_a_table_is_no_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert table.read(tmp_path) == {}  # a folder
+    assert table.read(Path("/dev/null/configs.json")) == {}
+    monkeypatch.delenv("FDKERNELS_CONFIGS", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", "/dev/null")
+    assert table.read(table.user_file()) == {}
 
 
 def test_every_shipped_entry_says_what_it_rests_on() -> None:

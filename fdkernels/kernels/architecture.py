@@ -25,7 +25,7 @@ class Architecture(NamedTuple):
 
     def encode(self) -> str:
         """As an operator's argument."""
-        return _encode(self)
+        return repr(tuple(self)) if torch.compiler.is_compiling() else _encode(self)
 
     @staticmethod
     @functools.cache

@@ -13,7 +13,7 @@ from torch import Tensor
 
 Function: TypeAlias = Callable[..., tuple[Tensor, ...]]
 MOST = 16
-"""Sequences remembered; the one not called for longest is forgotten first, and its memory freed."""
+"""Sequences remembered; the one not called for longest is forgotten first, and its memory left to the others."""
 
 
 class Recording(NamedTuple):
@@ -77,15 +77,19 @@ def _recorder(device: torch.device) -> tuple[torch.cuda.Stream, Any]:
 def _record(
     function: Function, inputs: Sequence[Tensor | None], parameters: Sequence[Tensor | None], settings: tuple
 ) -> Recording:
-    places = [None if tensor is None else tensor.clone() for tensor in inputs]
     current = torch.cuda.current_stream()
     side, pool = _recorder(current.device)
-    side.wait_stream(current)
-    with torch.cuda.stream(side):  # plainly once more: while recording, nothing may be compiled or set up by a library
-        function(*places, parameters, *settings)
     graph = torch.cuda.CUDAGraph()
-    # other threads may go on using the GPU
-    with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
-        outputs = function(*places, parameters, *settings)
-    current.wait_stream(side)
+    with torch.inference_mode(False):  # its tensors could not be written to outside of it
+        places = [None if tensor is None else tensor.clone() for tensor in inputs]
+        side.wait_stream(current)
+        with torch.cuda.stream(side):  # plainly once more: nothing may be compiled while recording
+            function(*places, parameters, *settings)
+        # A workspace of cuBLAS that the graph uses has to be the graph's, and nobody else's.
+        torch._C._cuda_clearCublasWorkspaces()
+        # Other threads may go on using the GPU.
+        with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
+            outputs = function(*places, parameters, *settings)
+        torch._C._cuda_clearCublasWorkspaces()
+        current.wait_stream(side)
     return Recording(graph, places, outputs)

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from fdkernels.mlp import activate
 
-_USE_GELU = {"relu": False, "gelu_tanh": True}  # the activations that cuBLAS applies as it writes a product
-
 
 class HiddenLayer(NamedTuple):
     """Weight (out, in) or, of many networks, (models, out, in), and all else likewise."""
@@ -33,9 +31,9 @@ class HiddenLayer(NamedTuple):
         if self.weight.ndim == 3:
             product = h @ self.weight.mT
             product = product if self.bias is None else product.add_(self.bias.unsqueeze(1))
-        elif h.is_cuda and self.bias is not None and self.norm == "none" and self.activation in _USE_GELU:
-            use_gelu = _USE_GELU[self.activation]
-            return torch._addmm_activation(self.bias, h[0], self.weight.t(), use_gelu=use_gelu).unsqueeze(0)
+        elif h.is_cuda and self.bias is not None and self.norm == "none" and self.activation == "gelu_tanh":
+            # cuBLAS applies it as it writes the product. Its ReLU is not used: nothing says that NaN stays NaN there.
+            return torch._addmm_activation(self.bias, h[0], self.weight.t(), use_gelu=True).unsqueeze(0)
         else:
             product = F.linear(h, self.weight, self.bias)
         return self.finish(product).to(h.dtype)

@@ -1,6 +1,6 @@
 """A flow as a sequence of launches: the library's matrix products for the hidden layers, a kernel for what is between.
 
-For many rows, which keep the GPU busy in each launch. cuBLAS adds the bias and applies ReLU or tanh-GELU as it writes a
+For many rows, which keep the GPU busy in each launch. cuBLAS adds the bias and applies tanh-GELU as it writes a
 product; other activations, layer norms and stacked networks take a launch or two more a layer.
 """
 
@@ -35,7 +35,8 @@ def integrate(
     path = start.new_empty(int(sum(table[3::4])) + 1, *start.shape) if want_path else None
     solver = {"start_ptr": start.contiguous(), "low": low, "high": high, "CLIP": clip}
     models, rows, _ = start.shape
-    end, _ = _solve(net, plan, parameters, cond, table, (models, rows), precision, path, **solver)
+    with torch.autocast(start.device.type, enabled=False):  # the dtypes are settled
+        end, _ = _solve(net, plan, parameters, cond, table, (models, rows), precision, path, **solver)
     return (end.to(start.dtype) if path is None else path,)
 
 
@@ -66,13 +67,14 @@ def fisher(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As ``launch_flow.fisher``."""
     models, states, d = displacement.shape
-    x_t, velocity = _solve(
-        net, plan, parameters, cond, table, (models, states * num_samples), precision, None,
-        start_ptr=None if start is None else start.contiguous(),
-        bridge_ptr=None if bridge is None else bridge.contiguous(), seed_ptr=seed,
-        coefficient_ptr=None if coefficients is None else coefficients.contiguous(),
-        low=low, high=high, CLIP=clip, t_bridge=t, FISHER=True,
-    )  # fmt: skip
+    with torch.autocast(displacement.device.type, enabled=False):  # the dtypes are settled
+        x_t, velocity = _solve(
+            net, plan, parameters, cond, table, (models, states * num_samples), precision, None,
+            start_ptr=None if start is None else start.contiguous(),
+            bridge_ptr=None if bridge is None else bridge.contiguous(), seed_ptr=seed,
+            coefficient_ptr=None if coefficients is None else coefficients.contiguous(),
+            low=low, high=high, CLIP=clip, t_bridge=t, FISHER=True,
+        )  # fmt: skip
     samples = (models, states, num_samples, d)
     x_t, velocity = x_t.view(samples), velocity.view(samples)
     pairs = None if coefficients is None else coefficients[..., 1:].reshape(*samples[:-1], 2)
@@ -106,11 +108,9 @@ def _solve(
     d, num_evals = net.action_dim, len(table) // 4
     given = UNUSED | given
     dtype = HALF.get(precision, torch.float32)
-    weights = [p.contiguous() for p in parameters[::4] if p is not None]
-    biases = [None if p is None else p.contiguous() for p in parameters[1::4]]
-    first, *middle = map(
-        HiddenLayer, weights, biases, parameters[2::4], parameters[3::4], net.activations, net.norms, net.norm_eps
-    )
+    weights = [_stacked_once(p, 2) for p in parameters[::4] if p is not None]
+    biases, scales, shifts = ([None if p is None else _stacked_once(p, 1) for p in parameters[i::4]] for i in (1, 2, 3))
+    first, *middle = map(HiddenLayer, weights, biases, scales, shifts, net.activations, net.norms, net.norm_eps)
     middle = [layer.multiplying(dtype) for layer in middle]
     share = _condition_share(net, weights[0], biases[0], cond)
 
@@ -163,6 +163,11 @@ def _solve(
             for layer in middle:
                 h = layer(h)
     return x, total
+
+
+def _stacked_once(parameter: Tensor, ndim: int) -> Tensor:
+    """A network's parameter as it is, those of many (models, ...) however often they are stacked. Contiguous."""
+    return (parameter.flatten(0, -ndim - 1) if parameter.ndim > ndim else parameter).contiguous()
 
 
 def _condition_share(net: Architecture, weight: Tensor, bias: Tensor | None, cond: Tensor | None) -> Tensor:

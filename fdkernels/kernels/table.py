@@ -41,19 +41,23 @@ def gpu_of(device: torch.device) -> Gpu:
 
 def user_file() -> Path:
     """$FDKERNELS_CONFIGS, or a file in the user's cache."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("FDKERNELS_CONFIGS") or Path(cache) / "fdkernels" / "configs.json")
+    if given := os.environ.get("FDKERNELS_CONFIGS"):
+        return Path(given)
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(cache) / "fdkernels" / "configs.json"
 
 
 def read(file: Path) -> dict[str, dict[str, list[Entry]]]:
+    """Nothing, where there is no file that this process could read."""
     try:
-        return json.loads(file.read_text())
-    except FileNotFoundError:
+        table = json.loads(file.read_text())
+        if not isinstance(table, dict):
+            raise ValueError(f"it holds a {type(table).__name__}")
+    except OSError:
         return {}
     except ValueError as error:
-        raise RuntimeError(
-            f"{file} is no table of fdkernels ({error}); delete it, or write it again: python -m fdkernels.tune"
-        ) from error
+        raise RuntimeError(f"{file} is no table of fdkernels ({error}): delete it") from error
+    return table
 
 
 TABLE = read(SHIPPED_FILE) | read(user_file())
