@@ -32,6 +32,19 @@ def solver_table(times: tuple[float, ...], method: Method) -> tuple[float, ...]:
     return tuple(table)
 
 
+def prepare_solver(times: tuple[float, ...], method: Method, device: torch.device) -> None:
+    """Put the solver's table on the device while a graph is traced, for good.
+
+    When the traced graph runs for the first time, memory may be that of a CUDA graph that is about to be recorded.
+    """
+    from fdkernels.kernels.architecture import device_table
+
+    device_table(solver_table(times, method), device)
+
+
+prepare_solver._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def architecture_and_parameters(mlp: PackedMLP) -> tuple[str, Parameters]:
     """The operators' view of a packed MLP: for each layer weight, bias, and scale and shift of its layer norm."""
     from fdkernels.kernels.architecture import Architecture

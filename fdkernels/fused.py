@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from fdkernels.backend import Backend, choose_backend, float32_products
-from fdkernels.flow_operators import architecture_and_parameters, fisher_operator, integrate_operator
+from fdkernels.flow_operators import architecture_and_parameters, fisher_operator, integrate_operator, prepare_solver
 from fdkernels.mlp import PackedMLP
 from fdkernels.operators import penalty_operator
+from fdkernels.solvers import Method
 from fdkernels.validation import check_choice
 
 Implementation = Literal["stationary", "streamed", "gemm"]
@@ -80,7 +81,7 @@ def fused_integrate(
     x0: Tensor,
     cond: Tensor | None,
     times: list[float],
-    method: str,
+    method: Method,
     clip: tuple[float, float] | None,
     clip_each_step: bool,
     return_path: bool,
@@ -88,6 +89,8 @@ def fused_integrate(
     implementation: Implementation | None,
 ) -> Tensor:
     """(..., d), or the states at all times (S + 1, ..., d)."""
+    if torch.compiler.is_compiling():
+        prepare_solver(tuple(times), method, x0.device)
     architecture, parameters = architecture_and_parameters(mlp)
     out = integrate_operator(
         x0.detach().reshape(1, -1, x0.shape[-1]), _rows_of_cond(cond, x0.shape[:-1]), parameters, architecture, times,
@@ -119,7 +122,7 @@ def fused_penalty(
     seed: int | Tensor | None,
     num_samples: int,
     times: list[float],
-    method: str,
+    method: Method,
     clip: tuple[float, float] | None,
     clip_each_step: bool,
     t: float | Tensor,
@@ -132,6 +135,8 @@ def fused_penalty(
     implementation: Implementation | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Penalty (...) and, where asked, scores (..., K, d), float32. ``start`` are samples where there are no times."""
+    if torch.compiler.is_compiling():
+        prepare_solver(tuple(times), method, cond.device)
     architecture, parameters = architecture_and_parameters(mlp)
     lead, d = displacement.shape[:-1], displacement.shape[-1]
     pairs, p, q, use_x = coefficients

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 import fdkernels
 import fdkernels_ref
+from fdkernels.kernels.architecture import device_table
 from fdkernels.mlp import PackedMLP
 from fdkernels.philox import philox_normal
 
@@ -576,6 +578,28 @@ def test_opcheck(requires_grad: bool) -> None:
     torch.library.opcheck(torch.ops.fdkernels.flow_fisher_penalty.default, arguments)
 
 
+@on_gpu
+def test_compiled_with_cuda_graphs() -> None:
+    """Inductor's own graphs, beside recorded solves: neither writes to the memory of the other."""
+    module = fdkernels.VelocityMLP(17, 6).to(DEVICE)
+    inputs = [(draw(40, 6, seed=i).to(DEVICE), draw(40, 17, seed=i).to(DEVICE)) for i in range(4)]
+    recorded = functools.partial(fdkernels.integrate_flow, module, num_steps=3, implementation="gemm")
+    truth = [recorded(*pair) for pair in inputs]  # from the second on by a graph
+
+    @functools.partial(torch.compile, mode="reduce-overhead")
+    def compiled(x0: Tensor, cond: Tensor) -> Tensor:
+        return 2 * fdkernels.integrate_flow(module, x0, cond, num_steps=7)
+
+    plain = [2 * fdkernels.integrate_flow(module, *pair, num_steps=7) for pair in inputs]
+    for _ in range(3):
+        for pair, right, double in zip(inputs, truth, plain):
+            with torch.inference_mode():
+                torch.testing.assert_close(recorded(*pair), right)
+            torch.testing.assert_close(compiled(*pair).clone(), double)
+            torch.testing.assert_close(recorded(*pair), right)
+            recorded(torch.cat([pair[0]] * 2), torch.cat([pair[1]] * 2))
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiled_whole(dynamic: bool) -> None:
     module = fdkernels.VelocityMLP(5, 3, (16, 16)).to(DEVICE)
@@ -590,6 +614,18 @@ def test_compiled_whole(dynamic: bool) -> None:
         return penalty.sum() + action.sum()
 
     compiled = torch.compile(chain, fullgraph=True, dynamic=dynamic)
+    tables: list[int] = []
+
+    def backend(graph: Any, _: object) -> Any:
+        tables.append(device_table.cache_info().misses)
+        return graph
+
+    device_table.cache_clear()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*lru_cache")
+        torch.compile(chain, fullgraph=True, dynamic=dynamic, backend=backend)(cond, displacement, noise)
+    assert tables == [1]  # the solver of both is on the device before anything runs
+    torch._dynamo.reset()
     for out, right in zip(
         *[
             (value.detach(), *torch.autograd.grad(value, displacement))
