@@ -1,0 +1,48 @@
+"""What the kernels make of an operand of a TF32 product, which reads 10 bits after the point and not the others."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from judge import DEVICE
+from torch import Tensor
+
+from fdkernels.kernels.networks import operand
+
+
+@triton.jit
+def operand_kernel(x_ptr, out_ptr, SIZE: tl.constexpr, PRECISION: tl.constexpr):
+    i = tl.arange(0, SIZE)
+    tl.store(out_ptr + i, operand(tl.load(x_ptr + i), tl.float32, PRECISION))
+
+
+def as_operand(x: Tensor, precision: str) -> Tensor:
+    x, out = x.to(DEVICE), torch.full_like(x, -1.0, device=DEVICE)
+    operand_kernel[(1,)](x, out, len(x), precision)
+    return out.cpu()
+
+
+def test_tf32_operands_are_rounded() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4096, generator=generator) * torch.exp(4 * torch.randn(4096, generator=generator))
+    out = as_operand(x, "tf32")
+    assert (out.view(torch.int32) & 0x1FFF == 0).all()
+    unit = 2.0 ** (x.abs().log2().floor() - 10)
+    error = (out - x) / unit
+    assert error.abs().max() < 0.72
+    assert error.pow(2).mean().sqrt() < 1.1 * 12**-0.5  # of rounding to the nearest
+    relative = (out / x - 1).mean()
+    assert relative.abs() < 0.05 * 2**-11  # what is left off without rounding is 0.72 of 2^-11 on average
+    assert torch.equal(as_operand(x, "tf32x3"), x)
+
+
+def test_what_is_read_whole_stays_what_it_is() -> None:
+    mantissas = torch.arange(2**10, 2**11, dtype=torch.float32)
+    for exponent in (-126, -20, 0, 115):
+        x = torch.cat([mantissas, -mantissas]) * 2.0 ** (exponent - 10)
+        assert torch.equal(as_operand(x, "tf32"), x)
+    special = torch.tensor([0.0, -0.0, torch.inf, -torch.inf])
+    assert torch.equal(as_operand(special, "tf32").view(torch.int32), special.view(torch.int32))
+    all_ones = torch.tensor([0x7FFFFFFF, 0x7FC00000, 0x7F800001, -1], dtype=torch.int32).view(torch.float32)
+    assert as_operand(all_ones, "tf32").isnan().all()
