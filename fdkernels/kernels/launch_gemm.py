@@ -6,6 +6,7 @@ product; other activations, layer norms and stacked networks take a launch or tw
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -118,50 +119,56 @@ def _solve(
         return torch.empty(models, rows, width, dtype=dtype, device=share.device)
 
     x, total = fresh(d), fresh(d)
+    take_turn = functools.partial(
+        turn_kernel[(-(-rows // plan.rows), models)],
+        **given,
+        table_ptr=device_table(table, x.device),
+        x_ptr=x,
+        total_ptr=total,
+        first_weight_ptr=weights[0],
+        share_ptr=share,
+        last_weight_ptr=weights[-1],
+        last_bias_ptr=biases[-1],
+        num_evals=num_evals,
+        num_rows=rows,
+        rows_per_cond=models * rows // share[..., 0].numel(),
+        D=d,
+        BLOCK_D=max(16, next_power_of_two(d)),
+        AT_X=net.column("x"),
+        AT_T=net.column("t"),
+        FAN_IN=net.cond_dim + d + 1,
+        FIRST_WIDTH=net.widths[0],
+        LAST_WIDTH=net.widths[-1],
+        ACTIVATION=first.activation if first.norm == "none" else "none",
+        PRECISION="tf32x3" if precision == "highest" else "tf32",
+        ROWS=plan.rows,
+        BLOCK_N=plan.block_n,
+        BLOCK_INPUTS=plan.block_inputs,
+        STAGES=plan.num_stages,
+        num_warps=plan.num_warps,
+    )
     last_turn = num_evals + given["FISHER"]
-    h, steps_done = None, 0
+    last_hidden, steps_done = None, 0
     for turn in range(last_turn + 1):
         step_ends = turn == 0 or (turn <= num_evals and table[4 * turn - 1] > 0)
-        last_h, h = h, None if turn == last_turn else fresh(net.widths[0], dtype if first.norm == "none" else x.dtype)
+        h = None
+        if turn < last_turn:
+            h = fresh(net.widths[0], dtype if first.norm == "none" else torch.float32)
         with torch.cuda.device_of(x):
-            turn_kernel[(-(-rows // plan.rows), models)](
-                **given,
-                table_ptr=device_table(table, x.device),
-                x_ptr=x,
-                total_ptr=total,
-                path_ptr=path[steps_done] if path is not None and step_ends else None,
-                last_hidden_ptr=last_h,
-                first_hidden_ptr=h,
-                first_weight_ptr=weights[0],
-                share_ptr=share,
-                last_weight_ptr=weights[-1],
-                last_bias_ptr=biases[-1],
+            take_turn(
                 turn=turn,
-                num_evals=num_evals,
-                num_rows=rows,
-                rows_per_cond=models * rows // share[..., 0].numel(),
-                D=d,
-                BLOCK_D=max(16, next_power_of_two(d)),
-                AT_X=net.column("x"),
-                AT_T=net.column("t"),
-                FAN_IN=net.cond_dim + d + 1,
-                FIRST_WIDTH=net.widths[0],
-                LAST_WIDTH=net.widths[-1],
-                ACTIVATION=first.activation if first.norm == "none" else "none",
-                PRECISION="tf32x3" if precision == "highest" else "tf32",
+                path_ptr=path[steps_done] if path is not None and step_ends else None,
+                last_hidden_ptr=last_hidden,
+                first_hidden_ptr=h,
                 BEGINS=turn == 0,
                 ENDS=turn == last_turn,
-                ROWS=plan.rows,
-                BLOCK_N=plan.block_n,
-                BLOCK_INPUTS=plan.block_inputs,
-                STAGES=plan.num_stages,
-                num_warps=plan.num_warps,
             )
         steps_done += step_ends
         if h is not None:
             h = h if first.norm == "none" else first.finish(h).to(dtype)
             for layer in middle:
                 h = layer(h)
+        last_hidden = h
     return x, total
 
 
