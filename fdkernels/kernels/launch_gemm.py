@@ -36,7 +36,7 @@ def integrate(
     path = start.new_empty(int(sum(table[3::4])) + 1, *start.shape) if want_path else None
     solver = {"start_ptr": start.contiguous(), "low": low, "high": high, "CLIP": clip}
     models, rows, _ = start.shape
-    with torch.autocast(start.device.type, enabled=False):  # the dtypes are settled
+    with torch._C._DisableAutocast():  # the dtypes are settled
         end, _ = _solve(net, plan, parameters, cond, table, (models, rows), precision, path, **solver)
     return (end.to(start.dtype) if path is None else path,)
 
@@ -68,7 +68,7 @@ def fisher(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As ``launch_flow.fisher``."""
     models, states, d = displacement.shape
-    with torch.autocast(displacement.device.type, enabled=False):  # the dtypes are settled
+    with torch._C._DisableAutocast():  # the dtypes are settled
         x_t, velocity = _solve(
             net, plan, parameters, cond, table, (models, states * num_samples), precision, None,
             start_ptr=None if start is None else start.contiguous(),
