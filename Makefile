@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: train test test-gpu test-gpu-operators test-gpu-flow check static-report-3.6 bench bench-compare bench-gpu clean
+.PHONY: train test test-gpu test-gpu-operators test-gpu-flow test-gpu-gemm check static-report-3.6 bench bench-compare bench-gpu clean
 
 train: $(STAMP)
 	$(BIN)/python train/run.py --env halfcheetah-medium-expert --resume
@@ -12,14 +12,16 @@ train: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest
 
-# On a machine with a CUDA GPU: with the torch, triton and pytest that are there, findings in $OUT. Each of the two parts
-# takes eight minutes at most; the flow's kernels take seconds each to compile.
-test-gpu: test-gpu-operators test-gpu-flow
-test-gpu-operators test-gpu-flow: export OUT ?= runs
+# On a machine with a CUDA GPU: with the torch, triton and pytest that are there, findings in $OUT. Each of the three
+# parts takes eight minutes at most; the flow's kernels take seconds each to compile.
+test-gpu: test-gpu-operators test-gpu-flow test-gpu-gemm
+test-gpu-operators test-gpu-flow test-gpu-gemm: export OUT ?= runs
 test-gpu-operators:
 	timeout 470 $(PYTHON) -m pytest tests/kernels --ignore tests/kernels/test_flow.py
 test-gpu-flow:
-	timeout 470 $(PYTHON) -m pytest tests/kernels/test_flow.py
+	timeout 470 $(PYTHON) -m pytest tests/kernels/test_flow.py -k "not gemm"
+test-gpu-gemm:
+	timeout 470 $(PYTHON) -m pytest tests/kernels/test_flow.py -k gemm
 
 check: $(STAMP)
 	$(BIN)/ruff check .
