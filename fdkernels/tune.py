@@ -73,8 +73,8 @@ def penalty_workloads(args: argparse.Namespace) -> Iterator[Workload]:
     """float32 tensors that no cache holds."""
     for num_samples, d in SIZES:
         rows = ELEMENTS // (num_samples * d)
-        score = torch.randn(rows, num_samples, d, device="cuda")
-        displacement, row = torch.randn(rows, d, device="cuda"), torch.rand(rows, device="cuda")
+        score = torch.randn(rows, num_samples, d, device=args.device)
+        displacement, row = torch.randn(rows, d, device=args.device), torch.rand(rows, device=args.device)
         problem = {"row_bytes": 4 * configs.next_power_of_two(num_samples) * configs.next_power_of_two(d)}
         label = f"K={num_samples} d={d}"
 
@@ -85,7 +85,7 @@ def penalty_workloads(args: argparse.Namespace) -> Iterator[Workload]:
 
 
 def score_workloads(args: argparse.Namespace) -> Iterator[Workload]:
-    flat = torch.randn(ELEMENTS, 1, device="cuda")
+    flat = torch.randn(ELEMENTS, 1, device=args.device)
     yield Workload("score", {"row_bytes": 1}, "flat", lambda _: launch.score(flat, flat, None, 2.0, 1.0, True), TILES)
 
 
@@ -115,7 +115,7 @@ def measure(workload: Workload, candidate: Entry, gpu: Gpu, timer: Timer) -> tup
         try:
             return timer(lambda: workload.run(candidate)), ""
         except (TritonError, ValueError, RuntimeError) as error:
-            return math.inf, str(error).splitlines()[0]
+            return math.inf, (str(error) or type(error).__name__).splitlines()[0]
 
 
 def tune(workload: Workload, gpu: Gpu, timer: Timer) -> Entry | None:

@@ -39,6 +39,49 @@ class Architecture(NamedTuple):
         return sum(widths[other] for other in before)
 
 
+class Solver(NamedTuple):
+    """What is done with a network's velocity, and how exactly."""
+
+    table: tuple[float, ...]
+    """A line of four for each evaluation: time, reach, weight, and 1 where a step ends."""
+    low: float
+    high: float
+    clip: str
+    """ "end", "step" or "never"."""
+    precision: str
+    """ "highest", "high", "bf16" or "fp16"."""
+
+    @property
+    def num_evals(self) -> int:
+        return len(self.table) // 4
+
+    @property
+    def num_steps(self) -> int:
+        return int(sum(self.table[3::4]))
+
+    @property
+    def hidden_dtype(self) -> torch.dtype:
+        return HALF.get(self.precision, torch.float32)
+
+    @property
+    def dot_precision(self) -> str:
+        return "tf32x3" if self.precision == "highest" else "tf32"
+
+
+class Penalty(NamedTuple):
+    """What becomes of the velocity at the samples: see ``launch.velocity_penalty``."""
+
+    num_samples: int
+    t: float
+    p: float
+    q: float
+    use_x: bool
+    damping: float
+    normalize: bool
+    eps: float
+    want_score: bool
+
+
 @functools.cache
 def _encode(net: Architecture) -> str:
     return repr(tuple(net))

@@ -80,7 +80,8 @@ def _record(
     current = torch.cuda.current_stream()
     side, pool = _recorder(current.device)
     graph = torch.cuda.CUDAGraph()
-    with torch.inference_mode(False):  # its tensors could not be written to outside of it
+    # Tensors of inference mode could not be written to outside of it; leaving it turns gradients on.
+    with torch.inference_mode(False), torch.no_grad():
         places = [None if tensor is None else tensor.clone() for tensor in inputs]
         side.wait_stream(current)
         with torch.cuda.stream(side):  # plainly once more: nothing may be compiled while recording

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fdkernels.backend import float32_products
 from fdkernels.kernels import launch_gemm
-from fdkernels.kernels.architecture import HALF, Architecture, device_table
+from fdkernels.kernels.architecture import HALF, Architecture, Penalty, Solver, device_table
 from fdkernels.kernels.configs import (
     PROGRAMS_PER_SM,
     FlowPlan,
@@ -37,19 +37,17 @@ def integrate(
 ) -> Tensor:
     """End of the flow (models, rows, d), or all states (steps + 1, models, rows, d)."""
     models, rows, _ = start.shape
-    steps = int(sum(table[3::4]))
+    net, solver = Architecture.decode(architecture), Solver(table, low, high, clip, precision)
+    out = start.new_empty((solver.num_steps + 1, *start.shape) if want_path else start.shape)
     if start.numel() == 0:
-        return start.new_empty((steps + 1, *start.shape) if want_path else start.shape)
-    net = Architecture.decode(architecture)
+        return out
     plan = _plan(net, start.device, (models, rows, 1), precision, implementation)
     if plan.implementation == "gemm":
-        settings = (net, plan, table, low, high, clip, want_path, precision)
-        return replayed(launch_gemm.integrate, (start, cond), parameters, *settings)[0]
-    out = start.new_empty((steps + 1, *start.shape) if want_path else start.shape)
+        with torch._C._DisableAutocast():  # the dtypes are settled
+            return replayed(launch_gemm.integrate, (start, cond), parameters, net, plan, solver, want_path)[0]
     _launch(
-        net, plan, parameters, cond, table, (models, rows, 1), precision,
+        net, plan, solver, parameters, cond, (models, rows, 1),
         start_ptr=start.contiguous(), end_ptr=None if want_path else out, path_ptr=out if want_path else None,
-        low=low, high=high, CLIP=clip,
     )  # fmt: skip
     return out
 
@@ -90,19 +88,20 @@ def fisher(
     score = displacement.new_empty((models, states, num_samples, d) if want_score else 0, dtype=torch.float32)
     if penalty.numel() == 0:
         return penalty, gradient, score
-    net = Architecture.decode(architecture)
+    net, solver = Architecture.decode(architecture), Solver(table, low, high, clip, precision)
     plan = _plan(net, displacement.device, (models, states, num_samples), precision, implementation)
     if plan.implementation == "gemm":
-        settings = (low, high, clip, num_samples, t, p, q, use_x, damping, normalize, eps, want_score, precision)
         inputs = (start, bridge, cond, displacement, coefficients, seed)
-        penalty, gradient, score = replayed(launch_gemm.fisher, inputs, parameters, net, plan, table, *settings)
+        closing = Penalty(num_samples, t, p, q, use_x, damping, normalize, eps, want_score)
+        with torch._C._DisableAutocast():
+            penalty, gradient, score = replayed(launch_gemm.fisher, inputs, parameters, net, plan, solver, closing)
         return penalty, gradient, score
     _launch(
-        net, plan, parameters, cond, table, (models, states, num_samples), precision,
+        net, plan, solver, parameters, cond, (models, states, num_samples),
         start_ptr=_contiguous(start), seed_ptr=seed, bridge_ptr=_contiguous(bridge),
         displacement_ptr=displacement.contiguous(), coefficient_ptr=_contiguous(coefficients),
         penalty_ptr=penalty, gradient_ptr=gradient, score_ptr=score if want_score else None,
-        low=low, high=high, CLIP=clip, t_bridge=t, p=p, q=q, damping=damping, eps=eps,
+        t_bridge=t, p=p, q=q, damping=damping, eps=eps,
         FISHER=True, NORMALIZE=normalize, USE_X=use_x,
     )  # fmt: skip
     return penalty, gradient, score
@@ -137,11 +136,10 @@ UNUSED: dict[str, Any] = {
 def _launch(
     net: Architecture,
     plan: FlowPlan,
+    solver: Solver,
     parameters: list[Tensor | None],
     cond: Tensor | None,
-    table: tuple[float, ...],
     shape: tuple[int, int, int],
-    precision: str,
     **given: Any,
 ) -> None:
     models, states, num_samples = shape
@@ -163,21 +161,21 @@ def _launch(
     with torch.cuda.device_of(weight):
         flow_kernel[(programs,)](
             cond_ptr=_contiguous(cond),
-            table_ptr=device_table(table, device),
+            table_ptr=device_table(solver.table, device),
             weights=weights,
             biases=biases,
             scales=scales[:-1],
             shifts=shifts[:-1],
             norm_eps=net.norm_eps,
             share_ptr=scratch(True, torch.float32, programs, rows, net.widths[0]),
-            hidden_ptr=scratch(True, HALF.get(precision, torch.float32), models * groups, 2, rows, widest),
+            hidden_ptr=scratch(True, solver.hidden_dtype, models * groups, 2, rows, widest),
             wide_ptr=scratch(any(norm != "none" for norm in net.norms), torch.float32, programs, rows, widest),
             partial_ptr=scratch(plan.split > 1, torch.float32, models * groups, plan.split, rows, block_d),
             counter_ptr=torch.zeros(models * groups, dtype=torch.int32, device=device) if plan.split > 1 else None,
             num_states=states,
             num_models=models,
             rows_per_cond=1 if cond is None else models * states * num_samples // cond[..., 0].numel(),
-            num_evals=len(table) // 4,
+            num_evals=solver.num_evals,
             groups_per_model=groups,
             D=net.action_dim,
             BLOCK_D=block_d,
@@ -191,7 +189,10 @@ def _launch(
             WIDEST=widest,
             ACTIVATIONS=net.activations,
             NORMS=net.norms,
-            PRECISION="tf32x3" if precision == "highest" else "tf32",
+            PRECISION=solver.dot_precision,
+            low=solver.low,
+            high=solver.high,
+            CLIP=solver.clip,
             ROWS=rows,
             SPLIT=plan.split,
             BLOCK_N=plan.block_n,

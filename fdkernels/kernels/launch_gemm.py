@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fdkernels.kernels import launch
-from fdkernels.kernels.architecture import HALF, Architecture, device_table
+from fdkernels.kernels.architecture import Architecture, Penalty, Solver, device_table
 from fdkernels.kernels.configs import FlowPlan, next_power_of_two
 from fdkernels.kernels.hidden_layer import HiddenLayer
 from fdkernels.kernels.turn import turn_kernel
@@ -25,19 +25,13 @@ def integrate(
     parameters: list[Tensor | None],
     net: Architecture,
     plan: FlowPlan,
-    table: tuple[float, ...],
-    low: float,
-    high: float,
-    clip: str,
+    solver: Solver,
     want_path: bool,
-    precision: str,
 ) -> tuple[Tensor]:
     """As ``launch_flow.integrate``."""
-    path = start.new_empty(int(sum(table[3::4])) + 1, *start.shape) if want_path else None
-    solver = {"start_ptr": start.contiguous(), "low": low, "high": high, "CLIP": clip}
     models, rows, _ = start.shape
-    with torch._C._DisableAutocast():  # the dtypes are settled
-        end, _ = _solve(net, plan, parameters, cond, table, (models, rows), precision, path, **solver)
+    path = start.new_empty(solver.num_steps + 1, *start.shape) if want_path else None
+    end, _ = _solve(net, plan, solver, parameters, cond, (models, rows), path, start_ptr=start.contiguous())
     return (end.to(start.dtype) if path is None else path,)
 
 
@@ -51,39 +45,24 @@ def fisher(
     parameters: list[Tensor | None],
     net: Architecture,
     plan: FlowPlan,
-    table: tuple[float, ...],
-    low: float,
-    high: float,
-    clip: str,
-    num_samples: int,
-    t: float,
-    p: float,
-    q: float,
-    use_x: bool,
-    damping: float,
-    normalize: bool,
-    eps: float,
-    want_score: bool,
-    precision: str,
+    solver: Solver,
+    penalty: Penalty,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As ``launch_flow.fisher``."""
+    num_samples, t, p, q, use_x, damping, normalize, eps, want_score = penalty
     models, states, d = displacement.shape
-    with torch._C._DisableAutocast():  # the dtypes are settled
-        x_t, velocity = _solve(
-            net, plan, parameters, cond, table, (models, states * num_samples), precision, None,
-            start_ptr=None if start is None else start.contiguous(),
-            bridge_ptr=None if bridge is None else bridge.contiguous(), seed_ptr=seed,
-            coefficient_ptr=None if coefficients is None else coefficients.contiguous(),
-            low=low, high=high, CLIP=clip, t_bridge=t, FISHER=True,
-        )  # fmt: skip
+    x_t, velocity = _solve(
+        net, plan, solver, parameters, cond, (models, states * num_samples), None,
+        start_ptr=None if start is None else start.contiguous(),
+        bridge_ptr=None if bridge is None else bridge.contiguous(), seed_ptr=seed,
+        coefficient_ptr=None if coefficients is None else coefficients.contiguous(), t_bridge=t, FISHER=True,
+    )  # fmt: skip
     samples = (models, states, num_samples, d)
     x_t, velocity = x_t.view(samples), velocity.view(samples)
     pairs = None if coefficients is None else coefficients[..., 1:].reshape(*samples[:-1], 2)
-    score = x_t.new_empty(0)
-    if want_score:
-        score = launch.score(velocity, x_t, pairs, p, q, use_x)
-    settings = (p, q, use_x, damping, normalize, eps, True)
-    return *launch.velocity_penalty(displacement, velocity, x_t, pairs, *settings), score
+    score = launch.score(velocity, x_t, pairs, p, q, use_x) if want_score else x_t.new_empty(0)
+    closed = launch.velocity_penalty(displacement, velocity, x_t, pairs, p, q, use_x, damping, normalize, eps, True)
+    return *closed, score
 
 
 UNUSED: dict[str, Any] = {
@@ -96,19 +75,17 @@ UNUSED: dict[str, Any] = {
 def _solve(
     net: Architecture,
     plan: FlowPlan,
+    solver: Solver,
     parameters: list[Tensor | None],
     cond: Tensor | None,
-    table: tuple[float, ...],
     shape: tuple[int, int],
-    precision: str,
     path: Tensor | None,
     **given: Any,
 ) -> tuple[Tensor, Tensor]:
     """End of the flow, (models, rows, d) float32; of Fisher samples x_t, and the velocity there."""
-    models, rows = shape
-    d, num_evals = net.action_dim, len(table) // 4
     given = UNUSED | given
-    dtype = HALF.get(precision, torch.float32)
+    models, rows = shape
+    d, num_evals, dtype = net.action_dim, solver.num_evals, solver.hidden_dtype
     weights = [_stacked_once(p, 2) for p in parameters[::4] if p is not None]
     biases, scales, shifts = ([None if p is None else _stacked_once(p, 1) for p in parameters[i::4]] for i in (1, 2, 3))
     first, *middle = map(HiddenLayer, weights, biases, scales, shifts, net.activations, net.norms, net.norm_eps)
@@ -122,7 +99,7 @@ def _solve(
     take_turn = functools.partial(
         turn_kernel[(-(-rows // plan.rows), models)],
         **given,
-        table_ptr=device_table(table, x.device),
+        table_ptr=device_table(solver.table, x.device),
         x_ptr=x,
         total_ptr=total,
         first_weight_ptr=weights[0],
@@ -140,7 +117,10 @@ def _solve(
         FIRST_WIDTH=net.widths[0],
         LAST_WIDTH=net.widths[-1],
         ACTIVATION=first.activation if first.norm == "none" else "none",
-        PRECISION="tf32x3" if precision == "highest" else "tf32",
+        PRECISION=solver.dot_precision,
+        low=solver.low,
+        high=solver.high,
+        CLIP=solver.clip,
         ROWS=plan.rows,
         BLOCK_N=plan.block_n,
         BLOCK_INPUTS=plan.block_inputs,
@@ -150,7 +130,7 @@ def _solve(
     last_turn = num_evals + given["FISHER"]
     last_hidden, steps_done = None, 0
     for turn in range(last_turn + 1):
-        step_ends = turn == 0 or (turn <= num_evals and table[4 * turn - 1] > 0)
+        step_ends = turn == 0 or (turn <= num_evals and solver.table[4 * turn - 1] > 0)
         h = None
         if turn < last_turn:
             h = fresh(net.widths[0], dtype if first.norm == "none" else torch.float32)

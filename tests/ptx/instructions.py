@@ -95,10 +95,13 @@ def _fused(a: Any, b: Any, c: Any) -> Any:
 
 
 def _extract(a: Any, first: Any, length: Any) -> Any:
-    if np.any((length == 0) | (first + length > 32)):
-        raise NotImplementedError("not emulated: a bit field beyond its word")
-    shifted = a << (32 - first - length).astype(a.dtype)
-    return shifted >> (32 - length).astype(a.dtype)
+    """A field of 32 bits; beyond them stands the sign, or zero."""
+    first, length = (np.minimum(np.asarray(n).astype(np.int64) & 0xFF, 32) for n in (first, length))
+    field = a.astype(np.int64) >> first & (np.int64(1) << length) - 1
+    if a.dtype == np.int32:
+        top = np.int64(1) << np.maximum(length, 1) - 1
+        field = (field ^ top) - top
+    return field.astype(a.dtype)
 
 
 def _shift(function: Any) -> Callable:
