@@ -5,7 +5,7 @@ whoever evaluates, saves or restores one of them sees and writes the weights tha
 agent's own losses under ``torch.func.vmap``, where each linear layer becomes one grouped product, and is otherwise the
 update of a single agent (`train.agents.Learner`): gradients of one seed's loss reach that seed's weights only, and Adam
 treats every number by itself. The norm that clips gradients is taken seed by seed. On CUDA the flows of all seeds are
-integrated in one launch; on the CPU one after another, for which there are faster ways than grouped products.
+integrated in one call; on the CPU one after another, for which there are faster ways than grouped products.
 """
 
 from __future__ import annotations

@@ -535,13 +535,15 @@ def test_replayed_products_follow_their_inputs() -> None:
     module = fdkernels.VelocityMLP(17, 6, (64, 64)).to(DEVICE)
     run = functools.partial(fdkernels.integrate_flow, implementation="gemm", num_steps=2)
     plain = functools.partial(fdkernels.integrate_flow, backend="torch", num_steps=2)
-    kept = []
+    kept, side = [], torch.cuda.Stream()
     for i in range(6):
         for rows in (3, 50):
             x0, cond = draw(rows, 6, seed=i).to(DEVICE), draw(rows, 17, seed=i).to(DEVICE)
             kept.append((run(module, x0, cond), plain(module, x0, cond)))
-            with torch.cuda.stream(torch.cuda.Stream()):
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
                 kept.append((run(module, x0, cond), kept[-1][1]))
+            torch.cuda.current_stream().wait_stream(side)
         if i == 3:
             module = copy.deepcopy(module)
             for parameter in module.parameters():

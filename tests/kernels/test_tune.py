@@ -28,22 +28,7 @@ def test_the_fastest_is_used_from_then_on(
     fastest: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr(tune, "FLOWS", CANDIDATES)
-    args = tune.parse(
-        [
-            "--cond-dim",
-            "0",
-            "--action-dim",
-            "3",
-            "--hidden",
-            "24",
-            "24",
-            "--rows",
-            "5",
-            "--precision",
-            "bf16",
-            "highest",
-        ]
-    )
+    args = tune.parse([*SMALL, "--precision", "bf16", "highest"])
     args.device = DEVICE
     gpu, plans = table.gpu_of(DEVICE), []
     flow_plan = configs.flow_plan
