@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from fdkernels import onednn
+from fdkernels import cpu
 from fdkernels.backend import Backend, float32_products
 from fdkernels.fused import Implementation, choose_fused, fused_integrate, fused_integrate_groups
 from fdkernels.mlp import PackedMLP, VelocityMLP, pack_mlp
@@ -244,13 +244,14 @@ def _check_float32_products(op: str, precision: str, device: torch.device) -> No
 
 def _bind_mlp(op: str, mlp: PackedMLP, hidden: torch.dtype, *, strict: bool) -> Flow:
     outer = torch.promote_types(mlp.dtype, torch.float32)
-    tensors = mlp.read(outer, hidden)
+    emulated = mlp.layers[0].linear.weight.device.type == "cpu" and not cpu.multiplies(hidden)
+    tensors = mlp.read(outer, hidden, torch.float32 if emulated else None)
 
     def flow(x0: Tensor, cond: Tensor | None, x0_name: str, cond_name: str) -> tuple[Field, Tensor]:
         check_rows(op, mlp, x0, cond, x0_name, cond_name, strict)
         x = x0.to(outer)
-        if onednn.serves(x, hidden):
-            return onednn.fused_field(tensors, cond, x.shape[:-1]), x
+        if cpu.serves(x):
+            return cpu.CpuField(tensors, cond, x.shape[:-1]), x
         return tensors.field(cond), x
 
     return flow

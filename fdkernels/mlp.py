@@ -193,14 +193,18 @@ class PackedMLP:
             h = layer.read().finish(layer.linear(h))
         return h
 
-    def read(self, outer: torch.dtype, hidden: torch.dtype) -> MLPTensors:
-        """The weights as they are now, the hidden layers' in ``hidden`` and the first and last in ``outer``."""
+    def read(self, outer: torch.dtype, hidden: torch.dtype, products: torch.dtype | None = None) -> MLPTensors:
+        """The weights as they are now, the hidden layers' in ``hidden`` and the first and last in ``outer``.
+
+        ``products`` is the dtype in which the hidden layers are multiplied, on operands rounded to ``hidden``, where
+        that is another one.
+        """
         first, *rest = [layer.read() for layer in self.layers]
         widths = {"x": self.action_dim, "t": 1, "cond": self.cond_dim}
         columns = first.weight.to(outer).split([widths[name] for name in self.order], dim=1)
-        middle = tuple(layer.to(hidden) for layer in rest[:-1])
+        middle = tuple(layer.to(hidden).to(products or hidden) for layer in rest[:-1])
         last = rest[-1].to(outer) if rest else None
-        return MLPTensors(dict(zip(self.order, columns)), first.to(outer), middle, last)
+        return MLPTensors(dict(zip(self.order, columns)), first.to(outer), middle, last, hidden)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,6 +215,11 @@ class MLPTensors:
     first: LayerTensors
     middle: tuple[LayerTensors, ...]
     last: LayerTensors | None  # None where the first layer is the only one
+    operands: torch.dtype  # what the hidden layers' operands are rounded to
+
+    def operand(self, h: Tensor, layer: LayerTensors) -> Tensor:
+        """h as a hidden layer multiplies it."""
+        return h.to(self.operands).to(layer.weight.dtype)
 
     def cond_share(self, cond: Tensor | None) -> Tensor | None:
         """What the condition and the bias put into the first layer at every step, (..., H) in cond's leading shape."""
@@ -234,7 +243,7 @@ class MLPTensors:
                 h = h + offset
             h = self.first.finish(h)
             for layer in self.middle:
-                h = layer.finish(F.linear(h.to(layer.weight.dtype), layer.weight, layer.bias).to(of_x.dtype))
+                h = layer.finish(F.linear(self.operand(h, layer), layer.weight, layer.bias).to(of_x.dtype))
             return h if self.last is None else F.linear(h, self.last.weight, self.last.bias)
 
         return velocity

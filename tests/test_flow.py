@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import fdkernels
 import fdkernels_ref
-from fdkernels import onednn, solvers
+from fdkernels import cpu, solvers
 from tests.closed_forms import anisotropic_gaussian, two_modes
 from tests.kernels.judge import assert_close
 
@@ -148,20 +148,60 @@ def test_precision(kind: str, activation: int, norms: str, shared: bool) -> None
     assert_close(kind, ours.to(low), truth, reference(low), "torch", size=truth)
 
 
-def test_large_batches_take_the_fused_products() -> None:
+def test_where_nobody_differentiates_the_processor_decides() -> None:
     flow, x0, cond = fdkernels.VelocityMLP(3, 2, hidden=(8, 8)), torch.randn(64, 2), torch.randn(64, 3)
-    fused = mock.patch.object(onednn, "fused_field", side_effect=onednn.fused_field)
-    with fused as called:
+    taken = mock.patch.object(cpu, "CpuField", side_effect=cpu.CpuField)
+    with taken as called:
         for options in ({}, {"precision": "highest"}, {"precision": "high"}, {"precision": "bf16"}):
             fdkernels.integrate_flow(flow, x0, cond, **options)
-    available = torch.backends.mkldnn.is_available()
-    bf16 = available and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    assert called.call_count == 3 * available + bf16
-    with fused as called:
+    assert called.call_count == 4
+    with taken as called:
         fdkernels.integrate_flow(flow, x0, cond, differentiable=True)
         torch.func.vmap(lambda x: fdkernels.integrate_flow(flow, x, cond))(x0.expand(2, -1, -1))
         fdkernels.integrate_flow(flow.double(), x0.double(), cond.double())
     assert called.call_count == 0
+
+
+@pytest.mark.parametrize("avx512", [False, True])
+@pytest.mark.parametrize("activation", ["gelu_tanh", "gelu", "silu", "relu", "tanh"])
+def test_every_way_on_the_cpu_gives_the_same(activation: str, avx512: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few rows and many, with what another processor would choose, where this one can run it."""
+    monkeypatch.setattr(cpu, "_has_avx512", lambda: avx512)
+    for hidden, layer_norm in (((24, 40, 8), False), ((24, 24), True), ((24,), False)):
+        flow = fdkernels.VelocityMLP(3, 2, hidden, activation, layer_norm)
+        exact = copy.deepcopy(flow).double()
+        for rows in (0, 1, 15, 16, 47, 48, 130):
+            x0, cond = torch.randn(rows, 2), torch.randn(rows, 3)
+            before = x0.clone()
+            out = fdkernels.integrate_flow(flow, x0, cond, num_steps=3, clip=None)
+            truth = fdkernels_ref.integrate_flow(exact, x0.double(), cond.double(), num_steps=3, clip=None)
+            reference = fdkernels_ref.integrate_flow(flow, x0, cond, num_steps=3, clip=None).detach()
+            assert_close(f"{rows} rows", out, truth.detach(), reference, "torch", size=truth.detach())
+            assert torch.equal(x0, before)
+
+
+def test_half_precision_without_units_is_rounded_operands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a processor with units multiplies, in float32: the plain formula on rounded weights and activations."""
+    monkeypatch.setattr(cpu, "multiplies", lambda dtype: dtype == torch.float32)
+    flow, x0, cond = fdkernels.VelocityMLP(3, 2, hidden=(32, 32, 32)), torch.randn(64, 2), torch.randn(64, 3)
+
+    def rounded(x: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+        h = torch.cat([cond, x, t], -1)
+        for i, module in enumerate(flow.double().net):
+            if isinstance(module, torch.nn.Linear) and 0 < i < len(flow.net) - 1:
+                h = h.bfloat16().double() @ module.weight.bfloat16().double().T + module.bias.bfloat16().double()
+            else:
+                h = module(h)
+        return h
+
+    for options in ({}, {"differentiable": True}):
+        out = fdkernels.integrate_flow(flow.float(), x0, cond, num_steps=1, clip=None, precision="bf16", **options)
+        with torch.no_grad():
+            truth = fdkernels_ref.integrate_flow(rounded, x0.double(), cond.double(), num_steps=1, clip=None)
+        # where float32 and float64 fall on two sides of a step, an operand is rounded the other way
+        assert (out.detach() - truth).norm() < 1e-4 * truth.norm()
+        full = fdkernels.integrate_flow(flow.float(), x0, cond, num_steps=1, clip=None)
+        assert (out.detach() - full).norm() > 1e-4 * full.norm()
 
 
 def test_precisions_differ_where_they_should() -> None:
