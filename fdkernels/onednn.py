@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fdkernels.mlp import LayerTensors, MLPTensors, layer_norm
 from fdkernels.solvers import Field
+from fdkernels.torch_private import transforms_active
 
 _FUSED: dict[str | None, tuple[str, str]] = {
     None: ("none", ""),
@@ -30,7 +31,7 @@ _GELU_SLOPE = 1.5957691216057308  # √(8/π)
 
 def serves(x: Tensor, hidden: torch.dtype) -> bool:
     """Whether these products may run here and are worth it: nothing looks on, and the processor has them."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or transforms_active():
         return False
     if x.device.type != "cpu" or x.dtype != torch.float32 or not torch.backends.mkldnn.enabled:
         return False
