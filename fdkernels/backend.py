@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fdkernels.torch_private import constant_when_compiled
 from fdkernels.validation import check_choice
 
 Backend = Literal["triton", "torch"]
@@ -47,10 +48,7 @@ def _why_not_triton(*tensors: Tensor) -> str | None:
     return None
 
 
+@constant_when_compiled
 def float32_products() -> str:
     """What ``torch.set_float32_matmul_precision`` was told."""
     return torch.get_float32_matmul_precision()
-
-
-# What torch.compiler.assume_constant_result does, which would import the compiler, and Triton with it.
-float32_products._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -15,6 +15,7 @@ from fdkernels.mlp import PackedMLP
 from fdkernels.philox import check_seed, philox_normal
 from fdkernels.score import Convention, check_score_settings, check_time, score_coefficients, score_from_velocity
 from fdkernels.solvers import Method, check_time_grid, integrate
+from fdkernels.torch_private import transforms_active
 from fdkernels.validation import check_count, check_floating, check_shape
 from fdkernels.velocity_penalty import penalty_from_velocity
 
@@ -128,7 +129,7 @@ def flow_fisher_penalty(
     fused = choose_fused(op, backend, implementation, velocity, (displacement, cond))
 
     # The kernel draws from a seed by itself, but cannot see which of its rows a transform has put together.
-    transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    transformed = not torch.compiler.is_compiling() and transforms_active()
     if not fused or seed is None or transformed:
         with torch.no_grad():
             start, bridge_noise = _drawn(start, bridge_noise, shape, cond, generator, drawn_by)

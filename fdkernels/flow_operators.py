@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fdkernels.mlp import PackedMLP
-from fdkernels.registration import call_below_autograd, register, register_autograd
+from fdkernels.registration import register
 from fdkernels.solvers import METHODS, Method
+from fdkernels.torch_private import constant_when_compiled
 
 Parameters = list[Tensor | None]
 
@@ -32,6 +34,7 @@ def solver_table(times: tuple[float, ...], method: Method) -> tuple[float, ...]:
     return tuple(table)
 
 
+@constant_when_compiled
 def prepare_solver(times: tuple[float, ...], method: Method, device: torch.device) -> None:
     """Put the solver's table on the device while a graph is traced, for good.
 
@@ -40,9 +43,6 @@ def prepare_solver(times: tuple[float, ...], method: Method, device: torch.devic
     from fdkernels.kernels.architecture import device_table
 
     device_table(solver_table(times, method), device)
-
-
-prepare_solver._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def architecture_and_parameters(mlp: PackedMLP) -> tuple[str, Parameters]:
@@ -166,24 +166,12 @@ def _fisher_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
     return tuple(zip(*(_unfold(out, info.batch_size, by_model) for out in outputs)))
 
 
-fisher_operator = register(
-    "flow_fisher_penalty",
-    "(Tensor? start, Tensor? bridge, Tensor? cond, Tensor displacement, Tensor? coefficients, Tensor?[] parameters, "
-    "Tensor? seed, str architecture, float[] times, str method, float low, float high, str clip, int num_samples, "
-    "float t, float p, float q, bool use_x, float damping, bool normalize, float eps, bool want_score, "
-    "str precision, str? implementation) -> (Tensor, Tensor, Tensor)",
-    _fisher,
-    _fisher_fake,
-    _fisher_vmap,
-)
-
-
 class _Fisher(torch.autograd.Function):
     """Differentiable in the displacement only; its gradient was left behind by the forward pass."""
 
     @staticmethod
-    def forward(ctx: Any, keyset: torch._C.DispatchKeySet, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        penalty, gradient, score = call_below_autograd(fisher_operator, keyset, *args)
+    def forward(ctx: Any, values: Callable[..., Any], *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        penalty, gradient, score = values(*args)
         ctx.mark_non_differentiable(gradient, score)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(gradient)
@@ -198,4 +186,14 @@ class _Fisher(torch.autograd.Function):
         return (*[None] * 4, to_displacement, *[None] * 20)
 
 
-register_autograd(fisher_operator, _Fisher)
+fisher_operator = register(
+    "flow_fisher_penalty",
+    "(Tensor? start, Tensor? bridge, Tensor? cond, Tensor displacement, Tensor? coefficients, Tensor?[] parameters, "
+    "Tensor? seed, str architecture, float[] times, str method, float low, float high, str clip, int num_samples, "
+    "float t, float p, float q, bool use_x, float damping, bool normalize, float eps, bool want_score, "
+    "str precision, str? implementation) -> (Tensor, Tensor, Tensor)",
+    _fisher,
+    _fisher_fake,
+    _fisher_vmap,
+    _Fisher,
+)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fdkernels.registration import call_below_autograd, register, register_autograd
+from fdkernels.registration import any_requires_grad, register
+from fdkernels.torch_private import transforms_active
 
 
 def plain_is_better(*tensors: Tensor | None) -> bool:
@@ -16,9 +18,9 @@ def plain_is_better(*tensors: Tensor | None) -> bool:
     It does where a compiler or a ``torch.func`` transform looks on, which make more of it, and where no gradient is
     wanted: sparing autograd's work is what the operator is for.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or transforms_active():
         return True
-    return not (torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors))
+    return not (torch.is_grad_enabled() and any_requires_grad(*tensors))
 
 
 def accumulate_dtype(*tensors: Tensor) -> torch.dtype:
@@ -108,15 +110,6 @@ def _penalty_fake(
     )
 
 
-penalty_operator = register(
-    "fisher_penalty",
-    "(Tensor displacement, Tensor score, float damping, bool normalize, float eps, bool want_gradient, "
-    "bool want_trace, bool triton) -> (Tensor, Tensor, Tensor)",
-    _penalty,
-    _penalty_fake,
-)
-
-
 def _score_gradient(
     upstream: Tensor, displacement: Tensor, score: Tensor, penalty: Tensor, trace: Tensor, normalize: bool, eps: float
 ) -> Tensor:
@@ -140,7 +133,7 @@ class _Penalty(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        keyset: torch._C.DispatchKeySet,
+        values: Callable[..., Any],
         displacement: Tensor,
         score: Tensor,
         damping: float,
@@ -153,9 +146,7 @@ class _Penalty(torch.autograd.Function):
         _, to_displacement, to_score, *_ = ctx.needs_input_grad
         settings = damping, normalize, eps
         wanted = want_gradient or to_displacement, want_trace or to_score
-        penalty, gradient, trace = call_below_autograd(
-            penalty_operator, keyset, displacement, score, *settings, *wanted, triton
-        )
+        penalty, gradient, trace = values(displacement, score, *settings, *wanted, triton)
         ctx.mark_non_differentiable(gradient, trace)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(displacement, score, penalty, gradient, trace)
@@ -189,7 +180,14 @@ def _differentiable(upstream: Tensor, wrt: tuple[Tensor | None, ...], *arguments
     return tuple(None if tensor is None else next(found) for tensor in wrt)
 
 
-register_autograd(penalty_operator, _Penalty)
+penalty_operator = register(
+    "fisher_penalty",
+    "(Tensor displacement, Tensor score, float damping, bool normalize, float eps, bool want_gradient, "
+    "bool want_trace, bool triton) -> (Tensor, Tensor, Tensor)",
+    _penalty,
+    _penalty_fake,
+    gradient=_Penalty,
+)
 
 
 # ---- velocity_to_score: velocity, x (..., d), coefficients (p, q) as (..., 2) or numbers -> p·v + q·x (..., d)
@@ -215,21 +213,13 @@ def _score(
     return score_formula(velocity, x, coefficients, p, q, use_x).contiguous()
 
 
-score_operator = register(
-    "velocity_to_score",
-    "(Tensor velocity, Tensor x, Tensor? coefficients, float p, float q, bool use_x, bool triton) -> Tensor",
-    _score,
-    lambda velocity, x, *_: velocity.new_empty(velocity.shape, dtype=torch.promote_types(velocity.dtype, x.dtype)),
-)
-
-
 class _Score(torch.autograd.Function):
     """Linear in v and x; its backward pass is plain PyTorch, and can be differentiated again."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        keyset: torch._C.DispatchKeySet,
+        values: Callable[..., Any],
         velocity: Tensor,
         x: Tensor,
         coefficients: Tensor | None,
@@ -241,7 +231,7 @@ class _Score(torch.autograd.Function):
         needs_coefficients = ctx.needs_input_grad[3]
         ctx.save_for_backward(coefficients, *((velocity, x) if needs_coefficients else ()))
         ctx.numbers, ctx.use_x, ctx.dtypes = (p, q), use_x, (velocity.dtype, x.dtype)
-        return call_below_autograd(score_operator, keyset, velocity, x, coefficients, p, q, use_x, triton)
+        return values(velocity, x, coefficients, p, q, use_x, triton)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -264,7 +254,13 @@ class _Score(torch.autograd.Function):
         )
 
 
-register_autograd(score_operator, _Score)
+score_operator = register(
+    "velocity_to_score",
+    "(Tensor velocity, Tensor x, Tensor? coefficients, float p, float q, bool use_x, bool triton) -> Tensor",
+    _score,
+    lambda velocity, x, *_: velocity.new_empty(velocity.shape, dtype=torch.promote_types(velocity.dtype, x.dtype)),
+    gradient=_Score,
+)
 
 
 # ---- velocity_fisher_penalty: displacement (..., d), velocity, x (..., K, d) -> penalty (...), its gradient to δ
@@ -298,22 +294,13 @@ def _velocity_penalty_fake(displacement: Tensor, *args: Any) -> tuple[Tensor, Te
     )
 
 
-velocity_penalty_operator = register(
-    "velocity_fisher_penalty",
-    "(Tensor displacement, Tensor velocity, Tensor x, Tensor? coefficients, float p, float q, bool use_x, "
-    "float damping, bool normalize, float eps, bool want_gradient) -> (Tensor, Tensor)",
-    _velocity_penalty,
-    _velocity_penalty_fake,
-)
-
-
 class _VelocityPenalty(torch.autograd.Function):
     """Differentiable in δ alone; the public function composes the two operators above where more is asked."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        keyset: torch._C.DispatchKeySet,
+        values: Callable[..., Any],
         displacement: Tensor,
         velocity: Tensor,
         x: Tensor,
@@ -327,9 +314,7 @@ class _VelocityPenalty(torch.autograd.Function):
         want_gradient: bool,
     ) -> tuple[Tensor, Tensor]:
         affine, settings = (p, q, use_x), (damping, normalize, eps)
-        penalty, gradient = call_below_autograd(
-            velocity_penalty_operator, keyset, displacement, velocity, x, coefficients, *affine, *settings, True
-        )
+        penalty, gradient = values(displacement, velocity, x, coefficients, *affine, *settings, True)
         ctx.mark_non_differentiable(gradient)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(displacement, velocity, x, coefficients, gradient)
@@ -351,4 +336,11 @@ class _VelocityPenalty(torch.autograd.Function):
         return (None, to_displacement, *[None] * 10)
 
 
-register_autograd(velocity_penalty_operator, _VelocityPenalty)
+velocity_penalty_operator = register(
+    "velocity_fisher_penalty",
+    "(Tensor displacement, Tensor velocity, Tensor x, Tensor? coefficients, float p, float q, bool use_x, "
+    "float damping, bool normalize, float eps, bool want_gradient) -> (Tensor, Tensor)",
+    _velocity_penalty,
+    _velocity_penalty_fake,
+    gradient=_VelocityPenalty,
+)

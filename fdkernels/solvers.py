@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from fdkernels.torch_private import transforms_active
 from fdkernels.validation import check_count
 
 Method = Literal["euler", "midpoint", "heun", "rk4"]
@@ -61,7 +62,7 @@ def integrate(
     ``torch.func`` transforms do not know checkpointing; under them autograd's usual memory is taken.
     """
     stages = METHODS[method]
-    forget = torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
+    forget = torch.is_grad_enabled() and not transforms_active()
     path = [x]
     last = len(times) - 2
     for i, (t, next_t) in enumerate(itertools.pairwise(times)):

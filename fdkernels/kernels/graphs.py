@@ -11,6 +11,8 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from fdkernels.torch_private import clear_cublas_workspaces
+
 Function: TypeAlias = Callable[..., tuple[Tensor, ...]]
 MOST = 16
 """Sequences remembered; the one not called for longest is forgotten first, and its memory left to the others."""
@@ -87,10 +89,10 @@ def _record(
         with torch.cuda.stream(side):  # plainly once more: nothing may be compiled while recording
             function(*places, parameters, *settings)
         # A workspace of cuBLAS that the graph uses has to be the graph's, and nobody else's.
-        torch._C._cuda_clearCublasWorkspaces()
+        clear_cublas_workspaces()
         # Other threads may go on using the GPU.
         with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
             outputs = function(*places, parameters, *settings)
-        torch._C._cuda_clearCublasWorkspaces()
+        clear_cublas_workspaces()
         current.wait_stream(side)
     return Recording(graph, places, outputs)

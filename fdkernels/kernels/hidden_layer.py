@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fdkernels.mlp import activate
+from fdkernels.torch_private import linear_gelu
 
 
 class HiddenLayer(NamedTuple):
@@ -33,7 +34,7 @@ class HiddenLayer(NamedTuple):
             product = product if self.bias is None else product.add_(self.bias.unsqueeze(1))
         elif h.is_cuda and self.bias is not None and self.norm == "none" and self.activation == "gelu_tanh":
             # cuBLAS applies it as it writes the product. Its ReLU is not used: nothing says that NaN stays NaN there.
-            return torch._addmm_activation(self.bias, h[0], self.weight.t(), use_gelu=True).unsqueeze(0)
+            return linear_gelu(h[0], self.weight, self.bias).unsqueeze(0)
         else:
             product = F.linear(h, self.weight, self.bias)
         return self.finish(product).to(h.dtype)

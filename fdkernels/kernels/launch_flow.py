@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ def integrate(
         return out
     plan = _plan(net, start.device, (models, rows, 1), precision, implementation)
     if plan.implementation == "gemm":
-        with torch._C._DisableAutocast():  # the dtypes are settled
+        with _without_autocast(start.device):
             return replayed(launch_gemm.integrate, (start, cond), parameters, net, plan, solver, want_path)[0]
     _launch(
         net, plan, solver, parameters, cond, (models, rows, 1),
@@ -93,7 +94,7 @@ def fisher(
     if plan.implementation == "gemm":
         inputs = (start, bridge, cond, displacement, coefficients, seed)
         closing = Penalty(num_samples, t, p, q, use_x, damping, normalize, eps, want_score)
-        with torch._C._DisableAutocast():
+        with _without_autocast(displacement.device):
             penalty, gradient, score = replayed(launch_gemm.fisher, inputs, parameters, net, plan, solver, closing)
         return penalty, gradient, score
     _launch(
@@ -123,6 +124,13 @@ def _plan(
         any(norm != "none" for norm in net.norms), "half" if precision in HALF else precision, states,
         num_samples, models, implementation, library,
     )  # fmt: skip
+
+
+def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """The dtypes are settled."""
+    if torch.amp.is_autocast_available(device.type):  # shapes without data have none
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
 
 
 UNUSED: dict[str, Any] = {

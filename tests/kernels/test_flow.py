@@ -627,7 +627,7 @@ def test_compiled_whole(dynamic: bool) -> None:
         warnings.filterwarnings("error", message=".*lru_cache")
         torch.compile(chain, fullgraph=True, dynamic=dynamic, backend=backend)(cond, displacement, noise)
     assert tables == [1]  # the solver of both is on the device before anything runs
-    torch._dynamo.reset()
+    torch.compiler.reset()
     for out, right in zip(
         *[
             (value.detach(), *torch.autograd.grad(value, displacement))
