@@ -32,6 +32,8 @@ import torch
 from torch import Tensor
 from torch.utils.benchmark import Timer
 
+from fdkernels.cpu import multiplies
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
 TIMINGS = ("eager", "graph") if ON_GPU else ("eager",)
@@ -246,6 +248,8 @@ class Race:
             "baseline": entry.baseline,
             "device": device_name(),
             "threads": torch.get_num_threads(),
+            "capability": torch.backends.cpu.get_cpu_capability(),
+            "bf16_units": half_products(),
             "rounds": rounds,
             "clock": "CUDA events" if on_device else "wall",
             "seconds": quartiles(own_seconds),
@@ -356,13 +360,13 @@ def allocations_at_peak(run: Callable[[], Any]) -> int:
 
 @functools.cache
 def device_name() -> str:
-    """GPU, or processor and number of threads that PyTorch uses."""
+    """GPU, or processor and what PyTorch uses of it: instruction set and number of threads."""
     if ON_GPU:
         return torch.cuda.get_device_name()
     found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
     name = found[1].strip() if found else platform.processor() or platform.machine()
     threads = torch.get_num_threads()
-    return f"{name}, {threads} thread{'s' * (threads > 1)}"
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()}), {threads} thread{'s' * (threads > 1)}"
 
 
 def clocks() -> dict[str, Any]:
@@ -389,12 +393,20 @@ def roofs() -> dict[str, float]:
     found = {"copy_bytes": 8 * elements / _seconds("target.copy_(source)", source=source, target=target)}
     del source, target
     width = 8192 if ON_GPU else 2048
-    for name in ("fp32", "tf32", "bf16") if ON_GPU else ("fp32", "bf16"):
+    half = half_products()
+    for name in ("fp32", "tf32", "bf16") if ON_GPU else ("fp32", "bf16") if half else ("fp32",):
         dtype = torch.bfloat16 if name == "bf16" else torch.float32
         a, b = (torch.randn(width, width, device=DEVICE, dtype=dtype) for _ in range(2))
         with precision("tf32" if name == "tf32" else "fp32"):
             found[f"{name}_flops"] = 2 * width**3 / _seconds("a @ b", a=a, b=b)
+    if not half:
+        found["bf16_flops"] = found["fp32_flops"]  # rounded operands are multiplied in float32
     return found
+
+
+def half_products() -> bool:
+    """Whether bfloat16 products are made by units of their own."""
+    return ON_GPU or multiplies(torch.bfloat16)
 
 
 def _seconds(statement: str, **names: Tensor) -> float:

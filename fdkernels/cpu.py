@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fdkernels.mlp import LayerTensors, MLPTensors, layer_norm
+from fdkernels.torch_private import half_units, has_onednn, onednn_linear, transforms_active
 
 _FEW_ROWS = 16  # ten steps of one row: 2.1 ms instead of 2.5 in place; of 16 rows 5.4 instead of 5.1
 _FEW_ROWS_FOR_ONEDNN = 48  # ten steps of one row: 1.4 ms in PyTorch, 2.6 in oneDNN, with AVX-512
@@ -44,30 +45,18 @@ _FUSED: dict[str | None, tuple[str, str]] = {
 
 def serves(x: Tensor) -> bool:
     """Whether nothing looks on that wants plain formulas."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or transforms_active():
         return False
     return x.device.type == "cpu" and x.dtype == torch.float32
 
 
 def multiplies(dtype: torch.dtype) -> bool:
-    """Whether the processor has units for products of this dtype, and PyTorch uses them."""
-    if dtype not in (torch.bfloat16, torch.float16):
-        return True
-    if not has_onednn():
-        return False
-    if dtype == torch.float16:
-        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
-    # oneDNN also answers yes where it has to make do with AVX-512
-    real = not _has_avx512() or torch.cpu._is_avx512_bf16_supported()
-    return bool(real and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    """Whether products of this dtype are worth it: the processor has units for them, and PyTorch uses those."""
+    return dtype not in (torch.bfloat16, torch.float16) or half_units(dtype)
 
 
 def _has_avx512() -> bool:
     return torch.backends.cpu.get_cpu_capability() == "AVX512"
-
-
-def has_onednn() -> bool:
-    return torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
 
 
 class CpuField:
@@ -149,10 +138,9 @@ def _plain_layer(h: Tensor, layer: LayerTensors) -> Tensor:
 
 
 def _fused_layer(h: Tensor, layer: LayerTensors) -> Tensor:
-    """oneDNN's product, as ``torch.compile`` uses it for frozen models. Normalisation is done in float32 whatever the
-    product's dtype."""
-    name, algorithm = _FUSED[None if layer.norm_before is not None else layer.activation]
-    h = torch.ops.mkldnn._linear_pointwise(h, layer.weight, layer.bias, name, [], algorithm)
+    """Normalisation is done in float32 whatever the product's dtype."""
+    fused = _FUSED[None if layer.norm_before is not None else layer.activation]
+    h = onednn_linear(h, layer.weight, layer.bias, *fused)
     if layer.norm_before is not None:
         return layer.finish(h.float())
     return h if layer.norm_after is None else layer_norm(h.float(), layer.norm_after)

@@ -44,3 +44,33 @@ def constant_when_compiled(function: _Function) -> _Function:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+@constant_when_compiled
+def half_units(dtype: torch.dtype) -> bool:
+    """Whether oneDNN has units of this processor for products in bfloat16 or float16; only private functions tell.
+
+    Instead: no, which gives the same numbers at the speed of float32.
+    """
+    if not has_onednn():
+        return False
+    supported = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}[dtype]
+    if not getattr(torch.ops.mkldnn, supported, lambda: False)():
+        return False
+    # for bfloat16 oneDNN also says yes where it makes do with AVX-512
+    real = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return dtype != torch.bfloat16 or torch.backends.cpu.get_cpu_capability() != "AVX512" or bool(real())
+
+
+def has_onednn() -> bool:
+    """Whether :func:`onednn_linear` is there."""
+    mkldnn = torch.backends.mkldnn
+    return bool(mkldnn.is_available() and mkldnn.enabled) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def onednn_linear(h: Tensor, weight: Tensor, bias: Tensor | None, activation: str, form: str) -> Tensor:
+    """oneDNN's product with bias and activation fused, as ``torch.compile`` uses it for frozen models.
+
+    Instead: whoever calls it asks :func:`has_onednn` first.
+    """
+    return torch.ops.mkldnn._linear_pointwise(h, weight, bias, activation, [], form)
