@@ -21,7 +21,19 @@ from torch import Tensor, nn
 
 import fdkernels
 import fdkernels_ref
-from benchmarks.harness import DEVICE, ON_GPU, TIMINGS, Entry, Outputs, Race, gate, normal, precision, rotating
+from benchmarks.harness import (
+    DEVICE,
+    ON_GPU,
+    TIMINGS,
+    Entry,
+    Outputs,
+    Race,
+    gate,
+    half_products,
+    normal,
+    precision,
+    rotating,
+)
 
 STEPS, HIDDEN, WIDTH = 10, 4, 512
 TABLES = ("fp32", "tf32", "bf16") if ON_GPU else ("fp32",)
@@ -96,8 +108,10 @@ def traffic(rows: int, obs_dim: int, d: int) -> float:
     return 4.0 * (weights + rows * (obs_dim + 2 * d))
 
 
-def marks(variant: str, rows: int, table: str) -> list[Any]:
+def marks(variant: str, rows: int, table: str, kind: str) -> list[Any]:
     """What a short run leaves out."""
+    if variant == "eager" and kind == "bf16" and rows > 1 and not half_products():
+        return [pytest.mark.long("PyTorch's bfloat16 products take seconds a call on a processor without units for it")]
     if not ON_GPU and rows == 16384:
         return [pytest.mark.long("16,384 rows take seconds a call on a CPU")]
     if ON_GPU and variant.startswith("eager, ") and table != "tf32":
@@ -122,7 +136,7 @@ def cases() -> list[Any]:
                     continue
                 case = (variant, (rows, obs_dim, d), table, kind, timing)
                 name = f"{variant}-{rows}x{obs_dim}x{d}-{kind}-{timing}"
-                found.append(pytest.param(*case, id=name, marks=marks(variant, rows, table)))
+                found.append(pytest.param(*case, id=name, marks=marks(variant, rows, table, kind)))
     return found
 
 
