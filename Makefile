@@ -1,16 +1,21 @@
-# `make train` runs the main job, `make test` the whole test suite; each sets up .venv by itself, once.
+# `make train` runs the main job, `make test` the tests; each sets up .venv by itself, once.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: train test test-gpu test-gpu-operators test-gpu-flow test-gpu-gemm check static-report-3.6 bench bench-compare bench-gpu clean
+.PHONY: train test test-all test-gpu test-gpu-operators test-gpu-flow test-gpu-gemm check static-report-3.6 bench bench-compare bench-gpu clean
 
 train: $(STAMP)
 	$(BIN)/python train/run.py --env halfcheetah-medium-expert --resume
 
-test: $(STAMP)
-	$(BIN)/python -m pytest
+# The tests, then the kernels' own suite under Triton's interpreter, which has to be chosen before triton is imported.
+# `make test` leaves out what is marked long and draws fewer random cases; `make test-all` is everything.
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+test: QUICK := -m "not long" --hypothesis-profile quick
+test test-all: $(STAMP)
+	$(PYTEST) $(QUICK)
+	TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES= $(PYTEST) tests/kernels $(QUICK)
 
 # On a machine with a CUDA GPU: with the torch, triton and pytest that are there, findings in $OUT. Each of the three
 # parts takes eight minutes at most; the flow's kernels take seconds each to compile.

@@ -38,7 +38,6 @@ def pytest_configure(config: pytest.Config) -> None:
     cache = config.stash[_CACHE] = tempfile.TemporaryDirectory(prefix="fdkernels-bench-")
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{cache.name}/inductor"
     os.environ["TRITON_CACHE_DIR"] = f"{cache.name}/triton"
-    config.addinivalue_line("markers", "long(why): left out unless --long is given")
     run = config.stash[_RUN] = describe_run(device_name(), torch.get_num_threads())
     path = config.getoption("--results")
     try:

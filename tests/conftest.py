@@ -1,11 +1,19 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
+
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):  # before torch counts the cores
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
 import pytest
 import torch
+from hypothesis import settings
 
 DATA = Path(__file__).parent / "data"
+settings.register_profile("whole", max_examples=100, deadline=None)
+settings.register_profile("quick", max_examples=12, deadline=None, derandomize=True)
+settings.load_profile("whole")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -15,6 +23,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=DATA,
         help="folder of recorded cases of the published agents (*.npz); default: those in tests/data",
     )
+
+
+def pytest_report_header() -> str:
+    """What the numbers of a run depend on."""
+    return f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -116,7 +116,8 @@ def test_long(race): ...
     file = tmp_path / "results.json"
     command = [sys.executable, "-m", "pytest", str(tmp_path), "-p", "benchmarks.conftest", f"--results={file}"]
     command += ["--benchmark-only", "--seconds=0", f"--rootdir={tmp_path}", "-q"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    environment["PYTHONPATH"] = str(ROOT)
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert run.returncode == 1
     assert "1 failed, 1 passed, 1 skipped" in run.stdout, run.stdout + run.stderr

@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
@@ -19,7 +19,7 @@ import fdkernels
 import fdkernels_ref
 from fdkernels import cpu, solvers
 from tests.closed_forms import anisotropic_gaussian, two_modes
-from tests.kernels.judge import assert_close
+from tests.judge import assert_agree, assert_close
 
 F64 = torch.float64
 METHODS = ["euler", "midpoint", "heun", "rk4"]
@@ -72,7 +72,6 @@ STACKS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=120, deadline=None)
 @given(
     net=STACKS,
     d=st.integers(1, 5),
@@ -176,7 +175,8 @@ def test_every_way_on_the_cpu_gives_the_same(activation: str, avx512: bool, monk
             out = fdkernels.integrate_flow(flow, x0, cond, num_steps=3, clip=None)
             truth = fdkernels_ref.integrate_flow(exact, x0.double(), cond.double(), num_steps=3, clip=None)
             reference = fdkernels_ref.integrate_flow(flow, x0, cond, num_steps=3, clip=None).detach()
-            assert_close(f"{rows} rows", out, truth.detach(), reference, "torch", size=truth.detach())
+            # of few rows what is left of noise and velocities may be little
+            assert_close(f"{rows} rows", out, truth.detach(), reference, "torch", size=x0)
             assert torch.equal(x0, before)
 
 
@@ -218,7 +218,8 @@ def test_precisions_differ_where_they_should() -> None:
     assert not torch.equal(low, full)
     general = fdkernels.integrate_flow(lambda x, t, c: flow(x, t, c), x0, cond, precision="bf16")
     assert general.dtype == torch.float32
-    torch.testing.assert_close(general, full, rtol=2e-2, atol=2e-2)
+    truth = fdkernels_ref.integrate_flow(copy.deepcopy(flow).double(), x0.double(), cond.double())
+    assert_agree(general, low, truth, bar=1e-2)
     assert not torch.equal(general, full)
     assert not torch.is_autocast_enabled("cpu")
 
@@ -239,23 +240,23 @@ def test_the_setting_for_float32_is_never_touched() -> None:
 # -- closed forms ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("method", "order"), [("euler", 1), ("midpoint", 2), ("heun", 2), ("rk4", 4)])
 @pytest.mark.parametrize("case", ["gaussian", "mixture"])
 @pytest.mark.parametrize("backward", [False, True])
-def test_order_of_convergence(case: str, method: str, order: int, backward: bool) -> None:
+def test_order_of_convergence(case: str, backward: bool) -> None:
     # a Gaussian along the cosine path: on the linear one it makes the midpoint rule third order
     flow = anisotropic_gaussian(3, path="cosine") if case == "gaussian" else two_modes(2)
     x0 = torch.randn(64, 3 if case == "gaussian" else 2, dtype=F64)
     times = (0.9, 0.0) if backward else (0.0, 0.9)
 
-    def end(steps: int, method: str = method) -> Tensor:
+    def end(steps: int, method: str) -> Tensor:
         grid = torch.linspace(*times, steps + 1, dtype=F64)
         return fdkernels.integrate_flow(flow.velocity, x0, time_grid=grid, method=method, clip=None)
 
-    exact = flow.transport(x0, *times) if case == "gaussian" else end(2048, "rk4")
-    errors = [(end(steps) - exact).norm() for steps in (64, 128, 256)]
-    for coarse, fine in itertools.pairwise(errors):
-        assert torch.log2(coarse / fine).item() == pytest.approx(order, abs=0.2)
+    exact = flow.transport(x0, *times) if case == "gaussian" else end(1024, "rk4")
+    for method, order in {"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4}.items():
+        errors = [(end(steps, method) - exact).norm() for steps in (64, 128, 256)]
+        for coarse, fine in itertools.pairwise(errors):
+            assert torch.log2(coarse / fine).item() == pytest.approx(order, abs=0.2), method
 
 
 def test_a_mixture_on_the_line_keeps_its_quantiles() -> None:
@@ -374,8 +375,10 @@ def test_vmap_over_stacked_weights(precision: str | None, layer_norm: bool) -> N
 
     together = torch.func.vmap(run)(weights, x0, cond)
     for i, sampler in enumerate(samplers):
-        tolerance = {"rtol": 1e-2, "atol": 1e-2} if precision else {"rtol": 1e-5, "atol": 1e-6}
-        torch.testing.assert_close(together[i], sampler(x0[i], cond[i]), **tolerance)
+        truth = fdkernels_ref.integrate_flow(
+            copy.deepcopy(sampler.flow).double(), x0[i].double(), cond[i].double(), num_steps=3
+        )
+        assert_agree(together[i], sampler(x0[i], cond[i]), truth, bar=1e-2 if precision else 1e-5)
     assert not torch.allclose(together[0], together[1])
 
 
@@ -413,8 +416,9 @@ def test_compiles_without_a_graph_break(kind: str, precision: str | None) -> Non
     x0, cond = torch.randn(64, 2), torch.randn(64, 3)
     torch.compiler.reset()  # every case compiles the same lines anew, which dynamo allows eight times
     compiled = torch.compile(act, fullgraph=True, backend="aot_eager")
-    tolerance = {"rtol": 2e-2, "atol": 2e-2} if precision == "bf16" else {}
-    torch.testing.assert_close(compiled(x0, cond), act(x0, cond), **tolerance)
+    exact = copy.deepcopy(flow).double()
+    truth = fdkernels_ref.integrate_flow(exact, x0.double(), cond.double(), method="heun", num_steps=2)
+    assert_agree(compiled(x0, cond), act(x0, cond), truth, bar=1e-2 if precision == "bf16" else 1e-5)
 
 
 @pytest.mark.parametrize("precision", [None, "bf16"])

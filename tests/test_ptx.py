@@ -40,7 +40,9 @@ def cases(architecture: str, dtype: torch.dtype, shipped: bool) -> list:
     found = [case for case in flow_cases(architecture, dtype) if case.shipped == shipped]
     if architecture == "sm_90" and dtype == torch.bfloat16 and shipped:
         found = [case for case in found if case.rows != 256]  # its entry is that of 64 rows
-    return [pytest.param(architecture, case, id=name(architecture, case)) for case in found]
+    shipped_for_hopper = shipped and architecture == "sm_90"
+    marks = [] if shipped_for_hopper else [pytest.mark.long("other tiles, and other products, of the same kernels")]
+    return [pytest.param(architecture, case, id=name(architecture, case), marks=marks) for case in found]
 
 
 def name(architecture: str, case: FlowCase) -> str:

@@ -7,6 +7,7 @@ import csv
 import dataclasses
 import io
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -41,8 +42,11 @@ TINY = (  # noqa: SIM905 (reads as typed)
 @pytest.fixture(scope="module", autouse=True)
 def datasets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """One folder of generated data for all tests here, made by the first run; nothing is downloaded."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # that of all workers; who generates holds a lock
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MINARI_DATASETS_PATH", str(tmp_path_factory.mktemp("minari")))
+        patch.setenv("MINARI_DATASETS_PATH", str(folder / "minari"))
         patch.setenv("HF_HUB_OFFLINE", "1")  # for runs in a process of their own
         patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # for those in this one
         huggingface_hub.close_session()
@@ -99,7 +103,14 @@ def test_what_a_run_leaves_behind(finished: tuple[Path, str]) -> None:
         assert text in table
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "how",
+    [
+        signal.SIGKILL,
+        pytest.param(signal.SIGINT, marks=pytest.mark.long("a run and a half, and SIGTERM ends it the same way")),
+        signal.SIGTERM,
+    ],
+)
 def test_an_interrupted_run_ends_where_it_would_have(finished: tuple[Path, str], tmp_path: Path, how: int) -> None:
     straight, _ = finished
     out = tmp_path / "run"
@@ -213,6 +224,7 @@ def test_the_other_agents_run(tmp_path: Path, agent: str, capsys: pytest.Capture
     assert (tmp_path / "run" / "curve.png").exists()
 
 
+@pytest.mark.long("three runs")
 def test_a_trace_that_one_can_open(
     finished: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -313,6 +325,7 @@ def test_the_interval_is_that_of_the_interquartile_mean() -> None:
     assert curve.interquartile_mean([3.0, 3.0]) == (3.0, (3.0, 3.0))
 
 
+@pytest.mark.long("two runs of a group, and one that goes on alone is among the others")
 def test_a_group_goes_on_where_all_its_seeds_were(
     group: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

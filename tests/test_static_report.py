@@ -4,36 +4,65 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+import pytest
+import torch
 
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("nothing is compiled under Triton's interpreter", allow_module_level=True)
+
+from benchmarks import static_report
 
 SHARED_BYTES = {"sm_80": 166_912, "sm_90": 232_448}  # that one program may have
 
 
-def test_no_spills_and_wide_loads() -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [
-        sys.executable,
-        "benchmarks/static_report.py",
-        "--json",
-        "--arch",
-        "sm_80",
-        "sm_90",
-        "--dtype",
-        "fp32",
-        "bf16",
-    ]
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    rows = json.loads(run.stdout)
-    assert {row["arch"] for row in rows} == {"sm_80", "sm_90"}
-    assert [row for row in rows if row["spills"] and row.get("case", {"shipped": True})["shipped"]] == []
-    assert [row for row in rows if row["widest_load_bits"] != 128] == []
+long = pytest.mark.long("half a minute of compilation, and the other tests have no use for it")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "dtype"),
+    [
+        pytest.param("sm_80", torch.float32, marks=long),
+        pytest.param("sm_80", torch.bfloat16, marks=long),
+        pytest.param("sm_90", torch.float32, marks=long),
+        ("sm_90", torch.bfloat16),  # the emulator's tests run most of these
+    ],
+    ids=str,
+)
+def test_no_spills_and_wide_loads(architecture: str, dtype: torch.dtype) -> None:
+    rows = list(static_report.report([architecture], [dtype]))
     flows = [row for row in rows if "case" in row]
-    assert {row["case"]["implementation"] for row in flows} == {"streamed", "stationary", "gemm"}
+    expected = {"streamed", "gemm"} if architecture == "sm_80" else {"streamed", "stationary", "gemm"}
+    assert {row["case"]["implementation"] for row in flows} == expected
+    assert [row for row in rows if row["spilled_bytes"] and row.get("case", {"shipped": True})["shipped"]] == []
+    assert [row for row in rows if row["widest_load_bits"] != 128] == []
     assert [row for row in flows if not row["mma"]] == []
-    assert [row for row in rows if row["shared_bytes"] > SHARED_BYTES[row["arch"]]] == []
+    assert [row for row in rows if row["shared_bytes"] > SHARED_BYTES[architecture]] == []
+
+
+@pytest.mark.parametrize("json_asked_for", [False, True])
+def test_the_command(json_asked_for: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On one shape of the kernels without products, which compile in a moment."""
+    monkeypatch.setattr(static_report, "SHAPES", [(4, 6)])
+    monkeypatch.setattr(static_report, "flow_cases", lambda *_: [])
+    static_report.main([*(["--json"] if json_asked_for else []), "--arch", "sm_90", "--dtype", "fp32"])
+    printed = capsys.readouterr().out
+    if json_asked_for:
+        kernels = [row["kernel"] for row in json.loads(printed)]
+    else:
+        head, *lines = printed.splitlines()
+        assert head.split() == [
+            "kernel",
+            "arch",
+            "dtype",
+            "K",
+            "d",
+            "regs",
+            "spilled",
+            "shared",
+            "load",
+            "mma",
+            "config",
+        ]
+        kernels = [line.split()[0] for line in lines]
+    assert kernels == [name for name, *_ in static_report.calls(torch.float32, 4, 6)]

@@ -1,6 +1,6 @@
 """The kernels' own suite. It runs on a GPU, or where TRITON_INTERPRET=1 was set before triton was imported.
 
-Without either nothing is collected here; ``tests/test_kernels_interpreter.py`` runs it in a process of its own.
+Without either nothing is collected here; ``make test`` runs it in a process of its own.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
-from judge import DEVICE, INTERPRETED, guarded_memory
+
+from tests.kernels.device import DEVICE, INTERPRETED, guarded_memory
 
 if DEVICE.type != "cuda" and not INTERPRETED:
     collect_ignore_glob = ["test_*.py"]
 
 # On a GPU each new size is a compilation of a second or so.
-settings.register_profile("kernels", max_examples=40 if INTERPRETED else 10, deadline=None, derandomize=True)
+examples = settings().max_examples if INTERPRETED else 10
+settings.register_profile("kernels", max_examples=examples, deadline=None, derandomize=True)
 settings.load_profile("kernels")
 
 

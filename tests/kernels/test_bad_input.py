@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from judge import BACKENDS, DEVICE
 from torch import Tensor
 
 import fdkernels
+from tests.kernels.device import BACKENDS, DEVICE
 
 δ, s = torch.ones(5, 6, device=DEVICE), torch.ones(5, 4, 6, device=DEVICE)
 backends = pytest.mark.parametrize("backend", BACKENDS)

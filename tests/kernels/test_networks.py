@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from judge import DEVICE
 from torch import Tensor
 
 from fdkernels.kernels.networks import operand
+from tests.kernels.device import DEVICE
 
 
 @triton.jit

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from judge import BACKENDS, DEVICE, on_gpu
 from torch import Tensor
 
 import fdkernels
+from tests.judge import BARS, assert_agree
+from tests.kernels.device import BACKENDS, DEVICE, INTERPRETED, on_gpu
 
 OPERATORS = torch.ops.fdkernels
 backends = pytest.mark.parametrize("backend", BACKENDS)
@@ -81,7 +83,8 @@ def test_second_derivatives(backend: str) -> None:
         (first,) = torch.autograd.grad(penalty(displacement).sum(), displacement, create_graph=True)
         (second,) = torch.autograd.grad((first * direction).sum(), displacement)
         (along,) = torch.autograd.grad(penalty(direction.requires_grad_()).sum(), direction)
-        torch.testing.assert_close(second, along)  # the penalty is quadratic
+        error = (second - along).norm() / along.norm()
+        assert error < BARS[torch.float32][backend]  # the penalty is quadratic
 
 
 def chain(backend: str) -> Callable[..., Tensor]:
@@ -95,16 +98,23 @@ def chain(backend: str) -> Callable[..., Tensor]:
 
 
 @backends
-def test_compiles_without_a_graph_break_for_any_size(backend: str) -> None:
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long("compiles C++"))])
+def test_compiles_without_a_graph_break_for_any_size(compiler: str, backend: str) -> None:
     torch.compiler.reset()
-    compiled = torch.compile(chain(backend), fullgraph=True, dynamic=True)
+    compiled = torch.compile(chain(backend), fullgraph=True, dynamic=True, backend=compiler)
     for rows in (5, 9, 6):
         inputs = draw(rows, 6, requires_grad=True), draw(rows, 4, 6, requires_grad=True)
         constants = draw(rows, 4, 6), torch.full((rows, 1, 1), 0.5, device=DEVICE)
-        out, plain = (f(*inputs, *constants) for f in (compiled, chain(backend)))
-        torch.testing.assert_close(out, plain)
-        for mine, theirs in zip(torch.autograd.grad(out, inputs), torch.autograd.grad(plain, inputs)):
-            torch.testing.assert_close(mine, theirs)
+        exact = [tensor.detach().double().requires_grad_(tensor.requires_grad) for tensor in (*inputs, *constants)]
+        found = []
+        for function, arguments in (
+            (compiled, (*inputs, *constants)),
+            (chain(backend), (*inputs, *constants)),
+            (chain("torch"), exact),
+        ):
+            out = function(*arguments)
+            found.append((out, *torch.autograd.grad(out, arguments[:2])))
+        assert_agree(*found)
 
 
 @backends
@@ -112,7 +122,7 @@ def test_vmap(backend: str) -> None:
     displacement, score, x = draw(5, 3, 6), draw(3, 5, 4, 6), draw(5, 4, 6)
     t = torch.full((5, 1, 1), 0.5, device=DEVICE)
 
-    def both(displacement: Tensor, score: Tensor, x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
+    def both(displacement: Tensor, score: Tensor, x: Tensor, t: Tensor, backend: str = backend) -> tuple[Tensor, ...]:
         return (
             fdkernels.fisher_penalty(displacement, score, backend=backend),
             fdkernels.velocity_to_score(score, x, t, backend=backend),
@@ -122,7 +132,9 @@ def test_vmap(backend: str) -> None:
     mapped = torch.func.vmap(both, in_dims=(1, 0, None, None))(displacement, score, x, t)
     looped = [both(displacement[:, i], score[i], x, t) for i in range(3)]
     for i, part in enumerate(mapped):
-        torch.testing.assert_close(part, torch.stack([row[i] for row in looped]))
+        exact = [tensor.double() for tensor in (displacement, score, x, t)]
+        truth = torch.func.vmap(functools.partial(both, backend="torch"), in_dims=(1, 0, None, None))(*exact)[i]
+        assert_agree(part, torch.stack([row[i] for row in looped]), truth)
 
 
 def test_functional_gradients() -> None:
@@ -133,7 +145,9 @@ def test_functional_gradients() -> None:
 
     displacement = draw(5, 6, requires_grad=True)
     (expected,) = torch.autograd.grad(total(displacement, "torch"), displacement)
-    torch.testing.assert_close(torch.func.grad(total)(displacement.detach(), "torch"), expected)
+    exact, wide = score.double(), displacement.detach().double()
+    truth = torch.func.grad(lambda δ: fdkernels.fisher_penalty(δ, exact, backend="torch", reduction="sum"))(wide)
+    assert_agree(torch.func.grad(total)(displacement.detach(), "torch"), expected, truth)
     with pytest.raises(RuntimeError, match=r"fisher_penalty: torch.func gradients need backend='torch'"):
         torch.func.grad(total)(displacement.detach(), "triton")
 
@@ -150,7 +164,8 @@ def test_autocast_changes_nothing(backend: str) -> None:
 
 @backends
 def test_the_same_bits_every_time(backend: str) -> None:
-    inputs = draw(300, 17, requires_grad=True), draw(300, 5, 17, requires_grad=True)
+    rows = 80 if INTERPRETED else 300
+    inputs = draw(rows, 17, requires_grad=True), draw(rows, 5, 17, requires_grad=True)
 
     def run() -> tuple[Any, ...]:
         out = fdkernels.fisher_penalty(*inputs, backend=backend)

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from judge import DEVICE
+
+from tests.kernels.device import DEVICE
 
 SANITIZER = shutil.which("compute-sanitizer")
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from judge import DEVICE
 
 from fdkernels import tune
 from fdkernels.kernels import configs, launch_flow, table
+from tests.kernels.device import DEVICE
 
 SMALL = ["--cond-dim", "0", "--action-dim", "3", "--hidden", "24", "24", "--rows", "5"]
 CANDIDATES = [
