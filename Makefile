@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: train test test-all test-gpu test-gpu-operators test-gpu-flow test-gpu-gemm check static-report-3.6 bench bench-compare bench-gpu clean
+.PHONY: train test test-all test-gpu test-gpu-operators test-gpu-flow test-gpu-gemm check test-versions bench bench-compare bench-gpu clean
 
 train: $(STAMP)
 	$(BIN)/python train/run.py --env halfcheetah-medium-expert --resume
@@ -33,10 +33,9 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Whether the kernels compile on a Triton older than the pinned one, and what comes out; downloads it (200 MB).
-static-report-3.6: $(STAMP)
-	$(BIN)/python -m pip install --quiet --no-deps --target runs/triton-3.6 triton==3.6.0
-	PYTHONPATH=runs/triton-3.6 $(BIN)/python benchmarks/static_report.py --arch sm_80 sm_90
+# Before a release: the library's tests under each PyTorch and Triton that is supported; writes docs/versions.md.
+test-versions: $(STAMP)
+	$(BIN)/python tests/versions.py $(VERSIONS)
 
 # Results go where RESULTS says. A file under benchmarks/results belongs to its device and is refused on another one.
 RESULTS ?= runs/bench.json

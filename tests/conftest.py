@@ -1,10 +1,14 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from getpass import getuser
 from pathlib import Path
 
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):  # before torch counts the cores
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+if capability := os.environ.get("ATEN_CPU_CAPABILITY"):  # which PyTorch's cache of compiled code does not know of
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor-{capability}-{getuser()}")
 
 import pytest
 import torch

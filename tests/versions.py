@@ -1,0 +1,103 @@
+"""The library's tests under PyTorch from the oldest that is supported to the newest: ``make test-versions``.
+
+    python tests/versions.py [2.7 2.9 2.11 newest]
+
+Each PyTorch gets a virtual environment of its own under runs/versions, with the Triton that belongs to it; the oldest
+is tried under the oldest Python, where there is a ``python3.10``. Downloads several GB and takes half an hour on two
+cores. What comes out is written to docs/versions.md.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "runs" / "versions"
+TABLE = ROOT / "docs" / "versions.md"
+VERSIONS = ("2.7", "2.9", "2.11", "newest")
+OLDEST_PYTHON = "3.10"
+# before Triton 3.7 the interpreter does not run with NumPy 2.4
+NEEDS = ("numpy<2.4", "pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "setuptools")
+CPU = [f"tests/test_{name}.py" for name in ("backend", "decorator", "flow", "mlp", "operators", "philox", "reference")]
+GROUPS = {
+    "CPU": [*CPU, "fdkernels"],
+    "interpreter": ["tests/kernels"],
+    "ahead of time": ["tests/test_static_report.py", "tests/test_table.py"],
+}
+ASKED = """
+import json, platform, numpy, torch, triton
+print(json.dumps({"PyTorch": torch.__version__.partition("+")[0], "Triton": triton.__version__,
+    "Python": platform.python_version(), "NumPy": numpy.__version__, "cpu": torch.backends.cpu.get_cpu_capability()}))
+"""
+HEAD = """# Versions
+
+What `make test-versions` found on {date} ({where}). CPU: the library's tests, `torch.compile` among them. Interpreter:
+its kernels in Triton's interpreter. Ahead of time: the kernels compiled for sm_80 and sm_90 by that Triton. Tests that
+need a GPU are not counted.
+
+"""
+
+
+def works(python: str) -> bool:
+    try:
+        return subprocess.run([python, "-c", ""], capture_output=True).returncode == 0
+    except FileNotFoundError:
+        return False
+
+
+def install(version: str) -> Path:
+    """The interpreter of an environment with that PyTorch, made where it is not there yet."""
+    folder = FOLDER / version
+    python = folder / "bin" / "python"
+    if not (folder / "installed").exists():
+        oldest = f"python{OLDEST_PYTHON}"
+        base = oldest if version == VERSIONS[0] and works(oldest) else sys.executable
+        torch = "torch" if version == "newest" else f"torch=={version}.*"
+        subprocess.run([base, "-m", "venv", "--clear", folder], check=True)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", torch, *NEEDS], check=True)
+        (folder / "installed").touch()
+    return python
+
+
+def run(python: Path, version: str, group: str) -> str:
+    """The tests of a group, as the table has it."""
+    report = FOLDER / f"{version}-{group.replace(' ', '-')}.xml"
+    report.unlink(missing_ok=True)
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "TRITON_CACHE_DIR": str(FOLDER / version / "triton")}
+    environment |= {"TORCHINDUCTOR_CACHE_DIR": str(FOLDER / version / "inductor")}
+    if group == "interpreter":
+        environment["TRITON_INTERPRET"] = "1"
+    command = [python, "-m", "pytest", "-q", "-n", "auto", "--maxprocesses", "8", "--dist", "worksteal"]
+    subprocess.run([*command, f"--junitxml={report}", *GROUPS[group]], cwd=ROOT, env=environment)
+    if not report.exists():
+        return "did not start"
+    (suite,) = ElementTree.parse(report).getroot().iter("testsuite")
+    tests, skipped = int(suite.get("tests", 0)), int(suite.get("skipped", 0))
+    failed = int(suite.get("failures", 0)) + int(suite.get("errors", 0))
+    return f"{tests - skipped - failed} passed" + (f", **{failed} failed**" if failed else "")
+
+
+def main(versions: list[str]) -> int:
+    rows = []
+    for version in versions:
+        python = install(version)
+        asked = subprocess.run([python, "-c", ASKED], check=True, capture_output=True, text=True)
+        rows.append(json.loads(asked.stdout) | {group: run(python, version, group) for group in GROUPS})
+    columns = ["PyTorch", "Triton", "Python", "NumPy", *GROUPS]
+    lines = [columns, ["---"] * len(columns), *([row[column] for column in columns] for row in rows)]
+    described = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    where = f"commit {described.stdout.strip()}, {os.cpu_count()} cores with {rows[0]['cpu']}"
+    head = HEAD.format(date=datetime.date.today(), where=where)
+    TABLE.write_text(head + "".join("| " + " | ".join(line) + " |\n" for line in lines))
+    print(TABLE.read_text())
+    return int(any(row[group].split(" ", 1)[1] != "passed" for row in rows for group in GROUPS))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:] or list(VERSIONS)))
