@@ -74,6 +74,7 @@ def run(python: Path, version: str, group: str) -> str:
     if group == "interpreter":
         environment["TRITON_INTERPRET"] = "1"
     command = [python, "-m", "pytest", "-q", "-n", "auto", "--maxprocesses", "8", "--dist", "worksteal"]
+    command += ["--hypothesis-profile", "quick"]
     subprocess.run([*command, f"--junitxml={report}", *GROUPS[group]], cwd=ROOT, env=environment)
     if not report.exists():
         return "did not start"
