@@ -112,7 +112,8 @@ def flow_fisher_penalty(
         raise ValueError(f"{op}: seed and generator exclude each other")
     drawn_by = None if seed is None else check_seed(op, seed, cond.device)
     tensors = {"samples": samples, "noise": noise, "bridge_noise": bridge_noise}
-    num_samples = next((t.shape[-2] for t in tensors.values() if t is not None and t.ndim >= 2), num_samples)
+    given_counts = [given.shape[-2] for given in tensors.values() if given is not None and given.ndim >= 2]
+    num_samples = given_counts[0] if given_counts else num_samples
     check_count(op, "num_samples", num_samples)
     shape = torch.Size((*lead, num_samples, d))
     for name, given in tensors.items():

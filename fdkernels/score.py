@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fdkernels.backend import Backend, choose_backend
 from fdkernels.operators import accumulate_dtype, plain_is_better, score_formula, score_operator
-from fdkernels.paths import PATHS, AffinePath, Time
+from fdkernels.paths import PATHS, AffinePath, Time, takes_numbers
 from fdkernels.validation import check_at_least, check_broadcast, check_choice, check_floating, check_shape
 
 PathName = Literal["linear", "linear_reversed", "vp", "cosine"]
@@ -101,7 +101,7 @@ def score_coefficients(
     A number stays one on a built-in path, and costs the device nothing.
     """
     exact = convention == "exact"
-    if not isinstance(t, Tensor) and path in PATHS.values():
+    if not isinstance(t, Tensor) and takes_numbers(path):
         return None, *_coefficients(t, path, exact, min_sigma), exact
     dtype = accumulate_dtype(velocity, x)
     if isinstance(t, Tensor):
@@ -145,10 +145,10 @@ def check_time(op: str, t: Tensor | float, path: AffinePath, like: Tensor, shape
         check_floating(op, like.device, t=t)
         check_broadcast(op, "t", t, shape, "(..., 1)")
         return
-    if isinstance(t, bool) or not isinstance(t, int | float):
+    if isinstance(t, bool) or not isinstance(t, (int, float)):
         raise TypeError(f"{op}: t must be a number or a torch.Tensor, got {type(t).__name__}")
     if not 0 <= t <= 1:
         raise ValueError(f"{op}: t must lie in [0, 1], got {t!r}")
-    sigma = path.sigma(torch.tensor(t, dtype=torch.float64)) if path not in PATHS.values() else path.sigma(t)  # type: ignore[arg-type]
+    sigma = path.sigma(t if takes_numbers(path) else torch.tensor(t, dtype=torch.float64))  # type: ignore[arg-type]
     if not sigma > 0:
         raise ValueError(f"{op}: t must leave some noise (σ_t > 0) for a score to exist, got t={t!r} with σ_t = 0")
