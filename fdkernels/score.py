@@ -72,7 +72,7 @@ def velocity_to_score(
     if velocity.ndim == 0:
         raise ValueError(f"{op}: velocity must be (..., d), got a scalar")
     resolved = check_score_settings(op, path, convention, min_sigma)
-    check_time(op, t, resolved, velocity, torch.Size((*velocity.shape[:-1], 1)))
+    check_time(op, t, resolved, velocity, (*velocity.shape[:-1], 1))
     triton = choose_backend(op, backend, velocity, x) == "triton"
     return score_from_velocity(velocity, x, t, resolved, convention, min_sigma, triton)
 
@@ -139,7 +139,7 @@ def resolve_path(op: str, path: PathName | AffinePath) -> AffinePath:
     return PATHS[path]
 
 
-def check_time(op: str, t: Tensor | float, path: AffinePath, like: Tensor, shape: torch.Size) -> None:
+def check_time(op: str, t: Tensor | float, path: AffinePath, like: Tensor, shape: tuple[int, ...]) -> None:
     """A tensor of times fits ``shape``; a number lies in [0, 1], where the path still holds noise."""
     if isinstance(t, Tensor):
         check_floating(op, like.device, t=t)
