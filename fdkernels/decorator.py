@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -112,14 +113,15 @@ def flow_fisher_penalty(
         raise ValueError(f"{op}: seed and generator exclude each other")
     drawn_by = None if seed is None else check_seed(op, seed, cond.device)
     tensors = {"samples": samples, "noise": noise, "bridge_noise": bridge_noise}
-    num_samples = next((t.shape[-2] for t in tensors.values() if t is not None and t.ndim >= 2), num_samples)
+    given_counts = [given.shape[-2] for given in tensors.values() if given is not None and given.ndim >= 2]
+    num_samples = given_counts[0] if given_counts else num_samples
     check_count(op, "num_samples", num_samples)
-    shape = torch.Size((*lead, num_samples, d))
+    shape = (*lead, num_samples, d)
     for name, given in tensors.items():
         if given is not None:
             check_shape(op, name, given, shape, "(..., K, d)")
     linear = check_score_settings(op, "linear", convention, min_sigma)
-    check_time(op, t, linear, displacement, torch.Size((*lead, num_samples, 1)))
+    check_time(op, t, linear, displacement, (*lead, num_samples, 1))
     check_penalty_settings(op, damping, normalize, eps, reduction)
     check_solver(op, method, clip, clip_each_step)
     check_precision(op, precision)
@@ -174,7 +176,7 @@ def flow_fisher_penalty(
 def _drawn(
     noise: Tensor | None,
     bridge_noise: Tensor | None,
-    shape: torch.Size,
+    shape: tuple[int, ...],
     like: Tensor,
     generator: torch.Generator | None,
     seed: int | Tensor | None,
@@ -188,5 +190,5 @@ def _drawn(
 
     return (
         draw(0) if noise is None else noise,
-        draw(shape.numel()) if bridge_noise is None else bridge_noise,
+        draw(math.prod(shape)) if bridge_noise is None else bridge_noise,
     )

@@ -305,9 +305,8 @@ def check_start(op: str, x0: Tensor, cond: Tensor | None, x0_name: str, cond_nam
         return
     if cond.ndim == 0:
         raise ValueError(f"{op}: {cond_name} must be (..., c), got a scalar")
-    check_broadcast(
-        op, cond_name, cond, torch.Size((*x0.shape[:-1], cond.shape[-1])), f"(..., c) with {x0_name}'s leading shape"
-    )
+    shape = (*x0.shape[:-1], cond.shape[-1])
+    check_broadcast(op, cond_name, cond, shape, f"(..., c) with {x0_name}'s leading shape")
 
 
 def check_solver(op: str, method: Method, clip: tuple[float, float] | None, clip_each_step: bool) -> None:

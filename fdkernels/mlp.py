@@ -148,7 +148,8 @@ class LayerTensors(NamedTuple):
 
     def to(self, dtype: torch.dtype) -> LayerTensors:
         """Weight and bias in another dtype; no copy where they have it already."""
-        return self._replace(weight=self.weight.to(dtype), bias=None if self.bias is None else self.bias.to(dtype))
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return LayerTensors(self.weight.to(dtype), bias, self.norm_before, self.activation, self.norm_after)
 
     def finish(self, h: Tensor) -> Tensor:
         """What follows the linear map."""
@@ -352,7 +353,7 @@ def _leaves(module: nn.Module) -> Iterator[nn.Module]:
             yield from _leaves(child)
     elif isinstance(module, nn.Identity) or (isinstance(module, nn.Dropout) and not module.training):
         return
-    elif isinstance(module, nn.Linear | nn.LayerNorm) or _activation_name(module) is not None:
+    elif isinstance(module, (nn.Linear, nn.LayerNorm)) or _activation_name(module) is not None:
         yield module
     else:
         children = list(module.children())
@@ -382,5 +383,5 @@ def _layers(leaves: list[nn.Module]) -> Iterator[Layer]:
             raise TypeError(f"pack_mlp: between two nn.Linear at most norm, activation, norm, got {rest}")
         before = rest[0] if kinds.startswith("n") else None
         after = rest[-1] if kinds.endswith("n") and len(kinds) > 1 else None
-        activation = next((_activation_name(leaf) for leaf in rest if not isinstance(leaf, nn.LayerNorm)), None)
+        activation = _activation_name(rest[kinds.index("a")]) if "a" in kinds else None
         yield Layer(linear, before, activation, after)  # type: ignore[arg-type]

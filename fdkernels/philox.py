@@ -18,7 +18,8 @@ def philox_normal(
 
     Element i of the flattened shape is what Triton's ``tl.randn(seed, first + i)`` gives, up to the rounding of log and
     cos: the first two words of Philox for the counter (first + i) become uniforms, and Box-Muller a normal of them. Two
-    calls whose ranges of positions do not meet are independent.
+    calls whose ranges of positions do not meet are independent. (Before Triton 3.4 ``tl.randn`` itself takes a
+    generator with words of 64 bits where positions are int64; the kernels here do not.)
 
     Args:
         seed: 64 bits: an int from -2^63 to 2^64 - 1, or a 0-d integer tensor on ``device``, whose value is not read by

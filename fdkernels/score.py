@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fdkernels.backend import Backend, choose_backend
 from fdkernels.operators import accumulate_dtype, plain_is_better, score_formula, score_operator
-from fdkernels.paths import PATHS, AffinePath, Time
+from fdkernels.paths import PATHS, AffinePath, Time, takes_numbers
 from fdkernels.validation import check_at_least, check_broadcast, check_choice, check_floating, check_shape
 
 PathName = Literal["linear", "linear_reversed", "vp", "cosine"]
@@ -72,7 +72,7 @@ def velocity_to_score(
     if velocity.ndim == 0:
         raise ValueError(f"{op}: velocity must be (..., d), got a scalar")
     resolved = check_score_settings(op, path, convention, min_sigma)
-    check_time(op, t, resolved, velocity, torch.Size((*velocity.shape[:-1], 1)))
+    check_time(op, t, resolved, velocity, (*velocity.shape[:-1], 1))
     triton = choose_backend(op, backend, velocity, x) == "triton"
     return score_from_velocity(velocity, x, t, resolved, convention, min_sigma, triton)
 
@@ -101,7 +101,7 @@ def score_coefficients(
     A number stays one on a built-in path, and costs the device nothing.
     """
     exact = convention == "exact"
-    if not isinstance(t, Tensor) and path in PATHS.values():
+    if not isinstance(t, Tensor) and takes_numbers(path):
         return None, *_coefficients(t, path, exact, min_sigma), exact
     dtype = accumulate_dtype(velocity, x)
     if isinstance(t, Tensor):
@@ -139,16 +139,16 @@ def resolve_path(op: str, path: PathName | AffinePath) -> AffinePath:
     return PATHS[path]
 
 
-def check_time(op: str, t: Tensor | float, path: AffinePath, like: Tensor, shape: torch.Size) -> None:
+def check_time(op: str, t: Tensor | float, path: AffinePath, like: Tensor, shape: tuple[int, ...]) -> None:
     """A tensor of times fits ``shape``; a number lies in [0, 1], where the path still holds noise."""
     if isinstance(t, Tensor):
         check_floating(op, like.device, t=t)
         check_broadcast(op, "t", t, shape, "(..., 1)")
         return
-    if isinstance(t, bool) or not isinstance(t, int | float):
+    if isinstance(t, bool) or not isinstance(t, (int, float)):
         raise TypeError(f"{op}: t must be a number or a torch.Tensor, got {type(t).__name__}")
     if not 0 <= t <= 1:
         raise ValueError(f"{op}: t must lie in [0, 1], got {t!r}")
-    sigma = path.sigma(torch.tensor(t, dtype=torch.float64)) if path not in PATHS.values() else path.sigma(t)  # type: ignore[arg-type]
+    sigma = path.sigma(t if takes_numbers(path) else torch.tensor(t, dtype=torch.float64))  # type: ignore[arg-type]
     if not sigma > 0:
         raise ValueError(f"{op}: t must leave some noise (σ_t > 0) for a score to exist, got t={t!r} with σ_t = 0")

@@ -43,11 +43,11 @@ def check_count(op: str, name: str, value: int) -> None:
 
 
 def check_shape(op: str, name: str, tensor: Tensor, shape: tuple[int, ...], wants: str) -> None:
-    if tensor.shape != torch.Size(shape):
+    if tuple(tensor.shape) != tuple(shape):
         raise ValueError(f"{op}: {name} must be {wants} = {tuple(shape)}, got {tuple(tensor.shape)}")
 
 
-def check_broadcast(op: str, name: str, tensor: Tensor, shape: torch.Size, wants: str) -> None:
+def check_broadcast(op: str, name: str, tensor: Tensor, shape: tuple[int, ...], wants: str) -> None:
     """``tensor`` broadcasts to ``shape`` without enlarging it."""
     sizes = tensor.shape
     if len(sizes) > len(shape) or not all(a == b or a == 1 for a, b in zip(reversed(sizes), reversed(shape))):

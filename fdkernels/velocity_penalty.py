@@ -84,7 +84,7 @@ def velocity_fisher_penalty(
     check_displacement(op, displacement, "velocity", velocity)
     check_shape(op, "x", x, velocity.shape, "velocity's shape (..., K, d)")
     resolved = check_score_settings(op, path, convention, min_sigma)
-    check_time(op, t, resolved, velocity, torch.Size((*velocity.shape[:-1], 1)))
+    check_time(op, t, resolved, velocity, (*velocity.shape[:-1], 1))
     check_penalty_settings(op, damping, normalize, eps, reduction)
     triton = choose_backend(op, backend, displacement, velocity, x) == "triton"
     penalty = penalty_from_velocity(

@@ -42,15 +42,18 @@ TRITON = f"""
 import sys, torch, triton, triton.language as tl
 
 @triton.jit
-def draw(out, seed, first, BLOCK: tl.constexpr):
+def draw(out, seed, first, BLOCK: tl.constexpr, INT: tl.constexpr):
     position = tl.arange(0, BLOCK)
-    tl.store(out + position, tl.randn(seed, first + position.to(tl.int64)))
+    tl.store(out + position, tl.randn(seed, (first + position.to(tl.int64)).to(INT)))
+
+# before 3.4 it takes another generator for positions of 64 bits
+wide = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 4)
 
 out = torch.empty({len(SEEDS)}, {len(FIRSTS)}, 128)
 for i, seed in enumerate({SEEDS}):
     for j, first in enumerate({FIRSTS}):
-        draw[(1,)](out[i, j], seed, first, BLOCK=128)
-torch.save(out, sys.argv[1])
+        draw[(1,)](out[i, j], seed, first, BLOCK=128, INT=tl.int64 if wide else tl.int32)
+torch.save((out, wide), sys.argv[1])
 """
 
 
@@ -70,9 +73,9 @@ def test_the_numbers_are_those_of_triton(tmp_path: Path) -> None:
     (tmp_path / "draw.py").write_text(TRITON)
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     subprocess.run([sys.executable, tmp_path / "draw.py", tmp_path / "out.pt"], cwd=ROOT, env=environment, check=True)
-    theirs = torch.load(tmp_path / "out.pt")
+    theirs, wide = torch.load(tmp_path / "out.pt")
     for i, seed in enumerate(SEEDS):
-        for j, first in enumerate(FIRSTS):
+        for j, first in enumerate(FIRSTS if wide else FIRSTS[:-1]):
             ours = philox_normal(seed, (128,), "cpu", torch.float32, first=first)
             assert_agree(ours, theirs[i, j], exact_normal(seed, first))
 

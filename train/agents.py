@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import fdkernels
 from train.dataset import Batch, OfflineDataset
 from train.hyperparameters import AgentConfig
-from train.networks import TwinCritic
+from train.networks import TwinCritic, follow
 
 METRICS = {
     "flow_loss": "flow-matching loss",
@@ -129,8 +129,7 @@ class Learner(nn.Module, abc.ABC):
             self.clip_gradients(self.config.grad_clip)
         if "critic" in parts or "data_critic" in parts:
             # As in the published code, the target follows the critic from before this step.
-            target: list[Tensor] = list(self.target_critic.parameters())
-            torch._foreach_lerp_(target, [p.detach() for p in self.critic.parameters()], self.config.tau)
+            follow(self.target_critic, self.critic, self.config.tau)
         optimizer.step()
 
     @abc.abstractmethod
@@ -229,7 +228,7 @@ class Agent(Learner):
             else:
                 continue
             losses.append(loss)
-            seen |= part_seen
+            seen.update(part_seen)  # not |=, which PyTorch 2.7 does not compile
         total_loss = torch.stack(losses).sum()
         return total_loss, {**seen, "total_loss": total_loss} if log else {}
 
@@ -369,10 +368,12 @@ class DecoratorAgent(Agent):
             alpha = self.log_alpha.detach().exp()
             multiplier_loss = -self.log_alpha * (penalty.detach() - self.config.target_divergence)
             loss = alpha * penalty + q_loss + multiplier_loss
-            seen |= {"alpha": alpha, "multiplier_loss": multiplier_loss}
+            seen.update(alpha=alpha, multiplier_loss=multiplier_loss)
         else:
             loss = self.config.alpha * penalty + q_loss
-        return loss, seen | q_seen | {
+        return loss, {
+            **seen,
+            **q_seen,
             "base_actions": base_actions,
             "displacement": displacement,
             "policy_actions": policy_actions,
@@ -487,7 +488,8 @@ class FQL(Agent):
         policy_actions = actions.clamp(-1, 1)
         q_loss, seen = self.q_loss(batch.observations, policy_actions)
         loss = self.config.alpha * penalty + q_loss
-        return loss, seen | {
+        return loss, {
+            **seen,
             "base_actions": base_actions,
             "policy_actions": policy_actions,
             "penalty": penalty,

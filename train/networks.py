@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 class TwinCritic(nn.Module):
@@ -39,11 +40,16 @@ class TwinCritic(nn.Module):
         """Q values (2, batch). ``frozen`` holds the parameters constant, so that only the action gets a gradient."""
         constant = (lambda p: p.detach()) if frozen else (lambda p: p)
         h = torch.cat([obs, action], dim=-1).expand(2, -1, -1)
-        for i, (weight, bias) in enumerate(zip(self.weights, self.biases)):
-            h = torch.baddbmm(constant(bias), h, constant(weight))
+        for i in range(len(self.weights)):  # by number, which PyTorch 2.7 compiles too
+            h = torch.baddbmm(constant(self.biases[i]), h, constant(self.weights[i]))
             if i < len(self.weights) - 1:
                 h = F.gelu(h, approximate="tanh")
                 if self.scales:
                     h = F.layer_norm(h, h.shape[-1:], eps=1e-6)
                     h = torch.addcmul(constant(self.shifts[i]), h, constant(self.scales[i]))
         return h.squeeze(-1)
+
+
+def follow(target: nn.Module, source: nn.Module, tau: float) -> None:
+    """target ← (1 − τ)·target + τ·source, all parameters in one launch."""
+    get_ema_multi_avg_fn(1 - tau)(list(target.parameters()), list(source.parameters()), 0)

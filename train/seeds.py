@@ -106,7 +106,8 @@ class SeedGroup(Learner):
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         norms = torch.stack([torch.linalg.vector_norm(g.reshape(len(g), -1), dim=1) for g in gradients]).norm(dim=0)
         scale = (bound / (norms + 1e-6)).clamp(max=1)
-        torch._foreach_mul_(gradients, [scale.view(-1, *[1] * (g.ndim - 1)) for g in gradients])
+        for g in gradients:
+            g.mul_(scale.view(-1, *[1] * (g.ndim - 1)))
 
 
 class _Integration(nn.Module):

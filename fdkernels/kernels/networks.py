@@ -126,7 +126,8 @@ def normalise_rows(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Layer norm "before" or "after" the activation of (ROWS, WIDTH) float32 at ``wide_ptr``, into ``hidden_ptr``."""
-    AT_ONCE: tl.constexpr = min(ROWS, max(1, 4096 // BLOCK_WIDTH))
+    FITTING: tl.constexpr = 4096 // BLOCK_WIDTH if BLOCK_WIDTH < 4096 else 1
+    AT_ONCE: tl.constexpr = FITTING if FITTING < ROWS else ROWS
     j = tl.arange(0, BLOCK_WIDTH)
     scale, shift = 1.0 + tl.zeros((1, BLOCK_WIDTH), tl.float32), tl.zeros((1, BLOCK_WIDTH), tl.float32)
     if scale_ptr is not None:

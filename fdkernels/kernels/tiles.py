@@ -8,6 +8,8 @@ contiguous run: it is read flat from its last 16-byte boundary, and shared memor
 import triton
 import triton.language as tl
 
+from fdkernels.kernels.oldest_triton import GATHERS
+
 
 @triton.jit
 def load_rows(
@@ -23,7 +25,7 @@ def load_rows(
     j = tl.arange(0, BLOCK_D)
     keep = (keep & (first + row < num_rows))[:, None] & (j < D)[None, :]
     offset = row[:, None] * D + j[None, :]
-    if D % VECTOR == 0:  # every row starts on a 16-byte boundary
+    if D % VECTOR == 0 or not GATHERS:  # every row starts on a 16-byte boundary
         return tl.load(ptr + first * D + offset, mask=keep, other=0.0).to(tl.float32)
     else:
         start = first * D

@@ -79,7 +79,8 @@ def programs_together(seed: int = 0, pause: float = 0.0) -> Iterator[None]:
                 failures.append(TimeoutError(f"programs still wait for one another after {LONGEST:g} s"))
         finally:
             sys.setswitchinterval(interval)
-            scope.restore()
+            if scope is not None:  # Triton 3.6 and newer
+                scope.restore()
         if failures:
             raise failures[0]
         self._restore_args_dev(args_dev, args_hst, kwargs, kwargs_hst)

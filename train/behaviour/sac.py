@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from train.behaviour.policy import BehaviourPolicy
 from train.environments import make_vector_env
 from train.evaluate import run_episodes
+from train.networks import follow
 
 
 @dataclasses.dataclass
@@ -165,8 +166,7 @@ class SAC:
             loss.backward()
             self.actor_optimizer.step()
             self.critic.requires_grad_(True)
-        with torch.no_grad():
-            torch._foreach_lerp_(list(self.target.parameters()), list(self.critic.parameters()), self.config.tau)
+        follow(self.target, self.critic, self.config.tau)
 
 
 def transitions(envs: gym.vector.VectorEnv, agent: SAC) -> Iterator[tuple[np.ndarray, ...]]:
