@@ -19,7 +19,6 @@ bfloat16 product takes 130 ms where the processor has no units for it.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
@@ -31,6 +30,7 @@ from fdkernels.torch_private import half_units, has_onednn, onednn_linear, trans
 
 _FEW_ROWS = 16  # ten steps of one row: 2.1 ms instead of 2.5 in place; of 16 rows 5.4 instead of 5.1
 _FEW_ROWS_FOR_ONEDNN = 48  # ten steps of one row: 1.4 ms in PyTorch, 2.6 in oneDNN, with AVX-512
+_WIDE_CONDITION = 64  # from here on its share of the first layer is computed once, and costs memory at every step
 _GELU_SLOPE = 1.5957691216057308  # √(8/π)
 _SLOPE = torch.tensor(_GELU_SLOPE, device="cpu")
 _FUSED: dict[str | None, tuple[str, str]] = {
@@ -63,25 +63,32 @@ class CpuField:
     """v(x, t) for a fixed condition that broadcasts to ``lead``; x (*lead, d) in float32."""
 
     def __init__(self, mlp: MLPTensors, cond: Tensor | None, lead: Sequence[int]) -> None:
-        self.mlp, self.lead = mlp, torch.Size(lead)
-        self.of_x_and_t = torch.cat((mlp.columns["x"].t(), mlp.columns["t"].t()))
-        share = mlp.cond_share(cond)
-        self.offset = self.of_x_and_t.new_zeros(()) if share is None else share
-        if self.offset.ndim > 1:  # a condition that serves several samples is spread over its rows here, once
-            self.offset = self.offset.expand(*lead, -1).reshape(-1, self.offset.shape[-1])
-
-    @functools.cached_property
-    def work(self) -> Workspace:
-        return Workspace(self.mlp, self.lead.numel())
+        num_rows = torch.Size(lead).numel()
+        self.mlp, self.work = mlp, Workspace(mlp, num_rows)
+        columns = dict(mlp.columns)
+        self.offset: Tensor | None = None
+        if cond is not None and cond.shape[-1] > _WIDE_CONDITION:
+            share = mlp.cond_share(cond)
+            assert share is not None
+            self.offset = share.expand(*lead, -1).reshape(num_rows, share.shape[-1])
+            del columns["cond"]
+            self.of_x_and_t = torch.cat(list(columns.values()), 1).t()
+        widths = [weight.shape[1] for weight in columns.values()]
+        self.rows = torch.empty(num_rows, sum(widths), device="cpu")
+        self.inputs = dict(zip(columns, self.rows.view(*lead, sum(widths)).split(widths, -1)))
+        if cond is not None and self.offset is None:
+            self.inputs["cond"].copy_(cond)
 
     def __call__(self, x: Tensor, t: float | Tensor) -> Tensor:
         work, mlp = self.work, self.mlp
-        work.x.copy_(x.reshape(work.x.shape))
-        if isinstance(t, Tensor):
-            work.t.copy_(t.expand(*self.lead, 1).reshape(-1, 1))
+        self.inputs["x"].copy_(x)
+        self.inputs["t"].copy_(t) if isinstance(t, Tensor) else self.inputs["t"].fill_(t)
+        if self.offset is not None:
+            h = work.finish(torch.addmm(self.offset, self.rows, self.of_x_and_t), mlp.first)
+        elif mlp.last is None:  # the result is not to lie in shared memory
+            h = _plain_layer(self.rows, mlp.first)
         else:
-            work.t.fill_(t)
-        h = work.finish(torch.addmm(self.offset, work.inputs, self.of_x_and_t), mlp.first)
+            h = work.layer(self.rows, mlp.first)
         for layer in mlp.middle:
             h = work.layer(mlp.operand(h, layer), layer)
         if mlp.last is not None:
@@ -95,10 +102,7 @@ class Workspace:
 
     def __init__(self, mlp: MLPTensors, num_rows: int) -> None:
         widest = max(layer.weight.shape[0] for layer in (mlp.first, *mlp.middle))
-        d = mlp.columns["x"].shape[1]
         self.num_rows = num_rows
-        self.inputs = torch.empty(num_rows, d + 1, device="cpu")
-        self.x, self.t = self.inputs.split((d, 1), 1)
         self.out, self.before, self.gate = torch.empty(3, num_rows * widest, device="cpu")
         half = any(layer.weight.dtype != torch.float32 for layer in mlp.middle)
         if half or (num_rows >= _FEW_ROWS_FOR_ONEDNN and _has_avx512() and has_onednn()):

@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from fdkernels import cpu
+from fdkernels import cpu, groups
 from fdkernels.backend import Backend, float32_products
 from fdkernels.fused import Implementation, choose_fused, fused_integrate, fused_integrate_groups
 from fdkernels.mlp import PackedMLP, VelocityMLP, pack_mlp
@@ -130,8 +130,8 @@ def integrate_flow_groups(
     """Several groups of rows along the flow of the same weights: :func:`integrate_flow` of each, in one call.
 
     One update of an agent needs next actions (B, d), base actions (B, d) and Fisher samples (B, K, d), the last with
-    one condition (B, 1, c) for K samples. The kernels take all rows at once. On the CPU nothing is gained by
-    merging them, and they run one after another.
+    one condition (B, 1, c) for K samples. The kernels take all rows at once, and so does the CPU where
+    nobody differentiates; elsewhere the groups run one after another.
 
     Args:
         velocity: as in :func:`integrate_flow`.
@@ -141,7 +141,7 @@ def integrate_flow_groups(
             :func:`integrate_flow`, for all groups.
 
     Returns:
-        The ends, one (..., d) for each group: what separate calls give.
+        The ends, one (..., d) for each group: what separate calls give, up to rounding.
 
     Raises:
         As :func:`integrate_flow`; the message names the group.
@@ -169,22 +169,28 @@ def integrate_flow_groups(
     if not x0s:
         return ()
     velocity = as_velocity(op, velocity)
+    strict = not torch.is_autocast_enabled(x0s[0].device.type)
     if choose_fused(op, backend, implementation, velocity, x0s, differentiable):
         assert isinstance(velocity, PackedMLP)
-        strict = not torch.is_autocast_enabled(x0s[0].device.type)
         for i, (x0, cond) in enumerate(zip(x0s, conds)):
             check_rows(op, velocity, x0, cond, f"x0s[{i}]", f"conds[{i}]", strict)
         return fused_integrate_groups(
             velocity, x0s, conds, times, method, clip, clip_each_step, False, precision, implementation
         )
-    ends = []
+    apart = []
     with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
         flow, context = bind_flow(op, velocity, x0s[0], precision)
         with context:
+            if isinstance(velocity, PackedMLP) and cpu.serves(x0s[0]):
+                for i, (x0, cond) in enumerate(zip(x0s, conds)):
+                    check_rows(op, velocity, x0, cond, f"x0s[{i}]", f"conds[{i}]", strict)
+                field, x = flow(*groups.join(x0s, conds), "x0s", "conds")
+                ends = integrate(field, x, times, method, clip, clip_each_step)
+                return groups.split(ends.to(x0s[0].dtype), x0s)
             for i, (x0, cond) in enumerate(zip(x0s, conds)):
                 field, x = flow(x0, cond, f"x0s[{i}]", f"conds[{i}]")
-                ends.append(integrate(field, x, times, method, clip, clip_each_step).to(x0.dtype))
-    return tuple(ends)
+                apart.append(integrate(field, x, times, method, clip, clip_each_step).to(x0.dtype))
+    return tuple(apart)
 
 
 Flow: TypeAlias = Callable[[Tensor, "Tensor | None", str, str], "tuple[Field, Tensor]"]

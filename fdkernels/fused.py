@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from fdkernels import groups
 from fdkernels.backend import Backend, choose_backend, float32_products
 from fdkernels.flow_operators import architecture_and_parameters, fisher_operator, integrate_operator, prepare_solver
 from fdkernels.mlp import PackedMLP
@@ -103,14 +104,8 @@ def fused_integrate_groups(
     mlp: PackedMLP, x0s: Sequence[Tensor], conds: Sequence[Tensor | None], *settings: Any
 ) -> tuple[Tensor, ...]:
     """All groups in one call of the operator."""
-    d = mlp.action_dim
-    rows = torch.cat([x0.detach().reshape(-1, d) for x0 in x0s])
-    cond = None
-    if mlp.cond_dim:
-        spread = (c.expand(*x0.shape[:-1], c.shape[-1]) for x0, c in zip(x0s, conds) if c is not None)
-        cond = torch.cat([c.detach().reshape(-1, c.shape[-1]) for c in spread])
-    ends = fused_integrate(mlp, rows, cond, *settings).split([x0.shape[:-1].numel() for x0 in x0s])
-    return tuple(end.reshape(x0.shape) for end, x0 in zip(ends, x0s))
+    rows, cond = groups.join(x0s, conds)
+    return groups.split(fused_integrate(mlp, rows, cond, *settings), x0s)
 
 
 def fused_penalty(

@@ -166,15 +166,17 @@ def test_where_nobody_differentiates_the_processor_decides() -> None:
 def test_every_way_on_the_cpu_gives_the_same(activation: str, avx512: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Few rows and many, with what another processor would choose, where this one can run it."""
     monkeypatch.setattr(cpu, "_has_avx512", lambda: avx512)
-    for hidden, layer_norm in (((24, 40, 8), False), ((24, 24), True), ((24,), False)):
-        flow = fdkernels.VelocityMLP(3, 2, hidden, activation, layer_norm)
-        exact = copy.deepcopy(flow).double()
+    sizes = (((24, 40, 8), False, 3), ((24, 24), True, 70), ((24,), False, 3), ((24, 24), False, 70), ((), False, 3))
+    for (hidden, layer_norm, cond_dim), order in zip(sizes, itertools.permutations(["cond", "x", "t"])):
+        flow = fdkernels.VelocityMLP(cond_dim, 2, hidden, activation, layer_norm)
+        packed, plain = fdkernels.pack_mlp(flow.net, order), as_reference(flow.net, order)
+        exact = as_reference(copy.deepcopy(flow.net).double(), order)
         for rows in (0, 1, 15, 16, 47, 48, 130):
-            x0, cond = torch.randn(rows, 2), torch.randn(rows, 3)
+            x0, cond = torch.randn(rows, 2), torch.randn(rows, cond_dim)
             before = x0.clone()
-            out = fdkernels.integrate_flow(flow, x0, cond, num_steps=3, clip=None)
+            out = fdkernels.integrate_flow(packed, x0, cond, num_steps=3, clip=None)
             truth = fdkernels_ref.integrate_flow(exact, x0.double(), cond.double(), num_steps=3, clip=None)
-            reference = fdkernels_ref.integrate_flow(flow, x0, cond, num_steps=3, clip=None).detach()
+            reference = fdkernels_ref.integrate_flow(plain, x0, cond, num_steps=3, clip=None).detach()
             # of few rows what is left of noise and velocities may be little
             assert_close(f"{rows} rows", out, truth.detach(), reference, "torch", size=x0)
             assert torch.equal(x0, before)
@@ -296,8 +298,11 @@ def test_groups_are_separate_calls(kind: str, differentiable: bool, dtype: torch
     options = {"num_steps": 3, "method": "heun", "clip_each_step": True, "differentiable": differentiable}
     together = fdkernels.integrate_flow_groups(velocity, x0s, conds, **options)
     apart = [fdkernels.integrate_flow(velocity, x0, cond, **options) for x0, cond in zip(x0s, conds)]
-    for ours, theirs in zip(together, apart):
-        assert torch.equal(ours, theirs)
+    exact = copy.deepcopy(flow).double()
+    plain = {name: value for name, value in options.items() if name != "differentiable"}
+    for ours, theirs, x0, cond in zip(together, apart, x0s, conds):
+        spread = cond.expand(*x0.shape[:-1], 4).double()
+        assert_agree(ours, theirs, fdkernels_ref.integrate_flow(exact, x0.double(), spread, **plain))
         assert ours.requires_grad == differentiable
     assert fdkernels.integrate_flow_groups(velocity, [], []) == ()
 
