@@ -45,7 +45,7 @@ sm_80 and sm_90 by that Triton. What needs a GPU is skipped.
 
 """
 NOTES = """
-Results are the same everywhere; speed need not be. Tiles were chosen with Triton 3.7: on sm_90 the largest spill up to
+The same tests pass everywhere; speed may differ. Tiles were chosen with Triton 3.7: on sm_90 the largest spill up to
 32 bytes of registers with 3.5 and 3.6, and up to 216 with 3.3 (2 kB in rows of 1,024 bfloat16). Triton 3.3 fails on a
 gather that the penalty's kernels use, so with it rows whose size 16 bytes do not divide are read number by number. The
 interpreter of Triton before 3.7 needs NumPy before 2.4.
