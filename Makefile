@@ -34,8 +34,8 @@ check: $(STAMP)
 	$(BIN)/mypy
 
 # Before a release: the library's tests under each PyTorch and Triton that is supported; writes docs/versions.md.
-test-versions: $(STAMP)
-	$(BIN)/python tests/versions.py $(VERSIONS)
+test-versions:
+	$(PYTHON) tests/versions.py $(VERSIONS)
 
 # Results go where RESULTS says. A file under benchmarks/results belongs to its device and is refused on another one.
 RESULTS ?= runs/bench.json
