@@ -21,7 +21,7 @@ from fdkernels.kernels.architecture import device_table
 from fdkernels.mlp import PackedMLP
 from fdkernels.philox import philox_normal
 from tests.judge import BARS, assert_agree
-from tests.kernels.device import DEVICE, INTERPRETED, guarded, on_gpu
+from tests.kernels.device import COMPILERS, DEVICE, INTERPRETED, guarded, on_gpu
 from tests.kernels.together import programs_together
 
 HOPPER = DEVICE.type == "cuda" and torch.cuda.get_device_capability() == (9, 0)
@@ -632,7 +632,7 @@ def test_compiled_with_cuda_graphs() -> None:
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=long)])
+@pytest.mark.parametrize("compiler", COMPILERS)
 def test_compiled_whole(compiler: str, dynamic: bool) -> None:
     torch.compiler.reset()
     module = fdkernels.VelocityMLP(5, 3, (16, 16)).to(DEVICE)

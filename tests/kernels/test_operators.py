@@ -12,7 +12,7 @@ from torch import Tensor
 
 import fdkernels
 from tests.judge import BARS, assert_agree
-from tests.kernels.device import BACKENDS, DEVICE, INTERPRETED, on_gpu
+from tests.kernels.device import BACKENDS, COMPILERS, DEVICE, INTERPRETED, on_gpu
 
 OPERATORS = torch.ops.fdkernels
 backends = pytest.mark.parametrize("backend", BACKENDS)
@@ -98,7 +98,7 @@ def chain(backend: str) -> Callable[..., Tensor]:
 
 
 @backends
-@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long("compiles C++"))])
+@pytest.mark.parametrize("compiler", COMPILERS)
 def test_compiles_without_a_graph_break_for_any_size(compiler: str, backend: str) -> None:
     torch.compiler.reset()
     compiled = torch.compile(chain(backend), fullgraph=True, dynamic=True, backend=compiler)
