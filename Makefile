@@ -14,8 +14,8 @@ train: $(STAMP)
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 test: QUICK := -m "not long" --hypothesis-profile quick
 test test-all: $(STAMP)
-	$(PYTEST) $(QUICK)
-	TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES= $(PYTEST) tests/kernels $(QUICK)
+	failed=0; $(PYTEST) $(QUICK) || failed=1; \
+	TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES= $(PYTEST) tests/kernels $(QUICK) || failed=1; exit $$failed
 
 # On a machine with a CUDA GPU: with the torch, triton and pytest that are there, findings in $OUT. Each of the three
 # parts takes eight minutes at most; the flow's kernels take seconds each to compile.

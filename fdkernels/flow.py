@@ -170,10 +170,12 @@ def integrate_flow_groups(
         return ()
     velocity = as_velocity(op, velocity)
     strict = not torch.is_autocast_enabled(x0s[0].device.type)
-    if choose_fused(op, backend, implementation, velocity, x0s, differentiable):
-        assert isinstance(velocity, PackedMLP)
+    fused = choose_fused(op, backend, implementation, velocity, x0s, differentiable)
+    if isinstance(velocity, PackedMLP):
         for i, (x0, cond) in enumerate(zip(x0s, conds)):
             check_rows(op, velocity, x0, cond, f"x0s[{i}]", f"conds[{i}]", strict)
+    if fused:
+        assert isinstance(velocity, PackedMLP)
         return fused_integrate_groups(
             velocity, x0s, conds, times, method, clip, clip_each_step, False, precision, implementation
         )
@@ -182,8 +184,6 @@ def integrate_flow_groups(
         flow, context = bind_flow(op, velocity, x0s[0], precision)
         with context:
             if isinstance(velocity, PackedMLP) and cpu.serves(x0s[0]):
-                for i, (x0, cond) in enumerate(zip(x0s, conds)):
-                    check_rows(op, velocity, x0, cond, f"x0s[{i}]", f"conds[{i}]", strict)
                 field, x = flow(*groups.join(x0s, conds), "x0s", "conds")
                 ends = integrate(field, x, times, method, clip, clip_each_step)
                 return groups.split(ends.to(x0s[0].dtype), x0s)

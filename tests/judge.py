@@ -60,7 +60,7 @@ def assert_agree(ours: Any, theirs: Any, truth: Any, bar: float = 1e-5) -> None:
         size, number = exact.norm().item(), torch.finfo(other.dtype)
         off = (other.double().cpu() - exact.cpu()).norm().item()
         apart = (one.double() - other.double()).norm().item()
-        assert off <= bar * size, f"off by {off / size:.2e}, above the bar {bar:.0e}"
+        assert off <= bar * size, f"off by {off:.2e} of {size:.2e}, above the bar {bar:.0e}"
         # and a few roundings, where the second is exact by chance
         assert apart <= max(2 * off, 8 * number.eps * size), f"{apart:.2e} apart, the second is off by {off:.2e}"
 

@@ -126,6 +126,7 @@ def normalise_rows(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Layer norm "before" or "after" the activation of (ROWS, WIDTH) float32 at ``wide_ptr``, into ``hidden_ptr``."""
+    # not min and max, which Triton before 3.6 takes for tensors'
     FITTING: tl.constexpr = 4096 // BLOCK_WIDTH if BLOCK_WIDTH < 4096 else 1
     AT_ONCE: tl.constexpr = FITTING if FITTING < ROWS else ROWS
     j = tl.arange(0, BLOCK_WIDTH)

@@ -66,7 +66,7 @@ def penalty_kernel(
     GRADIENT: tl.constexpr, TRACE: tl.constexpr,
 ):  # fmt: skip
     """penalty, and where asked its gradient to δ (float32) and the trace."""
-    RUN: tl.constexpr = ROWS * (K if K < BLOCK_K else BLOCK_K)
+    RUN: tl.constexpr = ROWS * (K if K < BLOCK_K else BLOCK_K)  # not min, which Triton before 3.6 takes for tensors'
     STEP: tl.constexpr = ROWS * K if K <= BLOCK_K else (K | BLOCK_K) & -(K | BLOCK_K)  # their greatest common divisor
     first = tl.program_id(0).to(tl.int64) * ROWS
     r = tl.arange(0, ROWS)
@@ -105,7 +105,7 @@ def score_gradient_kernel(
     NORMALIZE: tl.constexpr,
 ):  # fmt: skip
     """upstream · ∂penalty/∂s_k."""
-    RUN: tl.constexpr = ROWS * (K if K < BLOCK_K else BLOCK_K)
+    RUN: tl.constexpr = ROWS * (K if K < BLOCK_K else BLOCK_K)  # not min, which Triton before 3.6 takes for tensors'
     STEP: tl.constexpr = ROWS * K if K <= BLOCK_K else (K | BLOCK_K) & -(K | BLOCK_K)  # their greatest common divisor
     first = tl.program_id(0).to(tl.int64) * ROWS
     r = tl.arange(0, ROWS)

@@ -19,7 +19,7 @@ on_gpu = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA GPU: mak
 BACKENDS = ("torch", "triton")
 # bf16 arithmetic is not to be trusted in the interpreter; the GPU lane has all three.
 DTYPES = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.bfloat16, torch.float16)
-# Inductor's code for the CPU beside the interpreter is nobody's use, and once ended a process there.
+# Nobody runs inductor's CPU code beside the interpreter. A process that did was once aborted, and it is not known why.
 COMPILERS = ("aot_eager",) if INTERPRETED else ("aot_eager", "inductor")
 GUARD = 64  # elements; keeps 16-byte alignment
 
