@@ -41,7 +41,8 @@ HEAD = """# Versions
 
 What `make test-versions` found on {date} ({where}).
 Tests passed, failed and skipped. CPU: the library without a GPU, and under `torch.compile`. Interpreter: its kernels in
-Triton's interpreter. Ahead of time: the kernels compiled for sm_80 and sm_90 by that Triton. What needs a GPU is skipped.
+Triton's interpreter. Ahead of time: the kernels compiled for sm_80 and sm_90 by that Triton. What needs a GPU is
+skipped.
 
 """
 NOTES = """
