@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from fdkernels import cpu, groups
+from fdkernels import cpu_field, groups, processor
 from fdkernels.backend import Backend, float32_products
 from fdkernels.fused import Implementation, choose_fused, fused_integrate, fused_integrate_groups
 from fdkernels.mlp import PackedMLP, VelocityMLP, pack_mlp
@@ -183,7 +183,7 @@ def integrate_flow_groups(
     with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
         flow, context = bind_flow(op, velocity, x0s[0], precision)
         with context:
-            if isinstance(velocity, PackedMLP) and cpu.serves(x0s[0]):
+            if isinstance(velocity, PackedMLP) and cpu_field.serves(x0s[0]):
                 field, x = flow(*groups.join(x0s, conds), "x0s", "conds")
                 ends = integrate(field, x, times, method, clip, clip_each_step)
                 return groups.split(ends.to(x0s[0].dtype), x0s)
@@ -250,14 +250,14 @@ def _check_float32_products(op: str, precision: str, device: torch.device) -> No
 
 def _bind_mlp(op: str, mlp: PackedMLP, hidden: torch.dtype, *, strict: bool) -> Flow:
     outer = torch.promote_types(mlp.dtype, torch.float32)
-    emulated = mlp.layers[0].linear.weight.device.type == "cpu" and not cpu.multiplies(hidden)
+    emulated = mlp.layers[0].linear.weight.device.type == "cpu" and not processor.multiplies(hidden)
     tensors = mlp.read(outer, hidden, torch.float32 if emulated else None)
 
     def flow(x0: Tensor, cond: Tensor | None, x0_name: str, cond_name: str) -> tuple[Field, Tensor]:
         check_rows(op, mlp, x0, cond, x0_name, cond_name, strict)
         x = x0.to(outer)
-        if cpu.serves(x):
-            return cpu.CpuField(tensors, cond, x.shape[:-1]), x
+        if cpu_field.serves(x):
+            return cpu_field.CpuField(tensors, cond, x.shape[:-1]), x
         return tensors.field(cond), x
 
     return flow

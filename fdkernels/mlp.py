@@ -12,11 +12,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fdkernels.cpu_layers import gelu_tanh, linear
+
 Activation = Literal["gelu_tanh", "gelu", "silu", "relu", "tanh"]
 Input = Literal["cond", "x", "t"]
 
+
+class Linear(nn.Linear):
+    """``nn.Linear``, in the way that suits the processor."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+class GELU(nn.GELU):
+    """``nn.GELU`` in its tanh form, in the way that suits the processor."""
+
+    def __init__(self) -> None:
+        super().__init__(approximate="tanh")
+
+    def forward(self, h: Tensor) -> Tensor:
+        return gelu_tanh(h)
+
+
 _ACTIVATIONS: dict[str, tuple[Callable[[], nn.Module], Callable[[Tensor], Tensor]]] = {
-    "gelu_tanh": (lambda: nn.GELU(approximate="tanh"), lambda h: F.gelu(h, approximate="tanh")),
+    "gelu_tanh": (GELU, gelu_tanh),
     "gelu": (nn.GELU, F.gelu),
     "silu": (nn.SiLU, F.silu),
     "relu": (nn.ReLU, F.relu),
@@ -89,11 +109,11 @@ def build_mlp(
     modules: list[nn.Module] = []
     width = inputs
     for next_width in hidden:
-        modules += [nn.Linear(width, next_width), _ACTIVATIONS[activation][0]()]
+        modules += [Linear(width, next_width), _ACTIVATIONS[activation][0]()]
         if layer_norm:
             modules.append(nn.LayerNorm(next_width, eps=layer_norm_eps))
         width = next_width
-    modules.append(nn.Linear(width, outputs))
+    modules.append(Linear(width, outputs))
     for module in modules:
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
@@ -151,6 +171,9 @@ class LayerTensors(NamedTuple):
         bias = None if self.bias is None else self.bias.to(dtype)
         return LayerTensors(self.weight.to(dtype), bias, self.norm_before, self.activation, self.norm_after)
 
+    def __call__(self, h: Tensor) -> Tensor:
+        return self.finish(linear(h, self.weight, self.bias))
+
     def finish(self, h: Tensor) -> Tensor:
         """What follows the linear map."""
         if self.norm_before is not None:
@@ -191,7 +214,7 @@ class PackedMLP:
     def __call__(self, x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
         h = _concatenate(self.order, x, t, cond)
         for layer in self.layers:
-            h = layer.read().finish(layer.linear(h))
+            h = layer.read()(h)
         return h
 
     def read(self, outer: torch.dtype, hidden: torch.dtype, products: torch.dtype | None = None) -> MLPTensors:
@@ -244,7 +267,7 @@ class MLPTensors:
                 h = h + offset
             h = self.first.finish(h)
             for layer in self.middle:
-                h = layer.finish(F.linear(self.operand(h, layer), layer.weight, layer.bias).to(of_x.dtype))
+                h = layer.finish(linear(self.operand(h, layer), layer.weight, layer.bias).to(of_x.dtype))
             return h if self.last is None else F.linear(h, self.last.weight, self.last.bias)
 
         return velocity
@@ -334,7 +357,7 @@ def _try_out(module: nn.Module, layers: tuple[Layer, ...]) -> None:
     rows = torch.linspace(-1, 1, 2 * weight.shape[1], dtype=weight.dtype, device=weight.device).view(2, -1)
     stack = rows
     for layer in layers:
-        stack = layer.read().finish(layer.linear(stack))
+        stack = layer.read()(stack)
     try:
         same = torch.allclose(module(rows), stack, rtol=1e-3, atol=1e-5)
     except Exception as error:  # whatever a forward of somebody's own raises

@@ -20,6 +20,15 @@ transforms_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transf
 Instead: as if one always did, which costs speed on the CPU, and gradients through the kernels.
 """
 
+
+def forward_mode_active() -> bool:
+    """Whether ``torch.autograd.forward_ad`` looks on. Its public functions ask tensor by tensor.
+
+    Instead: as if it never did; functions that know no tangents then refuse them.
+    """
+    return getattr(torch.autograd.forward_ad, "_current_level", -1) >= 0
+
+
 clear_cublas_workspaces: Callable[[], None] = getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)
 """So that a CUDA graph gets a cuBLAS workspace of its own; no public function frees one.
 

@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import fdkernels
 import fdkernels_ref
-from fdkernels import cpu, solvers
+from fdkernels import cpu_field, processor, solvers
 from tests.closed_forms import anisotropic_gaussian, two_modes
 from tests.judge import assert_agree, assert_close
 
@@ -149,7 +149,7 @@ def test_precision(kind: str, activation: int, norms: str, shared: bool) -> None
 
 def test_where_nobody_differentiates_the_processor_decides() -> None:
     flow, x0, cond = fdkernels.VelocityMLP(3, 2, hidden=(8, 8)), torch.randn(64, 2), torch.randn(64, 3)
-    taken = mock.patch.object(cpu, "CpuField", side_effect=cpu.CpuField)
+    taken = mock.patch.object(cpu_field, "CpuField", side_effect=cpu_field.CpuField)
     with taken as called:
         for options in ({}, {"precision": "highest"}, {"precision": "high"}, {"precision": "bf16"}):
             fdkernels.integrate_flow(flow, x0, cond, **options)
@@ -165,7 +165,7 @@ def test_where_nobody_differentiates_the_processor_decides() -> None:
 @pytest.mark.parametrize("activation", ["gelu_tanh", "gelu", "silu", "relu", "tanh"])
 def test_every_way_on_the_cpu_gives_the_same(activation: str, avx512: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Few rows and many, with what another processor would choose, where this one can run it."""
-    monkeypatch.setattr(cpu, "_has_avx512", lambda: avx512)
+    monkeypatch.setattr(processor, "has_avx512", lambda: avx512)
     sizes = (((24, 40, 8), False, 3), ((24, 24), True, 70), ((24,), False, 3), ((24, 24), False, 70), ((), False, 3))
     for (hidden, layer_norm, cond_dim), order in zip(sizes, itertools.permutations(["cond", "x", "t"])):
         flow = fdkernels.VelocityMLP(cond_dim, 2, hidden, activation, layer_norm)
@@ -184,7 +184,7 @@ def test_every_way_on_the_cpu_gives_the_same(activation: str, avx512: bool, monk
 
 def test_half_precision_without_units_is_rounded_operands(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a processor with units multiplies, in float32: the plain formula on rounded weights and activations."""
-    monkeypatch.setattr(cpu, "multiplies", lambda dtype: dtype == torch.float32)
+    monkeypatch.setattr(processor, "multiplies", lambda dtype: dtype == torch.float32)
     flow, x0, cond = fdkernels.VelocityMLP(3, 2, hidden=(32, 32, 32)), torch.randn(64, 2), torch.randn(64, 3)
 
     def rounded(x: Tensor, t: Tensor, cond: Tensor) -> Tensor:

@@ -10,6 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from fdkernels import cpu_layers
+from fdkernels.cpu_layers import gelu_tanh
+
 
 class TwinCritic(nn.Module):
     """Two independent Q networks on [observation, action]: linear, GELU (tanh form), layer norm; a last linear.
@@ -38,16 +41,42 @@ class TwinCritic(nn.Module):
 
     def forward(self, obs: Tensor, action: Tensor, *, frozen: bool = False) -> Tensor:
         """Q values (2, batch). ``frozen`` holds the parameters constant, so that only the action gets a gradient."""
+        parameters = (self.weights, self.biases, self.scales, self.shifts)
         constant = (lambda p: p.detach()) if frozen else (lambda p: p)
-        h = torch.cat([obs, action], dim=-1).expand(2, -1, -1)
-        for i in range(len(self.weights)):  # by number, which PyTorch 2.7 compiles too
-            h = torch.baddbmm(constant(self.biases[i]), h, constant(self.weights[i]))
-            if i < len(self.weights) - 1:
-                h = F.gelu(h, approximate="tanh")
-                if self.scales:
-                    h = F.layer_norm(h, h.shape[-1:], eps=1e-6)
-                    h = torch.addcmul(constant(self.shifts[i]), h, constant(self.scales[i]))
-        return h.squeeze(-1)
+        # by number, which PyTorch 2.7 compiles too
+        weights, biases, scales, shifts = ([constant(ps[i]) for i in range(len(ps))] for ps in parameters)
+        rows = torch.cat([obs, action], dim=-1)
+        if cpu_layers.multiplies_apart(rows):
+            return _apart(rows, weights, biases, scales, shifts)
+        return _batched(rows, weights, biases, scales, shifts)
+
+
+def _batched(
+    rows: Tensor, weights: list[Tensor], biases: list[Tensor], scales: list[Tensor], shifts: list[Tensor]
+) -> Tensor:
+    h = rows.expand(2, -1, -1)
+    for i, (weight, bias) in enumerate(zip(weights, biases)):
+        h = torch.baddbmm(bias, h, weight)
+        if i < len(weights) - 1:
+            h = gelu_tanh(h)
+            if scales:
+                h = F.layer_norm(h, h.shape[-1:], eps=1e-6)
+                h = torch.addcmul(shifts[i], h, scales[i])
+    return h.squeeze(-1)
+
+
+def _apart(
+    rows: Tensor, weights: list[Tensor], biases: list[Tensor], scales: list[Tensor], shifts: list[Tensor]
+) -> Tensor:
+    hs = [rows, rows]
+    for i, (weight, bias) in enumerate(zip(weights, biases)):
+        hs = [cpu_layers.linear(h, w.t(), b.squeeze(0)) for h, w, b in zip(hs, weight.unbind(), bias.unbind())]
+        if i < len(weights) - 1:
+            hs = [gelu_tanh(h) for h in hs]
+            if scales:
+                norms = zip(scales[i].squeeze(1).unbind(), shifts[i].squeeze(1).unbind())
+                hs = [F.layer_norm(h, h.shape[-1:], *norm, eps=1e-6) for h, norm in zip(hs, norms)]
+    return torch.stack(hs).squeeze(-1)
 
 
 def follow(target: nn.Module, source: nn.Module, tau: float) -> None:

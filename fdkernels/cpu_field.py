@@ -1,20 +1,6 @@
-"""A packed MLP's velocity on the CPU where nobody differentiates, by what the processor has.
+"""A packed MLP's velocity on the CPU where nobody differentiates, by what the processor has (``processor.py``).
 
 A flow spends its time in the products of the hidden layers, and in plain PyTorch another fifth in their activations.
-What is fastest differs between processors. It is asked of PyTorch and of oneDNN, and never timed, so that a run gives
-the same numbers each time:
-
-========================================  ============================================================================
-few rows                                  PyTorch's own functions, as few as can be: calling them is what takes time
-AVX-512, and half precision with units    oneDNN's products, which apply bias and activation to a block while that is
-for it                                    in the cache
-every other processor                     PyTorch's products into buffers that all steps share, activations in place
-half precision without units              float32 products of operands that were rounded to half precision
-========================================  ============================================================================
-
-A hidden layer of 256 rows, 512 wide, with AVX2 alone (EPYC 7003, 2 threads): 0.95 ms the float32 product, 1.07 with
-tanh-GELU in place, 1.25 with PyTorch's own, 1.58 with oneDNN's, whose tanh gathers from a table there. PyTorch's
-bfloat16 product takes 130 ms where the processor has no units for it.
 """
 
 from __future__ import annotations
@@ -25,14 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fdkernels import cpu_layers, processor
 from fdkernels.mlp import LayerTensors, MLPTensors, layer_norm
-from fdkernels.torch_private import half_units, has_onednn, onednn_linear, transforms_active
+from fdkernels.torch_private import has_onednn, onednn_linear
 
 _FEW_ROWS = 16  # ten steps of one row: 2.1 ms instead of 2.5 in place; of 16 rows 5.4 instead of 5.1
 _FEW_ROWS_FOR_ONEDNN = 48  # ten steps of one row: 1.4 ms in PyTorch, 2.6 in oneDNN, with AVX-512
 _WIDE_CONDITION = 64  # from here on its share of the first layer is computed once, and costs memory at every step
-_GELU_SLOPE = 1.5957691216057308  # √(8/π)
-_SLOPE = torch.tensor(_GELU_SLOPE, device="cpu")
 _FUSED: dict[str | None, tuple[str, str]] = {
     None: ("none", ""),
     "gelu_tanh": ("gelu", "tanh"),
@@ -45,18 +30,7 @@ _FUSED: dict[str | None, tuple[str, str]] = {
 
 def serves(x: Tensor) -> bool:
     """Whether nothing looks on that wants plain formulas."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or transforms_active():
-        return False
-    return x.device.type == "cpu" and x.dtype == torch.float32
-
-
-def multiplies(dtype: torch.dtype) -> bool:
-    """Whether products of this dtype are worth it: the processor has units for them, and PyTorch uses those."""
-    return dtype not in (torch.bfloat16, torch.float16) or half_units(dtype)
-
-
-def _has_avx512() -> bool:
-    return torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return not torch.is_grad_enabled() and cpu_layers.serves(x)
 
 
 class CpuField:
@@ -105,7 +79,7 @@ class Workspace:
         self.num_rows = num_rows
         self.out, self.before, self.gate = torch.empty(3, num_rows * widest, device="cpu")
         half = any(layer.weight.dtype != torch.float32 for layer in mlp.middle)
-        if half or (num_rows >= _FEW_ROWS_FOR_ONEDNN and _has_avx512() and has_onednn()):
+        if half or (num_rows >= _FEW_ROWS_FOR_ONEDNN and processor.has_avx512() and has_onednn()):
             self.layer = _fused_layer
         elif num_rows < _FEW_ROWS:
             self.layer = _plain_layer
@@ -113,18 +87,17 @@ class Workspace:
             self.layer = self._layer_in_place
 
     def finish(self, h: Tensor, layer: LayerTensors) -> Tensor:
-        """What follows a product. tanh-GELU in its other form, x·sigmoid(√(8/π)·(x + 0.044715·x³)), which takes half
-        the time of PyTorch's own."""
+        """What follows a product. tanh-GELU by a sigmoid, which takes half the time of PyTorch's own."""
         if layer.activation != "gelu_tanh" or self.num_rows < _FEW_ROWS:
             return layer.finish(h)
         if layer.norm_before is not None:
             h = layer_norm(h, layer.norm_before)
-        gate = self._part(self.gate, h.shape[1])
-        torch.addcmul(_SLOPE, h, h, value=0.044715 * _GELU_SLOPE, out=gate).mul_(h).sigmoid_()
-        h = h.mul_(gate)
+        h = h.mul_(cpu_layers.gelu_gate(h, out=self._part(self.gate, h.shape[1])))
         return h if layer.norm_after is None else layer_norm(h, layer.norm_after)
 
     def _layer_in_place(self, h: Tensor, layer: LayerTensors) -> Tensor:
+        if cpu_layers.onednn_suits(h, layer.weight):
+            return self.finish(cpu_layers.linear(h, layer.weight, layer.bias), layer)
         out = self._part(self.out, layer.weight.shape[0])
         self.out, self.before = self.before, self.out
         if layer.bias is None:
