@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import fdkernels
+from fdkernels import cpu_layers
 from train.agents import AGENTS, ALL_PARTS, Agent, Learner, Parts
 from train.checkpoint import read_checkpoint, save_checkpoint
 from train.dataset import Batch, OfflineDataset
@@ -160,12 +161,17 @@ def test_compiled_losses_are_the_losses() -> None:
 SEEDS = [4, 0, 9]
 
 
+@pytest.mark.parametrize("processor", ["multiplies apart", "multiplies batches"])
 @pytest.mark.parametrize("changes", [{}, {"actor_layer_norm": True, "fisher_t_width": 0.1, "normalize_q": True}])
 @pytest.mark.parametrize("name", AGENTS)
-def test_seeds_together_are_seeds_alone(name: str, changes: dict[str, object]) -> None:
+def test_seeds_together_are_seeds_alone(
+    name: str, changes: dict[str, object], processor: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = dataset(torch.float64)
     agents = [make(name, seed, **changes).double() for seed in SEEDS]
-    figures = Training(SeedGroup(agents), SEEDS, data).run(8)
+    with monkeypatch.context() as chosen:
+        chosen.setattr(cpu_layers, "multiplies_apart", lambda rows: processor == "multiplies apart")
+        figures = Training(SeedGroup(agents), SEEDS, data).run(8)
     for seed, together, figures_together in zip(SEEDS, agents, figures, strict=True):
         alone = make(name, seed, **changes).double()
         (figures_alone,) = Training(alone, [seed], data).run(8)

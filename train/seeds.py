@@ -1,11 +1,11 @@
 """Several agents that differ in their seed alone, trained side by side with batched weights.
 
 Every parameter of the agents is stacked on a leading axis of N; the agents keep theirs as views of the stack, so that
-whoever evaluates, saves or restores one of them sees and writes the weights that are being trained. An update runs the
-agent's own losses under ``torch.func.vmap``, where each linear layer becomes one grouped product, and is otherwise the
-update of a single agent (`train.agents.Learner`): gradients of one seed's loss reach that seed's weights only, and Adam
-treats every number by itself. The norm that clips gradients is taken seed by seed. On CUDA the flows of all seeds are
-integrated in one call; on the CPU one after another, for which there are faster ways than grouped products.
+whoever evaluates, saves or restores one of them sees and writes the weights that are being trained. An update is the
+update of a single agent (`train.agents.Learner`), its own losses under ``torch.func.vmap``, where each linear layer
+becomes one grouped product: gradients of one seed's loss reach that seed's weights only, and Adam treats every number
+by itself. The norm that clips gradients is taken seed by seed. On CUDA the flows of all seeds are integrated in one
+call; on the CPU one after another, and the losses too on a processor that multiplies faster that way.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
+from fdkernels import cpu_layers
 from train.agents import Agent, Draws, Learner, Parts
 from train.dataset import Batch, OfflineDataset
 
@@ -84,7 +85,13 @@ class SeedGroup(Learner):
             arguments = (Batch(**batch), Draws(**draws), flows, parts, log)
             return functional_call(self.agents[0], parameters, arguments)
 
-        return vmap(losses)(dict(self.named_parameters()), _given(batch), _given(draws), flows)
+        parameters: dict[str, Tensor] = dict(self.named_parameters())
+        given = _given(batch), _given(draws), flows
+        if not cpu_layers.multiplies_apart(batch.observations):
+            return vmap(losses)(parameters, *given)
+        of_each = zip(*(_unbound(tensors, len(self.agents)) for tensors in (parameters, *given)))
+        totals, seen = zip(*(losses(*of_one) for of_one in of_each))
+        return torch.stack(totals), {name: torch.stack([of_one[name] for of_one in seen]) for name in seen[0]}
 
     def sample(
         self, dataset: OfflineDataset, batch_size: int, generators: Sequence[torch.Generator]
@@ -123,6 +130,12 @@ class _Integration(nn.Module):
 
 def _given(columns: Batch | Draws) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in columns._asdict().items() if tensor is not None}
+
+
+def _unbound(tensors: dict[str, Tensor], n: int) -> list[dict[str, Tensor]]:
+    """What each agent has of them. Their gradients are put together once, not agent by agent."""
+    columns = {name: tensor.unbind() for name, tensor in tensors.items()}
+    return [{name: column[i] for name, column in columns.items()} for i in range(n)]
 
 
 def _of(i: int, columns: Batch | Draws) -> dict[str, Tensor]:
