@@ -83,3 +83,12 @@ def onednn_linear(h: Tensor, weight: Tensor, bias: Tensor | None, activation: st
     Instead: whoever calls it asks :func:`has_onednn` first.
     """
     return torch.ops.mkldnn._linear_pointwise(h, weight, bias, activation, [], form)
+
+
+def onednn_packed(weight: Tensor, num_rows: int) -> Tensor:
+    """The weight as :func:`onednn_linear` would lay it out for itself at every call with this many rows.
+
+    Instead: the weight as it is.
+    """
+    pack = getattr(torch.ops.mkldnn, "_reorder_linear_weight", lambda weight, num_rows: weight)
+    return pack(weight, max(num_rows, 1))

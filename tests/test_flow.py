@@ -171,7 +171,7 @@ def test_every_way_on_the_cpu_gives_the_same(activation: str, avx512: bool, monk
         flow = fdkernels.VelocityMLP(cond_dim, 2, hidden, activation, layer_norm)
         packed, plain = fdkernels.pack_mlp(flow.net, order), as_reference(flow.net, order)
         exact = as_reference(copy.deepcopy(flow.net).double(), order)
-        for rows in (0, 1, 15, 16, 47, 48, 130):
+        for rows in (0, 1, 15, 16, 47, 48, 130, 800):
             x0, cond = torch.randn(rows, 2), torch.randn(rows, cond_dim)
             before = x0.clone()
             out = fdkernels.integrate_flow(packed, x0, cond, num_steps=3, clip=None)
