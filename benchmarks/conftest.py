@@ -12,6 +12,7 @@ import torch
 
 from benchmarks.harness import ON_GPU, Race, clocks, device_name, roofs
 from benchmarks.results import ResultError, ResultFile, describe_run
+from train.memory import keep_freed_memory
 
 # --doctest-modules would import the scripts and the peers, whose packages need not be there.
 collect_ignore = [str(file) for file in Path(__file__).parent.rglob("*.py") if not file.name.startswith("test_")]
@@ -38,6 +39,7 @@ def pytest_configure(config: pytest.Config) -> None:
     cache = config.stash[_CACHE] = tempfile.TemporaryDirectory(prefix="fdkernels-bench-")
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{cache.name}/inductor"
     os.environ["TRITON_CACHE_DIR"] = f"{cache.name}/triton"
+    keep_freed_memory()  # as train/run.py does; for all contestants alike, and not by what ran before
     run = config.stash[_RUN] = describe_run(device_name(), torch.get_num_threads())
     path = config.getoption("--results")
     try:

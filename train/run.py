@@ -30,6 +30,7 @@ from train.data import DatasetUnavailable, load_dataset
 from train.dataset import Batch, OfflineDataset
 from train.environments import EnvSpec, UnknownEnvironment, resolve
 from train.member import Member, RunError, score_label
+from train.memory import keep_freed_memory
 from train.profiling import ProfiledUpdate
 from train.seeds import SeedGroup
 
@@ -394,6 +395,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         spec = resolve(config.env)
         device = choose_device(config.device)
+        keep_freed_memory()
         if device.type == "cuda":
             torch.cuda.set_device(device)
             torch.set_float32_matmul_precision(config.matmul_precision)

@@ -1,0 +1,40 @@
+"""Freed memory stays with the process."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FAULTS = """
+import resource, sys, torch
+from train.memory import keep_freed_memory
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(100):
+        torch.ones(1 << 17)  # too small for a huge page
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+print(faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc is what gives memory back")
+def test_memory_is_asked_for_once() -> None:
+    def faults(kept: str) -> int:
+        # as glibc starts, before any block that it has seen freed moves its thresholds
+        fixed = {"MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_MMAP_THRESHOLD_": "131072"}
+        command = [sys.executable, "-c", FAULTS, kept]
+        run = subprocess.run(command, cwd=ROOT, env=os.environ | fixed, capture_output=True, text=True, check=True)
+        return int(run.stdout)
+
+    a_page_each = 100 * (4 << 17) // os.sysconf("SC_PAGE_SIZE")
+    assert faults("give back") > a_page_each / 2
+    assert faults("keep") < a_page_each / 10
