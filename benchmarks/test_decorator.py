@@ -19,22 +19,22 @@ from torch import Tensor, nn
 import fdkernels
 import fdkernels_ref
 from benchmarks.harness import ON_GPU, TIMINGS, Entry, Outputs, Race, gate, normal, precision, rotating
-from benchmarks.test_flow import STEPS, flops, networks, traffic
+from benchmarks.test_flow import STEPS, Networks, flops, networks, traffic
 from benchmarks.test_flow import eager as eager_flow
 
 T, DAMPING = 0.95, 1e-3
 TABLES = ("fp32", "tf32", "bf16") if ON_GPU else ("fp32",)
-Penalty = Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor], Tensor]
+Penalty = Callable[[Networks, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-def eager(velocity: nn.Module, obs: Tensor, displacement: Tensor, noise: Tensor, bridge_noise: Tensor) -> Tensor:
+def eager(velocity: Networks, obs: Tensor, displacement: Tensor, noise: Tensor, bridge_noise: Tensor) -> Tensor:
     batch, num_samples, d = noise.shape
     with torch.no_grad():
         obs = obs.repeat_interleave(num_samples, dim=0)
         sample = eager_flow(velocity, noise.reshape(-1, d), obs)
         x_t = (1 - T) * bridge_noise.reshape(-1, d) + T * sample
         t = torch.full_like(x_t[:, :1], T)
-        score = (T * velocity.net(torch.cat([obs, x_t, t], dim=-1)) - x_t) / (1 - T)
+        score = (T * velocity.plain(torch.cat([obs, x_t, t], dim=-1)) - x_t) / (1 - T)
         score = score.float().view(batch, num_samples, d)
         fisher = (score.unsqueeze(-1) * score.unsqueeze(-2)).mean(1) + DAMPING * torch.eye(d, device=score.device)
         trace = fisher.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-6)
@@ -43,21 +43,21 @@ def eager(velocity: nn.Module, obs: Tensor, displacement: Tensor, noise: Tensor,
 
 
 def parts(
-    velocity: nn.Module, obs: Tensor, displacement: Tensor, noise: Tensor, bridge_noise: Tensor, precision: Any = None
+    velocity: Networks, obs: Tensor, displacement: Tensor, noise: Tensor, bridge_noise: Tensor, precision: Any = None
 ) -> Tensor:
     with torch.no_grad():
         obs = obs.unsqueeze(1).expand(-1, noise.shape[1], -1)
-        sample = fdkernels.integrate_flow(velocity, noise, obs, num_steps=STEPS, precision=precision)
+        sample = fdkernels.integrate_flow(velocity.ours, noise, obs, num_steps=STEPS, precision=precision)
         x_t = (1 - T) * bridge_noise + T * sample
-        score = fdkernels.velocity_to_score(velocity(x_t, torch.full_like(x_t[..., :1], T), obs), x_t, T)
+        score = fdkernels.velocity_to_score(velocity.ours(x_t, torch.full_like(x_t[..., :1], T), obs), x_t, T)
     return fdkernels.fisher_penalty(displacement, score, damping=DAMPING)
 
 
 def ours(
-    velocity: nn.Module, obs: Tensor, displacement: Tensor, noise: Tensor, bridge_noise: Tensor, precision: Any = None
+    velocity: Networks, obs: Tensor, displacement: Tensor, noise: Tensor, bridge_noise: Tensor, precision: Any = None
 ) -> Tensor:
     return fdkernels.flow_fisher_penalty(
-        velocity, obs, displacement, noise=noise, bridge_noise=bridge_noise, num_steps=STEPS, t=T, damping=DAMPING,
+        velocity.ours, obs, displacement, noise=noise, bridge_noise=bridge_noise, num_steps=STEPS, t=T, damping=DAMPING,
         precision=precision,
     )  # fmt: skip
 
@@ -114,7 +114,7 @@ def test_decorator(
         for i in range(3)
     ]
 
-    def step(penalty: Penalty, network: nn.Module, *tensors: Tensor) -> Outputs:
+    def step(penalty: Callable[..., Tensor], network: Networks | nn.Module, *tensors: Tensor) -> Outputs:
         *given, upstream = tensors
         out = penalty(network, *given)
         (gradient,) = torch.autograd.grad(out, given[1], upstream)

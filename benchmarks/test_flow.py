@@ -13,7 +13,7 @@ import copy
 import functools
 import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -34,16 +34,27 @@ from benchmarks.harness import (
     precision,
     rotating,
 )
+from benchmarks.peers.eager_agent import mlp
 
 STEPS, HIDDEN, WIDTH = 10, 4, 512
 TABLES = ("fp32", "tf32", "bf16") if ON_GPU else ("fp32",)
-Integrate = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
-def eager(velocity: nn.Module, x: Tensor, obs: Tensor) -> Tensor:
+class Networks(NamedTuple):
+    """The same weights twice."""
+
+    ours: fdkernels.VelocityMLP
+    plain: nn.Sequential
+    """PyTorch's own modules, on observation, x and t side by side."""
+
+
+Integrate = Callable[[Networks, Tensor, Tensor], Tensor]
+
+
+def eager(velocity: Networks, x: Tensor, obs: Tensor) -> Tensor:
     for i in range(STEPS):
         t = torch.full((*x.shape[:-1], 1), i / STEPS, device=x.device, dtype=x.dtype)
-        x = x + velocity.net(torch.cat([obs, x, t], dim=-1)) / STEPS
+        x = x + velocity.plain(torch.cat([obs, x, t], dim=-1)) / STEPS
     return x.clamp(-1, 1)
 
 
@@ -54,9 +65,9 @@ def compiled(mode: str | None) -> Integrate:
 def torchdiffeq() -> Integrate:
     odeint = pytest.importorskip("torchdiffeq").odeint
 
-    def integrate(velocity: nn.Module, x: Tensor, obs: Tensor) -> Tensor:
+    def integrate(velocity: Networks, x: Tensor, obs: Tensor) -> Tensor:
         def field(t: Tensor, x: Tensor) -> Tensor:
-            return velocity.net(torch.cat([obs, x, t.expand(*x.shape[:-1], 1)], dim=-1))
+            return velocity.plain(torch.cat([obs, x, t.expand(*x.shape[:-1], 1)], dim=-1))
 
         times = torch.linspace(0, 1, STEPS + 1, device=x.device)
         return odeint(field, x, times, method="euler")[-1].clamp(-1, 1)
@@ -64,9 +75,9 @@ def torchdiffeq() -> Integrate:
     return integrate
 
 
-def ours(velocity: nn.Module, x: Tensor, obs: Tensor, precision: Any = None, implementation: Any = None) -> Tensor:
+def ours(velocity: Networks, x: Tensor, obs: Tensor, precision: Any = None, implementation: Any = None) -> Tensor:
     options = {"precision": precision, "implementation": implementation}
-    return fdkernels.integrate_flow(velocity, x, obs, num_steps=STEPS, **options)
+    return fdkernels.integrate_flow(velocity.ours, x, obs, num_steps=STEPS, **options)
 
 
 CONTESTANTS: dict[str, Callable[[], Integrate]] = {
@@ -83,8 +94,8 @@ WAYS += ("stationary",) if ON_GPU and torch.cuda.get_device_capability() == (9, 
 CONTESTANTS |= {f"ours, {way}": functools.partial(functools.partial, ours, implementation=way) for way in WAYS}
 
 
-def networks(obs_dim: int, d: int) -> tuple[nn.Module, nn.Module]:
-    """A velocity in float32, and the same in float64.
+def networks(obs_dim: int, d: int) -> tuple[Networks, fdkernels.VelocityMLP]:
+    """A velocity in float32 for those who race, and the same in float64 for who judges.
 
     A fresh network's velocities are small beside the noise they are added to, which would hide its errors: here they
     are about half as large.
@@ -93,7 +104,9 @@ def networks(obs_dim: int, d: int) -> tuple[nn.Module, nn.Module]:
     velocity = fdkernels.VelocityMLP(obs_dim, d, (WIDTH,) * HIDDEN).to(DEVICE)
     with torch.no_grad():
         velocity.net[-1].weight.mul_(20)  # type: ignore[operator]
-    return velocity, copy.deepcopy(velocity).double()
+    plain = mlp(obs_dim + d + 1, (WIDTH,) * HIDDEN, d, layer_norm=False).to(DEVICE)
+    plain.load_state_dict(velocity.net.state_dict())
+    return Networks(velocity, plain), copy.deepcopy(velocity).double()
 
 
 def flops(rows: int, obs_dim: int, d: int, evaluations: int = STEPS, states: int | None = None) -> float:

@@ -40,6 +40,8 @@ def multiplies_apart(x: Tensor) -> bool:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``F.linear``: x (..., in), weight (out, in), bias (out,). Differentiable, any number of times."""
+    if x.numel() < _MANY_ROWS * x.shape[-1]:  # the first question, so that a robot's one row waits for no other
+        return F.linear(x, weight, bias)
     given = (x, weight) if bias is None else (x, weight, bias)
     if not (serves(*given) and onednn_suits(x, weight)):
         return F.linear(x, weight, bias)
@@ -81,7 +83,7 @@ class _Linear(torch.autograd.Function):
 
 def gelu_tanh(h: Tensor) -> Tensor:
     """``F.gelu(h, approximate="tanh")`` as h·sigmoid(√(8/π)·(h + 0.044715·h³)). Differentiable, any number of times."""
-    if not (serves(h) and h.numel() >= _MANY_NUMBERS and processor.sigmoid_is_fast()):
+    if h.numel() < _MANY_NUMBERS or not (serves(h) and processor.sigmoid_is_fast()):
         return F.gelu(h, approximate="tanh")
     if torch.is_grad_enabled() and h.requires_grad:
         return _GELU.apply(h)

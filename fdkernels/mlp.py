@@ -168,6 +168,8 @@ class LayerTensors(NamedTuple):
 
     def to(self, dtype: torch.dtype) -> LayerTensors:
         """Weight and bias in another dtype; no copy where they have it already."""
+        if all(t is None or t.dtype == dtype for t in (self.weight, self.bias)):
+            return self
         bias = None if self.bias is None else self.bias.to(dtype)
         return LayerTensors(self.weight.to(dtype), bias, self.norm_before, self.activation, self.norm_after)
 
@@ -243,6 +245,8 @@ class MLPTensors:
 
     def operand(self, h: Tensor, layer: LayerTensors) -> Tensor:
         """h as a hidden layer multiplies it."""
+        if h.dtype == self.operands == layer.weight.dtype:  # asking costs less than two calls that do nothing
+            return h
         return h.to(self.operands).to(layer.weight.dtype)
 
     def cond_share(self, cond: Tensor | None) -> Tensor | None:
