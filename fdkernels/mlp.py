@@ -181,12 +181,12 @@ class LayerTensors(NamedTuple):
         if self.norm_before is not None:
             h = layer_norm(h, self.norm_before)
         if self.activation is not None:
-            h = activate(h, self.activation)
+            h = activation_function(self.activation)(h)
         return h if self.norm_after is None else layer_norm(h, self.norm_after)
 
 
-def activate(h: Tensor, activation: str) -> Tensor:
-    return _ACTIVATIONS[activation][1](h)
+def activation_function(activation: str) -> Callable[[Tensor], Tensor]:
+    return _ACTIVATIONS[activation][1]
 
 
 def layer_norm(h: Tensor, norm: Norm) -> Tensor:
@@ -245,8 +245,6 @@ class MLPTensors:
 
     def operand(self, h: Tensor, layer: LayerTensors) -> Tensor:
         """h as a hidden layer multiplies it."""
-        if h.dtype == self.operands == layer.weight.dtype:  # asking costs less than two calls that do nothing
-            return h
         return h.to(self.operands).to(layer.weight.dtype)
 
     def cond_share(self, cond: Tensor | None) -> Tensor | None:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fdkernels.mlp import activate
+from fdkernels.mlp import activation_function
 from fdkernels.torch_private import linear_gelu
 
 
@@ -44,7 +44,7 @@ class HiddenLayer(NamedTuple):
         if self.norm == "before":
             h = self._normalised(h)
         if self.activation != "none":
-            h = activate(h, self.activation)
+            h = activation_function(self.activation)(h)
         if self.norm == "after":
             h = self._normalised(h)
         return h
