@@ -5,7 +5,6 @@ A flow spends its time in the products of the hidden layers, and in plain PyTorc
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -18,7 +17,7 @@ from fdkernels.torch_private import has_onednn, onednn_linear, onednn_packed
 
 _FEW_ROWS = 16  # ten steps of one row: 2.1 ms instead of 2.5 in place; of 16 rows 5.4 instead of 5.1
 _FEW_ROWS_FOR_ONEDNN = 48  # ten steps of one row: 1.4 ms in PyTorch, 2.6 in oneDNN, with AVX-512
-_MANY_ROWS = 768  # laying out 512² takes 0.12 ms once, and spares 0.09 at every step; of 1,536 rows 0.2, of 256 0.03
+_WORTH_PACKING = 768  # laying out 512² takes 0.12 ms once, and spares 0.09 at a step; of 1,536 rows 0.2, of 256 0.03
 _WIDE_CONDITION = 64  # from here on its share of the first layer is computed once, and costs memory at every step
 Function = Callable[[Tensor], Tensor]
 _FUSED: dict[str | None, tuple[str, str]] = {
@@ -42,8 +41,8 @@ class CpuField:
     def __init__(self, mlp: MLPTensors, cond: Tensor | None, lead: Sequence[int]) -> None:
         num_rows = torch.Size(lead).numel()
         work = Workspace(mlp, num_rows)
-        # Nothing is looked up or decided at a step, which for one row would take a quarter of the time. The result is
-        # not to lie in shared memory.
+        # For few rows nothing is looked up or decided at a step, which took a tenth of the time. What is returned must
+        # not lie in shared memory.
         first = plain_layer(mlp.first) if mlp.last is None else work.layer(mlp.first)
         columns = dict(mlp.columns)
         if cond is not None and cond.shape[-1] > _WIDE_CONDITION:
@@ -56,7 +55,7 @@ class CpuField:
         self.layers = [first, *(work.layer(layer, mlp.operands) for layer in mlp.middle)]
         self.last = mlp.last
         widths = [weight.shape[1] for weight in columns.values()]
-        self.rows = torch.empty(num_rows, sum(widths), device="cpu")
+        self.rows = torch.empty(num_rows, sum(widths), dtype=torch.float32, device="cpu")
         inputs = dict(zip(columns, self.rows.view(*lead, sum(widths)).split(widths, -1)))
         self.x, self.t = inputs["x"], inputs["t"]
         if cond is not None and "cond" in inputs:
@@ -80,7 +79,7 @@ class Workspace:
     def __init__(self, mlp: MLPTensors, num_rows: int) -> None:
         widest = max(layer.weight.shape[0] for layer in (mlp.first, *mlp.middle))
         self.num_rows = num_rows
-        self.out, self.before, self.gate = torch.empty(3, num_rows * widest, device="cpu")
+        self.out, self.before, self.gate = torch.empty(3, num_rows * widest, dtype=torch.float32, device="cpu")
         half = any(layer.weight.dtype != torch.float32 for layer in mlp.middle)
         self.fused = half or (num_rows >= _FEW_ROWS_FOR_ONEDNN and processor.has_avx512() and has_onednn())
 
@@ -90,8 +89,10 @@ class Workspace:
             run = self._fused_layer(layer)
         elif self.num_rows < _FEW_ROWS:
             run = plain_layer(layer)
+        elif self.num_rows >= _FEW_ROWS_FOR_ONEDNN and cpu_layers.onednn_suits(layer.weight, layer.bias):
+            run = self._onednn_layer(layer)
         else:
-            run = functools.partial(self._layer_in_place, layer=layer)
+            run = self._layer_in_place(layer)
         if operands == torch.float32:
             return run
         return lambda h: run(h.to(operands).to(layer.weight.dtype))
@@ -105,27 +106,31 @@ class Workspace:
         h = h.mul_(cpu_layers.gelu_gate(h, out=self._part(self.gate, h.shape[1])))
         return h if layer.norm_after is None else layer_norm(h, layer.norm_after)
 
-    def _layer_in_place(self, h: Tensor, layer: LayerTensors) -> Tensor:
-        if cpu_layers.onednn_suits(h, layer.weight):
-            return self.finish(cpu_layers.linear(h, layer.weight, layer.bias), layer)
-        out = self._part(self.out, layer.weight.shape[0])
-        self.out, self.before = self.before, self.out
-        if layer.bias is None:
-            torch.mm(h, layer.weight.t(), out=out)
-        else:
-            torch.addmm(layer.bias, h, layer.weight.t(), out=out)
-        return self.finish(out, layer)
+    def _onednn_layer(self, layer: LayerTensors) -> Function:
+        return lambda h: self.finish(onednn_linear(h, layer.weight, layer.bias, "none", ""), layer)
+
+    def _layer_in_place(self, layer: LayerTensors) -> Function:
+        weight, bias = layer.weight.t(), layer.bias
+
+        def run(h: Tensor) -> Tensor:
+            out = self._part(self.out, weight.shape[1])
+            self.out, self.before = self.before, self.out
+            torch.mm(h, weight, out=out) if bias is None else torch.addmm(bias, h, weight, out=out)
+            return self.finish(out, layer)
+
+        return run
 
     def _part(self, buffer: Tensor, width: int) -> Tensor:
         return buffer[: self.num_rows * width].view(self.num_rows, width)
 
     def _fused_layer(self, layer: LayerTensors) -> Function:
         """Normalisation is done in float32 whatever the product's dtype."""
-        weight = onednn_packed(layer.weight, self.num_rows) if self.num_rows >= _MANY_ROWS else layer.weight
+        weight = onednn_packed(layer.weight, self.num_rows) if self.num_rows >= _WORTH_PACKING else layer.weight
+        bias = None if layer.bias is None else layer.bias.contiguous()  # oneDNN ignores its strides
         fused = _FUSED[None if layer.norm_before is not None else layer.activation]
 
         def run(h: Tensor) -> Tensor:
-            h = onednn_linear(h, weight, layer.bias, *fused)
+            h = onednn_linear(h, weight, bias, *fused)
             if layer.norm_before is not None:
                 return layer.finish(h.float())
             return h if layer.norm_after is None else layer_norm(h.float(), layer.norm_after)

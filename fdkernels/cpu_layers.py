@@ -1,7 +1,8 @@
 """A network's layers on the CPU, with their gradients, by what the processor has (``processor.py``).
 
 Each is PyTorch's own function with PyTorch's own result, to rounding, and is that function wherever this has nothing
-better: on other devices and dtypes, compiled, under ``torch.func``, forward-mode differentiation or autocast.
+better: on other devices and dtypes, compiled, exported or traced, under ``torch.func``, forward-mode differentiation or
+autocast.
 """
 
 from __future__ import annotations
@@ -20,52 +21,59 @@ _WIDE = 128  # 64 rows, inputs and outputs take either library the same time
 _MANY_NUMBERS = 8192
 _SLOPE = 1.5957691216057308  # √(8/π)
 _CUBIC = 0.044715 * _SLOPE
-_SLOPES = torch.tensor(_SLOPE, device="cpu")
+_SLOPES = torch.tensor(_SLOPE, dtype=torch.float32, device="cpu")
 
 
-def serves(*tensors: Tensor) -> bool:
-    """Whether these are plain float32 tensors on the CPU, and nothing looks on that wants PyTorch's own functions."""
-    if torch.compiler.is_compiling() or transforms_active() or forward_mode_active():
+def serves(x: Tensor) -> bool:
+    """Whether this is a plain float32 tensor on the CPU, and nothing looks on that wants PyTorch's own functions."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or transforms_active() or forward_mode_active():
         return False
-    plain = all(
-        type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors
-    )
-    return plain and not torch.is_autocast_enabled("cpu")
+    if type(x) not in (Tensor, nn.Parameter) or x.device.type != "cpu" or x.dtype != torch.float32:
+        return False
+    return not torch.is_autocast_enabled("cpu")
 
 
 def multiplies_apart(x: Tensor) -> bool:
     """Whether networks side by side are faster one by one than as one batched product, which is PyTorch's alone."""
-    return serves(x) and processor.onednn_multiplies()
+    return not _is_small(x, _MANY_ROWS * x.shape[-1]) and serves(x) and processor.onednn_multiplies()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``F.linear``: x (..., in), weight (out, in), bias (out,). Differentiable, any number of times."""
-    if x.numel() < _MANY_ROWS * x.shape[-1]:  # the first question, so that a robot's one row waits for no other
+    if _is_small(x, _MANY_ROWS * x.shape[-1]) or not (serves(x) and onednn_suits(weight, bias)):
         return F.linear(x, weight, bias)
-    given = (x, weight) if bias is None else (x, weight, bias)
-    if not (serves(*given) and onednn_suits(x, weight)):
-        return F.linear(x, weight, bias)
+    if x.shape[-1] != weight.shape[1]:
+        return F.linear(x, weight, bias)  # which says so
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    if torch.is_grad_enabled() and any(t.requires_grad for t in given):
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         out = _Linear.apply(rows, weight, bias)
     else:
         out = onednn_linear(rows, weight, bias, "none", "")
     return out.view(*x.shape[:-1], -1)
 
 
-def onednn_suits(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN multiplies these faster than PyTorch, if they are served."""
-    # a weight may lie in memory by rows or by columns; other views oneDNN would have to copy
-    lies_well = weight.ndim == 2 and (weight.is_contiguous() or weight.t().is_contiguous())
-    if not lies_well or min(weight.shape) < _WIDE or x.numel() < _MANY_ROWS * weight.shape[1]:
+def _is_small(x: Tensor, numbers: int) -> bool:
+    """The first question, so that a robot's one row waits for no other. A compiler is not asked: it would compile small
+    and large apart."""
+    return torch.compiler.is_compiling() or x.numel() < numbers
+
+
+def onednn_suits(weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether oneDNN multiplies many rows by this weight, and faster than PyTorch."""
+    if not (processor.onednn_multiplies() and serves(weight) and (bias is None or serves(bias))):
         return False
-    return x.shape[-1] == weight.shape[1] and processor.onednn_multiplies()
+    # a weight may lie in memory by rows or by columns; other views oneDNN would have to copy, and a bias's it ignores
+    if weight.ndim != 2 or not (weight.is_contiguous() or weight.t().is_contiguous()) or min(weight.shape) < _WIDE:
+        return False
+    return bias is None or (bias.shape == weight.shape[:1] and bias.is_contiguous())
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        to_x, to_weight, _ = ctx.needs_input_grad
+        ctx.by_rows = weight.is_contiguous()
+        ctx.save_for_backward(x if to_weight else None, weight if to_x else None)
         return onednn_linear(x, weight, bias, "none", "")
 
     @staticmethod
@@ -74,7 +82,7 @@ class _Linear(torch.autograd.Function):
         to_x, to_weight, to_bias = ctx.needs_input_grad
         gradient = gradient.contiguous()
         of_weight = None
-        if to_weight and weight.is_contiguous():
+        if to_weight and ctx.by_rows:
             of_weight = linear(gradient.t(), x.t())
         elif to_weight:
             of_weight = linear(x.t(), gradient.t()).t()
@@ -83,7 +91,7 @@ class _Linear(torch.autograd.Function):
 
 def gelu_tanh(h: Tensor) -> Tensor:
     """``F.gelu(h, approximate="tanh")`` as h·sigmoid(√(8/π)·(h + 0.044715·h³)). Differentiable, any number of times."""
-    if h.numel() < _MANY_NUMBERS or not (serves(h) and processor.sigmoid_is_fast()):
+    if _is_small(h, _MANY_NUMBERS) or not (processor.sigmoid_is_fast() and serves(h)):
         return F.gelu(h, approximate="tanh")
     if torch.is_grad_enabled() and h.requires_grad:
         return _GELU.apply(h)
@@ -110,4 +118,4 @@ class _GELU(torch.autograd.Function):
         # gate·(1 + h·u′·(1 − gate)) with u what the sigmoid was taken of, all in one buffer
         slope = torch.addcmul(_SLOPES, h, h, value=3 * _CUBIC).mul_(h)
         slope.addcmul_(slope, gate, value=-1)
-        return torch.addcmul(gate, gate, slope, out=slope).mul_(gradient)
+        return torch.addcmul(gate, gate, slope, out=slope) * gradient  # which may be several at once

@@ -43,8 +43,7 @@ def integrate_flow(
 
     For a :class:`VelocityMLP` or a packed MLP the condition's share of the first layer is computed once for each row
     of ``cond``, not at every step, and nothing is concatenated. On CUDA the whole solve is one launch, or one CUDA
-    graph where there are many rows. On x86 CPUs its hidden layers run as oneDNN products with the activation fused
-    (float32, or bfloat16 where the processor has it).
+    graph where there are many rows. On a CPU it goes the way that suits the processor (``processor.py``).
 
     Args:
         velocity: a :class:`VelocityMLP`, the result of :func:`pack_mlp`, or any callable v(x, t, cond) -> (..., d)

@@ -32,7 +32,7 @@ class GELU(nn.GELU):
         super().__init__(approximate="tanh")
 
     def forward(self, h: Tensor) -> Tensor:
-        return gelu_tanh(h)
+        return gelu_tanh(h) if self.approximate == "tanh" else super().forward(h)
 
 
 _ACTIVATIONS: dict[str, tuple[Callable[[], nn.Module], Callable[[Tensor], Tensor]]] = {
@@ -173,9 +173,6 @@ class LayerTensors(NamedTuple):
         bias = None if self.bias is None else self.bias.to(dtype)
         return LayerTensors(self.weight.to(dtype), bias, self.norm_before, self.activation, self.norm_after)
 
-    def __call__(self, h: Tensor) -> Tensor:
-        return self.finish(linear(h, self.weight, self.bias))
-
     def finish(self, h: Tensor) -> Tensor:
         """What follows the linear map."""
         if self.norm_before is not None:
@@ -216,7 +213,7 @@ class PackedMLP:
     def __call__(self, x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
         h = _concatenate(self.order, x, t, cond)
         for layer in self.layers:
-            h = layer.read()(h)
+            h = layer.read().finish(layer.linear(h))
         return h
 
     def read(self, outer: torch.dtype, hidden: torch.dtype, products: torch.dtype | None = None) -> MLPTensors:
@@ -258,7 +255,7 @@ class MLPTensors:
         """v(x, t) for a fixed condition, whose share of the first layer is computed once and not at every step.
 
         ``cond`` broadcasts against x, so that one row can serve many samples; t is a number or a tensor (..., 1).
-        Plain formulas throughout: for autograd, ``torch.func`` and ``torch.compile``.
+        For autograd, ``torch.func`` and ``torch.compile``.
         """
         offset = self.cond_share(cond)
         of_x, of_t = self.columns["x"], self.columns["t"].squeeze(1)
@@ -359,7 +356,7 @@ def _try_out(module: nn.Module, layers: tuple[Layer, ...]) -> None:
     rows = torch.linspace(-1, 1, 2 * weight.shape[1], dtype=weight.dtype, device=weight.device).view(2, -1)
     stack = rows
     for layer in layers:
-        stack = layer.read()(stack)
+        stack = layer.read().finish(layer.linear(stack))
     try:
         same = torch.allclose(module(rows), stack, rtol=1e-3, atol=1e-5)
     except Exception as error:  # whatever a forward of somebody's own raises

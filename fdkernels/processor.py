@@ -59,6 +59,6 @@ def sigmoid_is_fast() -> bool:
 
 @functools.cache
 def _is_amd() -> bool:
-    """PyTorch tells since 2.10; what does not tell is taken for what PyTorch was made for."""
+    """PyTorch 2.11 tells, 2.9 does not; what does not tell is taken for what PyTorch was made for."""
     capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     return str(capabilities.get("cpu_name", "")).startswith("AMD")

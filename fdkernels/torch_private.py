@@ -1,5 +1,6 @@
 """Every name of PyTorch that is used here without being public, why, and what takes its place where PyTorch lacks it.
 
+Operators of ATen that PyTorch's own derivatives are made of (``torch.ops.aten``) do not count.
 ``make test-versions`` is what says that they are there, from the oldest PyTorch supported to the newest.
 """
 
@@ -24,7 +25,7 @@ Instead: as if one always did, which costs speed on the CPU, and gradients throu
 def forward_mode_active() -> bool:
     """Whether ``torch.autograd.forward_ad`` looks on. Its public functions ask tensor by tensor.
 
-    Instead: as if it never did; functions that know no tangents then refuse them.
+    Instead: as if it never did, and oneDNN's products would lose tangents.
     """
     return getattr(torch.autograd.forward_ad, "_current_level", -1) >= 0
 

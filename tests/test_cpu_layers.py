@@ -41,6 +41,11 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     return shapes
 
 
+def here(chosen: str) -> bool:
+    """Whether this build of PyTorch leaves the choice."""
+    return chosen == "AMD" and torch.backends.mkl.is_available() and torch_private.has_onednn()
+
+
 def judge(name: str, ours: Callable[..., Tensor], plain: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> None:
     upstream = torch.randn_like(ours(*(tensor.detach().requires_grad_() for tensor in inputs)).detach())
     found, reference = with_gradients(ours, inputs, upstream), with_gradients(plain, inputs, upstream)
@@ -92,6 +97,12 @@ def test_rows_in_any_shape_and_strides() -> None:
     judge("sum", functools.partial(summed, cpu_layers.linear), functools.partial(summed, F.linear), (x, weight))
 
 
+def test_biases_as_they_lie() -> None:
+    x, weight = torch.randn(64, 130), torch.randn(140, 130) * 0.1
+    for bias in (torch.randn(280)[::2], torch.randn(1).expand(140), torch.randn(1), torch.randn(64, 140)):
+        judge(f"{tuple(bias.shape)}", cpu_layers.linear, F.linear, (x, weight, bias))
+
+
 def test_gelu() -> None:
     for h in (torch.randn(64, 130) * 2, torch.randn(2, 70, 100), torch.randn(130, 64).t(), torch.randn(3, 5)):
         judge(f"{tuple(h.shape)}", cpu_layers.gelu_tanh, gelu, (h,))
@@ -126,9 +137,8 @@ def test_what_is_taken(chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = taken(monkeypatch)
     x, weight = torch.randn(64, 130, requires_grad=True), torch.randn(140, 130, requires_grad=True)
     cpu_layers.linear(x, weight).sum().backward()
-    here = chosen == "AMD" and torch.backends.mkl.is_available() and torch_private.has_onednn()
     # the weight's gradient sums over 64 rows, which is not worth it
-    assert shapes == ([(64, 130, 140), (64, 140, 130)] if here else [])
+    assert shapes == ([(64, 130, 140), (64, 140, 130)] if here(chosen) else [])
     by_sigmoid = "_GELU" in str(cpu_layers.gelu_tanh(torch.ones(64, 130, requires_grad=True)).grad_fn)
     assert by_sigmoid == (chosen != "Intel, AVX-512")
 
@@ -159,8 +169,49 @@ def test_whoever_wants_plain_functions_gets_them(monkeypatch: pytest.MonkeyPatch
         cpu_layers.linear(x, weight.double())
 
 
+def test_compiled_exported_and_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One program for any number of rows, made of PyTorch's own functions."""
+    shapes = taken(monkeypatch)
+    net = fdkernels.VelocityMLP(5, 2, (130, 140)).net
+    few, many = torch.randn(7, 8), torch.randn(64, 8)
+    exported = torch.export.export(net, (few,), dynamic_shapes=({0: torch.export.Dim("rows")},)).module()
+    programs: list[object] = []
+
+    def count(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        programs.append(graph)
+        return graph
+
+    compiled = torch.compile(lambda rows: net(rows), backend=count, dynamic=True)
+    traced = torch.jit.trace(net, many, check_trace=False)  # which would run it once untraced
+    found = [run(rows) for run in (exported, compiled, traced) for rows in (few, many)]
+    assert len(programs) == 1
+    assert shapes == []
+    for out, rows in zip(found, (few, many) * 3, strict=True):
+        torch.testing.assert_close(out, net(rows))
+
+
+def test_gradients_of_several_at_once_and_of_what_was_kept(chosen: str) -> None:
+    x, weight = torch.randn(64, 130, requires_grad=True), torch.randn(140, 130) * 0.1
+    upstream = torch.randn(3, 64, 140)
+
+    def gradients(
+        linear: Callable[..., Tensor], gelu: Callable[..., Tensor], upstream: Tensor, **options: bool
+    ) -> Tensor:
+        return torch.autograd.grad(gelu(linear(x, weight)), x, upstream, **options)[0]
+
+    ours = gradients(cpu_layers.linear, cpu_layers.gelu_tanh, upstream, is_grads_batched=True)
+    for found, of_one in zip(ours, upstream, strict=True):
+        torch.testing.assert_close(found, gradients(F.linear, gelu, of_one))
+    frozen, given = weight, torch.randn(64, 130)
+    bias = torch.zeros(140, requires_grad=True)
+    out = cpu_layers.linear(given, frozen, bias)
+    given.zero_()  # as PyTorch's own allows, which needs it for the weight's gradient alone
+    torch.testing.assert_close(torch.autograd.grad(out.sum(), bias)[0], torch.full((140,), 64.0))
+
+
 @pytest.mark.parametrize("layer_norm", [True, False])
-def test_twin_critics_are_the_batched_ones(layer_norm: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_twin_critics_are_the_batched_ones(chosen: str, layer_norm: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = taken(monkeypatch)
     torch.manual_seed(0)
     critic = TwinCritic(5, 2, (130, 140), layer_norm)
     for p in critic.parameters():
@@ -173,9 +224,11 @@ def test_twin_critics_are_the_batched_ones(layer_norm: bool, monkeypatch: pytest
         return [q.detach(), *torch.autograd.grad(q.square().sum(), inputs)]
 
     for frozen in (False, True):
+        shapes.clear()
         ours = found(critic, obs, action, frozen)
+        assert bool(shapes) == here(chosen)
         with monkeypatch.context() as on_another:
-            on_another.setattr(cpu_layers, "serves", lambda *tensors: False)
+            on_another.setattr(cpu_layers, "serves", lambda x: False)
             plain = found(critic, obs, action, frozen)
         exact = found(copy.deepcopy(critic).double(), obs.double(), action.detach().double().requires_grad_(), frozen)
         for i, (out, truth, rounded) in enumerate(zip(ours, exact, plain, strict=True)):
@@ -183,7 +236,7 @@ def test_twin_critics_are_the_batched_ones(layer_norm: bool, monkeypatch: pytest
 
 
 def test_a_velocity_trains_alike(chosen: str) -> None:
-    """Two plain stacks of PyTorch's modules, and ours from the same weights."""
+    """As a stack of PyTorch's own modules does from the same weights."""
     torch.manual_seed(0)
     flow = fdkernels.VelocityMLP(5, 2, (130, 140), layer_norm=True)
     own = torch.nn.Sequential(

@@ -161,12 +161,20 @@ def test_where_nobody_differentiates_the_processor_decides() -> None:
     assert called.call_count == 0
 
 
-@pytest.mark.parametrize("avx512", [False, True])
+@pytest.mark.parametrize("chosen", ["AVX2", "AVX-512", "AMD, AVX2", "AMD, AVX-512"])
 @pytest.mark.parametrize("activation", ["gelu_tanh", "gelu", "silu", "relu", "tanh"])
-def test_every_way_on_the_cpu_gives_the_same(activation: str, avx512: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_way_on_the_cpu_gives_the_same(activation: str, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Few rows and many, with what another processor would choose, where this one can run it."""
-    monkeypatch.setattr(processor, "has_avx512", lambda: avx512)
-    sizes = (((24, 40, 8), False, 3), ((24, 24), True, 70), ((24,), False, 3), ((24, 24), False, 70), ((), False, 3))
+    monkeypatch.setattr(processor, "has_avx512", lambda: "AVX-512" in chosen)
+    monkeypatch.setattr(processor, "_is_amd", lambda: "AMD" in chosen)
+    sizes = (
+        ((24, 40, 8), False, 3),
+        ((24, 24), True, 70),
+        ((24,), False, 3),
+        ((24, 24), False, 70),
+        ((), False, 3),
+        ((130, 140, 129), True, 3),
+    )
     for (hidden, layer_norm, cond_dim), order in zip(sizes, itertools.permutations(["cond", "x", "t"])):
         flow = fdkernels.VelocityMLP(cond_dim, 2, hidden, activation, layer_norm)
         packed, plain = fdkernels.pack_mlp(flow.net, order), as_reference(flow.net, order)
@@ -178,8 +186,29 @@ def test_every_way_on_the_cpu_gives_the_same(activation: str, avx512: bool, monk
             truth = fdkernels_ref.integrate_flow(exact, x0.double(), cond.double(), num_steps=3, clip=None)
             reference = fdkernels_ref.integrate_flow(plain, x0, cond, num_steps=3, clip=None).detach()
             # of few rows what is left of noise and velocities may be little
-            assert_close(f"{rows} rows", out, truth.detach(), reference, "torch", size=x0)
+            size = torch.cat([x0, cond], 1)
+            assert_close(f"{rows} rows", out, truth.detach(), reference, "torch", size=size)
             assert torch.equal(x0, before)
+
+
+@pytest.mark.parametrize("chosen", ["AVX-512", "AMD, AVX2"])
+@pytest.mark.parametrize("precision", [None, "bf16"])
+def test_weights_as_they_lie(precision: str | None, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights by columns, biases in every second number or all in one, for few rows and for many."""
+    monkeypatch.setattr(processor, "has_avx512", lambda: "AVX-512" in chosen)
+    monkeypatch.setattr(processor, "_is_amd", lambda: "AMD" in chosen)
+    flow, odd = fdkernels.VelocityMLP(3, 2, (130, 140, 129)), fdkernels.VelocityMLP(3, 2, (130, 140, 129))
+    for layer, same in zip(flow.net[::2], odd.net[::2]):
+        nn.init.normal_(layer.bias) if same is not odd.net[2] else nn.init.constant_(layer.bias, 0.7)
+        same.weight = nn.Parameter(layer.weight.detach().t().contiguous().t())
+        same.bias = nn.Parameter(layer.bias.detach().repeat_interleave(2)[::2])
+    odd.net[2].bias = nn.Parameter(torch.tensor([0.7]).expand(140))
+    for rows in (20, 100, 800):
+        x0, cond = torch.randn(rows, 2), torch.randn(rows, 3)
+        truth = fdkernels.integrate_flow(copy.deepcopy(flow).double(), x0.double(), cond.double(), clip=None)
+        plain = fdkernels.integrate_flow(flow, x0, cond, clip=None, precision=precision)
+        out = fdkernels.integrate_flow(odd, x0, cond, clip=None, precision=precision)
+        assert_agree(out, plain, truth, bar=1e-2 if precision else 1e-5)
 
 
 def test_half_precision_without_units_is_rounded_operands(monkeypatch: pytest.MonkeyPatch) -> None:

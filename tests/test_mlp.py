@@ -86,6 +86,19 @@ class Doubled(fdkernels.VelocityMLP):
         return 2 * super().forward(x, t, cond)
 
 
+def test_what_a_layer_does_before_its_product_is_done() -> None:
+    """A call of what was packed runs the layers themselves, with their hooks; and an activation set later counts."""
+    flow, rows = fdkernels.VelocityMLP(3, 2, hidden=(8, 8)), (torch.randn(4, 2), torch.rand(4, 1), torch.randn(4, 3))
+    packed = fdkernels.pack_mlp(flow.net)
+    before = packed(*rows)
+    flow.net[2].register_forward_pre_hook(lambda layer, given: (given[0] * 2,))
+    assert not torch.allclose(packed(*rows), before)
+    torch.testing.assert_close(packed(*rows), flow(*rows))
+    flow.net[1].approximate = "none"
+    torch.testing.assert_close(flow.net[1](rows[0]), torch.nn.functional.gelu(rows[0]))
+    assert not torch.equal(flow.net[1](rows[0]), torch.nn.functional.gelu(rows[0], approximate="tanh"))
+
+
 def test_a_forward_of_ones_own_is_never_passed_over() -> None:
     stack = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))
     for module in (Squashed(stack), Residual(*stack)):
