@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from fdkernels import processor
 from fdkernels.torch_private import forward_mode_active, onednn_linear, transforms_active
@@ -26,7 +27,7 @@ _SLOPES = torch.tensor(_SLOPE, dtype=torch.float32, device="cpu")
 
 def serves(x: Tensor) -> bool:
     """Whether this is a plain float32 tensor on the CPU, and nothing looks on that wants PyTorch's own functions."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or transforms_active() or forward_mode_active():
+    if is_compiling() or torch.jit.is_tracing() or transforms_active() or forward_mode_active():
         return False
     if type(x) not in (Tensor, nn.Parameter) or x.device.type != "cpu" or x.dtype != torch.float32:
         return False
@@ -35,27 +36,23 @@ def serves(x: Tensor) -> bool:
 
 def multiplies_apart(x: Tensor) -> bool:
     """Whether networks side by side are faster one by one than as one batched product, which is PyTorch's alone."""
-    return not _is_small(x, _MANY_ROWS * x.shape[-1]) and serves(x) and processor.onednn_multiplies()
+    return serves(x) and x.numel() >= _MANY_ROWS * x.shape[-1] and processor.onednn_multiplies()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``F.linear``: x (..., in), weight (out, in), bias (out,). Differentiable, any number of times."""
-    if _is_small(x, _MANY_ROWS * x.shape[-1]) or not (serves(x) and onednn_suits(weight, bias)):
+    # Size is asked first, so that a robot's one row waits for nothing else; never of a compiler, which would compile
+    # small and large apart.
+    if is_compiling() or x.numel() < _MANY_ROWS * _WIDE or not (serves(x) and onednn_suits(weight, bias)):
         return F.linear(x, weight, bias)
-    if x.shape[-1] != weight.shape[1]:
-        return F.linear(x, weight, bias)  # which says so
+    if x.shape[-1] != weight.shape[1] or x.numel() < _MANY_ROWS * x.shape[-1]:
+        return F.linear(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         out = _Linear.apply(rows, weight, bias)
     else:
         out = onednn_linear(rows, weight, bias, "none", "")
     return out.view(*x.shape[:-1], -1)
-
-
-def _is_small(x: Tensor, numbers: int) -> bool:
-    """The first question, so that a robot's one row waits for no other. A compiler is not asked: it would compile small
-    and large apart."""
-    return torch.compiler.is_compiling() or x.numel() < numbers
 
 
 def onednn_suits(weight: Tensor, bias: Tensor | None) -> bool:
@@ -91,7 +88,7 @@ class _Linear(torch.autograd.Function):
 
 def gelu_tanh(h: Tensor) -> Tensor:
     """``F.gelu(h, approximate="tanh")`` as h·sigmoid(√(8/π)·(h + 0.044715·h³)). Differentiable, any number of times."""
-    if _is_small(h, _MANY_NUMBERS) or not (processor.sigmoid_is_fast() and serves(h)):
+    if is_compiling() or h.numel() < _MANY_NUMBERS or not (processor.sigmoid_is_fast() and serves(h)):
         return F.gelu(h, approximate="tanh")
     if torch.is_grad_enabled() and h.requires_grad:
         return _GELU.apply(h)
