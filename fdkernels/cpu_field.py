@@ -43,7 +43,6 @@ class CpuField:
         work = Workspace(mlp, num_rows)
         # For few rows nothing is looked up or decided at a step, which took a tenth of the time. What is returned must
         # not lie in shared memory.
-        first = plain_layer(mlp.first) if mlp.last is None else work.layer(mlp.first)
         columns = dict(mlp.columns)
         if cond is not None and cond.shape[-1] > _WIDE_CONDITION:
             share = mlp.cond_share(cond)
@@ -51,7 +50,9 @@ class CpuField:
             offset = share.expand(*lead, -1).reshape(num_rows, share.shape[-1])
             del columns["cond"]
             of_x_and_t = torch.cat(list(columns.values()), 1).t()
-            first = lambda rows: work.finish(torch.addmm(offset, rows, of_x_and_t), mlp.first)  # noqa: E731
+            first: Function = lambda rows: work.finish(torch.addmm(offset, rows, of_x_and_t), mlp.first)  # noqa: E731
+        else:
+            first = plain_layer(mlp.first) if mlp.last is None else work.layer(mlp.first)
         self.layers = [first, *(work.layer(layer, mlp.operands) for layer in mlp.middle)]
         self.last = mlp.last
         widths = [weight.shape[1] for weight in columns.values()]

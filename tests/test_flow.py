@@ -20,6 +20,7 @@ import fdkernels_ref
 from fdkernels import cpu_field, processor, solvers
 from tests.closed_forms import anisotropic_gaussian, two_modes
 from tests.judge import assert_agree, assert_close
+from tests.processors import PROCESSORS, run_as
 
 F64 = torch.float64
 METHODS = ["euler", "midpoint", "heun", "rk4"]
@@ -161,12 +162,11 @@ def test_where_nobody_differentiates_the_processor_decides() -> None:
     assert called.call_count == 0
 
 
-@pytest.mark.parametrize("chosen", ["AVX2", "AVX-512", "AMD, AVX2", "AMD, AVX-512"])
+@pytest.mark.parametrize("chosen", PROCESSORS)
 @pytest.mark.parametrize("activation", ["gelu_tanh", "gelu", "silu", "relu", "tanh"])
 def test_every_way_on_the_cpu_gives_the_same(activation: str, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few rows and many, with what another processor would choose, where this one can run it."""
-    monkeypatch.setattr(processor, "has_avx512", lambda: "AVX-512" in chosen)
-    monkeypatch.setattr(processor, "_is_amd", lambda: "AMD" in chosen)
+    """Few rows and many."""
+    run_as(chosen, monkeypatch)
     sizes = (
         ((24, 40, 8), False, 3),
         ((24, 24), True, 70),
@@ -191,17 +191,17 @@ def test_every_way_on_the_cpu_gives_the_same(activation: str, chosen: str, monke
             assert torch.equal(x0, before)
 
 
-@pytest.mark.parametrize("chosen", ["AVX-512", "AMD, AVX2"])
+@pytest.mark.parametrize("chosen", ["Intel, AVX-512", "AMD, AVX2"])
 @pytest.mark.parametrize("precision", [None, "bf16"])
 def test_weights_as_they_lie(precision: str | None, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights by columns, biases in every second number or all in one, for few rows and for many."""
-    monkeypatch.setattr(processor, "has_avx512", lambda: "AVX-512" in chosen)
-    monkeypatch.setattr(processor, "_is_amd", lambda: "AMD" in chosen)
+    run_as(chosen, monkeypatch)
     flow, odd = fdkernels.VelocityMLP(3, 2, (130, 140, 129)), fdkernels.VelocityMLP(3, 2, (130, 140, 129))
     for layer, same in zip(flow.net[::2], odd.net[::2]):
-        nn.init.normal_(layer.bias) if same is not odd.net[2] else nn.init.constant_(layer.bias, 0.7)
+        nn.init.normal_(layer.bias)
         same.weight = nn.Parameter(layer.weight.detach().t().contiguous().t())
         same.bias = nn.Parameter(layer.bias.detach().repeat_interleave(2)[::2])
+    nn.init.constant_(flow.net[2].bias, 0.7)
     odd.net[2].bias = nn.Parameter(torch.tensor([0.7]).expand(140))
     for rows in (20, 100, 800):
         x0, cond = torch.randn(rows, 2), torch.randn(rows, 3)

@@ -32,8 +32,8 @@ def test_memory_is_asked_for_once() -> None:
         # as glibc starts, before any block that it has seen freed moves its thresholds
         fixed = {"MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_MMAP_THRESHOLD_": "131072"}
         command = [sys.executable, "-c", FAULTS, kept]
-        kept_out = {"LD_PRELOAD", "GLIBC_TUNABLES"}  # another allocator, or other thresholds
-        env = {name: value for name, value in os.environ.items() if name not in kept_out} | fixed
+        others = {"LD_PRELOAD", "GLIBC_TUNABLES"}  # another allocator, or other thresholds
+        env = {name: value for name, value in os.environ.items() if name not in others} | fixed
         run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
         return int(run.stdout)
 
