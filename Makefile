@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: train test test-all test-gpu test-gpu-operators test-gpu-flow test-gpu-gemm check test-versions bench bench-compare bench-gpu clean
+.PHONY: train test test-all check test-versions bench bench-compare gpu gpu-check gpu-tune gpu-bench gpu-train gpu-wheels clean
 
 train: $(STAMP)
 	$(BIN)/python train/run.py --env halfcheetah-medium-expert --resume
@@ -16,17 +16,6 @@ test: QUICK := -m "not long" --hypothesis-profile quick
 test test-all: $(STAMP)
 	failed=0; $(PYTEST) $(QUICK) || failed=1; \
 	TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES= $(PYTEST) tests/kernels $(QUICK) || failed=1; exit $$failed
-
-# On a machine with a CUDA GPU: with the torch, triton and pytest that are there, findings in $OUT. Each of the three
-# parts takes eight minutes at most; the flow's kernels take seconds each to compile.
-test-gpu: test-gpu-operators test-gpu-flow test-gpu-gemm
-test-gpu-operators test-gpu-flow test-gpu-gemm: export OUT ?= runs
-test-gpu-operators:
-	timeout 470 $(PYTHON) -m pytest tests/kernels --ignore tests/kernels/test_flow.py
-test-gpu-flow:
-	timeout 470 $(PYTHON) -m pytest tests/kernels/test_flow.py -k "not gemm"
-test-gpu-gemm:
-	timeout 470 $(PYTHON) -m pytest tests/kernels/test_flow.py -k gemm
 
 check: $(STAMP)
 	$(BIN)/ruff check .
@@ -52,14 +41,17 @@ bench-compare: $(STAMP)
 	$(BIN)/python $(BENCH) benchmarks -k ours --results=runs/bench-now.json
 	$(BIN)/python benchmarks/compare.py $(BASE) runs/bench-now.json
 
-# On a machine with a CUDA GPU, with the packages that are there; each part takes eight minutes at most and writes its
-# results row by row, into $OUT. `python benchmarks/results.py --into benchmarks/results/NAME.json $OUT/bench-*.json`
-# puts them together. Where there is no git, BENCH_COMMIT names the commit.
-GPU_PARTS := penalty score flow decorator acting sampling update seeds
-bench-gpu: $(GPU_PARTS:%=bench-gpu-%)
-bench-gpu-%: export OUT ?= runs
-bench-gpu-%:
-	timeout 470 $(PYTHON) $(BENCH) benchmarks/test_$*.py --seconds 0.5 --results=$(OUT)/bench-$*.json
+# On a machine with a CUDA GPU, with the packages that are there: tests, tuning, benchmarks, training, in half an hour.
+# `make gpu-check` and so on are its parts. WHEELS names a folder of packages that are not there and cannot be downloaded;
+# `make gpu-wheels` fills it, by a Python of that machine's version, with what is seldom there.
+GPU := $(PYTHON) benchmarks/gpu.py $(if $(WHEELS),--wheels $(WHEELS))
+SELDOM := docstring-parser farama-notifications glfw gymnasium minari mujoco mujoco-core pyopengl typeguard tyro
+gpu:
+	$(GPU)
+gpu-check gpu-tune gpu-bench gpu-train:
+	$(GPU) $(@:gpu-%=%)
+gpu-wheels:
+	$(PYTHON) -m pip download --no-deps --only-binary=:all: --constraint constraints.txt -d $(or $(WHEELS),wheels) $(SELDOM)
 
 # torch goes first: a build of it that pip already has must not be replaced by a larger one.
 $(STAMP): pyproject.toml constraints.txt

@@ -17,7 +17,7 @@ from train.memory import keep_freed_memory
 # --doctest-modules would import the scripts and the peers, whose packages need not be there.
 collect_ignore = [str(file) for file in Path(__file__).parent.rglob("*.py") if not file.name.startswith("test_")]
 
-NEEDS_GPU = ("everything on a GPU", "there is no CUDA GPU here; `make bench-gpu` where there is one")
+NEEDS_GPU = ("everything on a GPU", "there is no CUDA GPU here; `make gpu` where there is one")
 NO_TORCHRL = (
     "TorchRL's own FQL loss",
     "no released version has one (0.14.1 has not); the eager agent is written in its style",

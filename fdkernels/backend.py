@@ -16,7 +16,7 @@ Backend = Literal["triton", "torch"]
 
 _SERVED = (torch.float32, torch.bfloat16, torch.float16)
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
-_INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"  # triton reads it once, too: when it is imported
+INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"  # triton reads it once, too: when it is imported
 
 
 def choose_backend(op: str, backend: Backend | None, *tensors: Tensor, asked: str = "backend='triton'") -> Backend:
@@ -40,7 +40,7 @@ def _why_not_triton(*tensors: Tensor) -> str | None:
     if not _HAS_TRITON:
         return "needs the triton package, which is not installed"
     device = tensors[0].device
-    if device.type != "cuda" and not (device.type == "cpu" and _INTERPRETER):
+    if device.type != "cuda" and not (device.type == "cpu" and INTERPRETER):
         return f"needs CUDA tensors, or CPU tensors and TRITON_INTERPRET=1 in the environment, got {device}"
     for tensor in tensors:
         if tensor.dtype not in _SERVED:

@@ -6,7 +6,8 @@
 
 Writes the winners to the user's table, $FDKERNELS_CONFIGS or ~/.cache/fdkernels/configs.json, under the GPU's name;
 processes started afterwards go by it. Without that table the shipped one is used, and rules for GPUs it does not know.
-The flow's candidates take seconds each to compile: that is done beforehand, in as many processes as there are cores.
+The flow's candidates take seconds each to compile: as many processes as there are cores do that, a precision at a time,
+while the one before is timed. Each winner is written as soon as it is known, so that a run may be interrupted.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import itertools
 import math
 import multiprocessing
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -27,12 +29,12 @@ import triton
 from triton.errors import TritonError
 
 import fdkernels
+from fdkernels import backend
 from fdkernels.kernels import configs, launch, table
 from fdkernels.kernels.table import Entry, Gpu
 
 Timer: TypeAlias = Callable[[Callable[[], object]], float]
-SIZES = [(4, 6), (4, 17), (16, 60), (64, 256), (256, 1024)]  # (K, d); rows fill half a gigabyte
-ELEMENTS = 2**27
+SIZES = [(4, 6), (4, 17), (16, 60), (64, 256), (256, 1024)]  # (K, d)
 PRECISIONS = {"bf16": "half", "high": "high", "highest": "highest"}  # and what the table calls it
 
 TILES: list[Entry] = [
@@ -70,9 +72,9 @@ def _always(run: Callable[[], object]) -> Callable[[Entry], object]:
 
 
 def penalty_workloads(args: argparse.Namespace) -> Iterator[Workload]:
-    """float32 tensors that no cache holds."""
+    """float32 tensors, which no cache should hold."""
     for num_samples, d in SIZES:
-        rows = ELEMENTS // (num_samples * d)
+        rows = math.ceil(args.elements / (num_samples * d))
         score = torch.randn(rows, num_samples, d, device=args.device)
         displacement, row = torch.randn(rows, d, device=args.device), torch.rand(rows, device=args.device)
         problem = {"row_bytes": 4 * configs.next_power_of_two(num_samples) * configs.next_power_of_two(d)}
@@ -85,7 +87,7 @@ def penalty_workloads(args: argparse.Namespace) -> Iterator[Workload]:
 
 
 def score_workloads(args: argparse.Namespace) -> Iterator[Workload]:
-    flat = torch.randn(ELEMENTS, 1, device=args.device)
+    flat = torch.randn(args.elements, 1, device=args.device)
     yield Workload("score", {"row_bytes": 1}, "flat", lambda _: launch.score(flat, flat, None, 2.0, 1.0, True), TILES)
 
 
@@ -130,9 +132,9 @@ def tune(workload: Workload, gpu: Gpu, timer: Timer) -> Entry | None:
     return None if why_not else workload.problem | best
 
 
-def _compile(args: argparse.Namespace, index: int) -> None:
+def _compile(args: argparse.Namespace, precision: str, index: int) -> None:
     """In a process of its own; what it compiles stays in Triton's cache. One number of rows will do for all."""
-    args.rows = args.rows[:1]
+    args.rows, args.precision = args.rows[:1], [precision]
     for workload in flow_workloads(args):
         measure(workload, FLOWS[index], table.gpu_of(args.device), _once)
 
@@ -140,6 +142,12 @@ def _compile(args: argparse.Namespace, index: int) -> None:
 def _once(run: Callable[[], object]) -> float:
     run()
     return 0.0
+
+
+def _wall_time(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return 1e3 * (time.perf_counter() - start)
 
 
 def _graph_time(run: Callable[[], object]) -> float:
@@ -152,6 +160,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         prog="python -m fdkernels.tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", nargs="+", choices=WORKLOADS, default=list(WORKLOADS), help="the kernels to time")
+    parser.add_argument("--elements", type=int, default=2**27, help="of the scores: half a gigabyte")
     parser.add_argument("--cond-dim", type=int, default=17, help="of the flow's network: width of the condition")
     parser.add_argument("--action-dim", type=int, default=6)
     parser.add_argument("--hidden", type=int, nargs="+", default=[512] * 4, help="widths of its hidden layers")
@@ -164,20 +173,27 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    if not torch.cuda.is_available():
+    if torch.cuda.is_available():
+        args.device, timer = torch.device("cuda", torch.cuda.current_device()), _graph_time
+    elif backend.INTERPRETER and args.dry_run:  # shows that everything runs, and not how fast
+        args.device, timer = torch.device("cpu"), _wall_time
+    else:
         raise SystemExit("fdkernels.tune: no CUDA GPU here to measure; nothing was written")
-    args.device = torch.device("cuda", torch.cuda.current_device())
     gpu = table.gpu_of(args.device)
-    if "flow" in args.only:
-        spawn = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(min(8, os.cpu_count() or 1), mp_context=spawn) as pool:
-            list(pool.map(_compile, itertools.repeat(args), range(len(FLOWS))))
     source = f"timed on {gpu.name}, {datetime.date.today()}, torch {torch.__version__}, triton {triton.__version__}"
     file, key = (table.SHIPPED_FILE, gpu.family) if args.ship else (table.user_file(), gpu.name)
-    for workload in itertools.chain.from_iterable(WORKLOADS[name](args) for name in args.only):
-        best = tune(workload, gpu, _graph_time)
-        if best and not args.dry_run:
-            table.write(file, key, {workload.kernel: [best | {"source": source}]})
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), mp_context=spawn) as pool:
+        compiling = {
+            PRECISIONS[precision]: [pool.submit(_compile, args, precision, i) for i in range(len(FLOWS))]
+            for precision in args.precision
+            if "flow" in args.only
+        }
+        for workload in itertools.chain.from_iterable(WORKLOADS[name](args) for name in args.only):
+            concurrent.futures.wait(compiling.get(workload.problem.get("precision", ""), []))
+            best = tune(workload, gpu, timer)
+            if best and not args.dry_run:
+                table.write(file, key, {workload.kernel: [best | {"source": source}]})
     if not args.dry_run:
         print(f"wrote {file}")
 

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_triton_on_the_cpu_raises(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "_INTERPRETER", False)
+    monkeypatch.setattr(backend, "INTERPRETER", False)
     δ, s = torch.ones(5, 6), torch.ones(5, 4, 6)
     for call in (
         lambda: fdkernels.fisher_penalty(δ, s, backend="triton"),

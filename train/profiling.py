@@ -1,4 +1,4 @@
-"""A trace of a few updates, for people to look at."""
+"""A trace of a few updates, for people to look at, and a table of what took longest."""
 
 from __future__ import annotations
 
@@ -46,11 +46,18 @@ class ProfiledUpdate(Generic[Output]):
             torch.cuda.synchronize()
         self._profile.stop()
         self._profile.export_chrome_trace(str(self._path))
+        longest = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+        table = self._profile.key_averages().table(sort_by=longest, row_limit=30, max_name_column_width=70)
+        self._path.with_suffix(".txt").write_text(f"{self.traced} updates\n{table}\n")
         self._profile = None
 
     @property
     def outcome(self) -> str:
         """For people."""
         if self.traced:
-            return f"profile    {self._path}: {self.traced} updates, to be opened at https://ui.perfetto.dev"
+            table = self._path.with_suffix(".txt").name
+            return (
+                f"profile    {self._path}: {self.traced} updates, to be opened at https://ui.perfetto.dev; what took "
+                f"longest is in {table} beside it"
+            )
         return f"profile    none: it begins after {FIRST} updates of the agent, and this run made {self._updates}"

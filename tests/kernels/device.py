@@ -15,7 +15,7 @@ from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda")
-on_gpu = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA GPU: make test-gpu runs it where there is one")
+on_gpu = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA GPU: `make gpu` runs it where there is one")
 BACKENDS = ("torch", "triton")
 # bf16 arithmetic is not to be trusted in the interpreter; the GPU lane has all three.
 DTYPES = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.bfloat16, torch.float16)

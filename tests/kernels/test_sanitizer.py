@@ -1,4 +1,4 @@
-"""No kernel touches memory that is not its own, by compute-sanitizer's account."""
+"""By compute-sanitizer: kernels touch no memory but their own, and no shared memory that is being written."""
 
 from __future__ import annotations
 
@@ -16,9 +16,15 @@ SANITIZER = shutil.which("compute-sanitizer")
 
 @pytest.mark.skipif(DEVICE.type != "cuda" or SANITIZER is None, reason="needs a CUDA GPU and compute-sanitizer")
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
-def test_sanitizer(tool: str) -> None:
-    values = Path(__file__).with_name("test_values.py")
-    chosen = "triton and float32 and penalty and (4x6 or 3x17 or 3x1031)"
+@pytest.mark.parametrize(
+    ("file", "chosen"),
+    [
+        ("test_values.py", "triton and float32 and penalty and (4x6 or 3x17 or 3x1031)"),
+        ("test_flow.py", "test_sizes and ((3 and 29 and 8) or (37 and 0 and 1)) and not gemm and not 1000 and not 70"),
+    ],
+)
+def test_sanitizer(file: str, chosen: str, tool: str) -> None:
+    values = Path(__file__).with_name(file)
     suite = [sys.executable, "-m", "pytest", str(values), "-q", "-p", "no:cacheprovider", "-k", chosen]
     run = subprocess.run(
         [str(SANITIZER), "--tool", tool, "--error-exitcode", "99", *suite],

@@ -214,7 +214,8 @@ def main(config: SACConfig) -> None:
         mean, minutes = returns.mean(), (time.time() - started) / 60
         print(f"{buffer.size:>9,} transitions  {minutes:5.1f} min  return {mean:7.0f}", flush=True)
         family = config.env_id.split("-")[0].lower()
-        chosen = ["medium"] * (mean >= config.medium_return and not medium_done) + ["expert"] * bool(mean > best)
+        reached = {"medium": mean >= config.medium_return and not medium_done, "expert": mean > best}
+        chosen = [level for level, is_so in reached.items() if is_so]
         for level in chosen:
             trained = {"transitions": str(buffer.size), "updates": str(agent.updates), "seed": str(config.seed)}
             note = trained | measure(policy, config)

@@ -1,0 +1,277 @@
+"""What a CUDA GPU is wanted for, in four parts of a limited time: tests, tuning, benchmarks, training.
+
+    make gpu                                   # all four, 28 minutes at most
+    python benchmarks/gpu.py check tune        # 9.5 of them
+    python benchmarks/gpu.py bench             # 9.5
+    python benchmarks/gpu.py train             # 9.5; once more, and it goes on from its last checkpoint
+    python benchmarks/gpu.py --dry-run         # the same commands in small, on a CPU: do they work?
+
+A part is a row of commands. One that has used up its time is interrupted and the next one begins, with what time the
+others left over. What they find goes into the folder of --out ($OUT, or runs/gpu) as they find it, the last lines say
+what came of each, and `log.txt` there what they printed. `tune` writes the library's own table of implementations and
+tiles, which everything after it goes by.
+
+The packages that are there are used, whatever their version; --wheels names a folder of wheels of those that are not,
+and cannot be downloaded there (`make gpu-wheels` fills one). Where there is no git, BENCH_COMMIT says the commit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gzip
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+ROOT = Path(__file__).parents[1]
+WORK = ROOT / "runs" / "gpu"
+"""What one call leaves there, the next one finds."""
+GRACE = 20.0
+"""Seconds between being interrupted and being killed: to write a checkpoint."""
+PYTEST = ("-m", "pytest", "-p", "no:cacheprovider")
+WORKERS = str(min(12, os.cpu_count() or 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    name: str
+    seconds: float
+    command: tuple[str, ...]
+    """Arguments of Python."""
+    small: tuple[str, ...] = ()
+    """What a dry run adds to them."""
+    interpreted: bool = False
+    """Whether Triton's interpreter stands in for the GPU then."""
+    keep: tuple[str, ...] = ()
+    """Files to take along, and folders, without their checkpoints.
+
+    In all of these {out} stands for the folder of findings, {work} for `WORK` or that of a dry run.
+    """
+
+    def arguments(self, folders: dict[str, Path], dry: bool) -> list[str]:
+        return [argument.format_map(folders) for argument in (*self.command, *(self.small if dry else ()))]
+
+
+def kernel_tests() -> tuple[str, ...]:
+    """What takes longest to compile goes first."""
+    files = sorted((ROOT / "tests" / "kernels").glob("test_*.py"), key=lambda file: file.name != "test_flow.py")
+    return tuple(str(file.relative_to(ROOT)) for file in files if file.name != "test_sanitizer.py")
+
+
+def bench(suite: str, seconds: float, small: str) -> Step:
+    options = ("--benchmark-only", "--benchmark-columns=median,iqr,min,rounds", "--results={out}/bench.json")
+    command = (*PYTEST, *options, "--seconds=0.5", f"benchmarks/test_{suite}.py")
+    return Step(suite, seconds, command, ("--seconds=0", "-k", small))
+
+
+def train(name: str, seconds: float, *options: str, small: tuple[str, ...], keep: tuple[str, ...]) -> Step:
+    command = ("train/run.py", "--env", "halfcheetah-medium-expert", "--preset", "full", "--out", f"{{work}}/{name}")
+    tiny = ("--device=cpu", "--actor-hidden=16", "16", "--critic-hidden=16", "--batch-size=32", "--flow-steps=2")
+    short = ("--env=halfcheetah-medium", "--eval-episodes=1", "--log-every=5")
+    return Step(name, seconds, (*command, *options), (*short, *tiny, *small), keep=keep)
+
+
+FEW_UPDATES = ("--steps", "200", "--eval-every", "1000", "--eval-episodes", "2", "--overwrite")
+TRACE = ("{work}/profile/trace.json", "{work}/profile/trace.txt")
+SEEDS = ("--num-seeds", "8", "--steps", "1_000_000", "--eval-every", "50_000", "--eval-episodes", "10", "--resume")
+TINY_FLOW = ("--only", "score", "flow", "--hidden", "16", "16", "--cond-dim", "3", "--rows", "5", "--precision", "high")
+
+PARTS: dict[str, tuple[Step, ...]] = {
+    "check": (
+        Step(
+            "kernels",
+            170,
+            (*PYTEST, "-n", WORKERS, "--dist", "worksteal", *kernel_tests(), "-k", "not thousand"),
+            ("-k", "4x6 and penalty and triton and float32"),
+            interpreted=True,
+        ),
+        Step("sanitizer", 70, (*PYTEST, "-n", "4", "tests/kernels/test_sanitizer.py"), interpreted=True),
+        Step(
+            "races",
+            40,
+            (*PYTEST, "-n", "4", "tests/kernels/test_flow.py", "-k", "thousand"),
+            ("-k", "dawdle"),
+            interpreted=True,
+        ),
+        train("profile", 50, "--profile", *FEW_UPDATES, small=("--steps=20",), keep=TRACE),
+    ),
+    "tune": (
+        Step(
+            "tune",
+            240,
+            ("-m", "fdkernels.tune", "--ship"),
+            ("--dry-run", "--elements", "4096", *TINY_FLOW),
+            interpreted=True,
+            keep=("fdkernels/kernels/configs.json",),
+        ),
+    ),
+    "bench": (
+        bench("update", 150, "ours-fql"),
+        bench("flow", 130, "ours-1x"),
+        bench("penalty", 70, "ours-256x4x6"),
+        bench("decorator", 70, "ours-256x4"),
+        bench("seeds", 60, "alone"),
+        bench("acting", 40, "ours-fql"),
+        bench("score", 25, "ours-256"),
+        bench("sampling", 25, "ours-256"),
+    ),
+    "train": (
+        train(
+            "train",
+            570,
+            *SEEDS,
+            small=("--num-seeds=2", "--steps=10", "--eval-every=5", "--checkpoint-every=5"),
+            keep=("{work}/train",),
+        ),
+    ),
+}
+
+
+@dataclasses.dataclass
+class Outcome:
+    part: str
+    step: str
+    outcome: str
+    """passed, failed or cut short."""
+    seconds: float
+    returncode: int
+
+
+def environment(step: Step, out: Path, dry: bool, site: Path | None) -> dict[str, str]:
+    paths = [str(site)] * (site is not None) + [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    found = dict(os.environ) | {"OUT": str(out), "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    if dry:
+        found |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}  # it measures nothing, and may not be alone
+        found |= {"TRITON_INTERPRET": "1"} if step.interpreted else {}
+    return found
+
+
+def run(arguments: Sequence[str], seconds: float, environment: dict[str, str], log: TextIO) -> tuple[str, int]:
+    """The outcome and the exit code of a Python that may take so long."""
+    log.write(f"\n==== python {' '.join(arguments)}\n")
+    log.flush()
+    process = subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=environment,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,  # so that its workers end with it
+    )
+    grace = min(GRACE, seconds / 4)
+    cut_short = not has_ended(process, seconds - grace)
+    if cut_short:
+        os.killpg(process.pid, signal.SIGINT)
+        if not has_ended(process, grace):
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    return ("cut short" if cut_short else "failed" if process.returncode else "passed"), process.returncode
+
+
+def has_ended(process: subprocess.Popen, seconds: float) -> bool:
+    try:
+        process.wait(max(seconds, 0.1))
+    except subprocess.TimeoutExpired:
+        return False
+    return True
+
+
+def take_along(source: Path, out: Path) -> None:
+    """Packed, where it is large: a folder as one file, without what only its machine can use."""
+    if source.is_dir():
+        with tarfile.open(out / f"{source.name}.tar.gz", "w:gz") as archive:
+            archive.add(source, source.name, filter=lambda file: None if "checkpoints" in file.name else file)
+    elif source.stat().st_size > 2**20:
+        with gzip.open(out / f"{source.name}.gz", "wb") as packed:
+            packed.write(source.read_bytes())
+    else:
+        shutil.copy(source, out)
+
+
+def install(wheels: Path, log: TextIO) -> Path:
+    """Beside what there is, for the commands of this call alone."""
+    site = WORK / "site"
+    found = sorted(map(str, wheels.glob("*.whl")))
+    if not found:
+        raise SystemExit(f"gpu.py: --wheels: there are none in {wheels}")
+    options = ["--quiet", "--no-index", "--no-deps", "--upgrade", "--target", str(site)]
+    subprocess.run([sys.executable, "-m", "pip", "install", *options, *found], check=True, stdout=log, stderr=log)
+    return site
+
+
+def table(outcomes: Sequence[Outcome]) -> str:
+    rows = [f"{o.part:8}{o.step:12}{o.outcome:12}{o.seconds:>6.0f} s   exit code {o.returncode}" for o in outcomes]
+    return "\n".join(rows)
+
+
+def tail(log: Path, start: int, lines: int = 25) -> str:
+    with log.open("rb") as file:
+        file.seek(start)
+        return "\n".join(file.read().decode(errors="replace").splitlines()[-lines:])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", help=f"some of {', '.join(PARTS)}; all when none is named")
+    parser.add_argument(
+        "--out", type=Path, default=Path(os.environ.get("OUT") or WORK / "out"), help="folder of findings"
+    )
+    parser.add_argument("--wheels", type=Path, help="folder of wheels to install for these commands")
+    parser.add_argument("--dry-run", action="store_true", help="on a CPU, in small")
+    args = parser.parse_args(argv)
+    if unknown := set(args.parts) - set(PARTS):
+        parser.error(f"parts: there is no {' or '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    if not args.dry_run and not has_gpu():
+        parser.error("there is no CUDA GPU here; --dry-run shows on a CPU whether the commands work")
+
+    out: Path = args.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    work = WORK.with_name("gpu-dry-run") if args.dry_run else WORK
+    if args.dry_run:
+        shutil.rmtree(work, ignore_errors=True)
+    folders = {"out": out, "work": work}
+    outcomes: list[Outcome] = []
+    with (out / "log.txt").open("a") as log:
+        site = install(args.wheels, log) if args.wheels else None
+        for part in args.parts or PARTS:
+            begun = limit = time.monotonic()
+            for step in PARTS[part]:
+                limit += step.seconds
+                start, log_start = time.monotonic(), os.path.getsize(log.name)
+                environ = environment(step, out, args.dry_run, site)
+                outcome, code = run(step.arguments(folders, args.dry_run), limit - start, environ, log)
+                outcomes.append(Outcome(part, step.name, outcome, time.monotonic() - start, code))
+                print(table(outcomes[-1:]), flush=True)
+                if outcome != "passed":
+                    print(tail(Path(log.name), log_start), flush=True)
+                for source in (ROOT / path.format_map(folders) for path in step.keep):
+                    if source.exists():
+                        take_along(source, out)
+                write_summary(out / "summary.json", outcomes)
+            print(f"{part}: {time.monotonic() - begun:.0f} s", flush=True)
+    print(f"\n{table(outcomes)}\n\nin {out}: {', '.join(sorted(file.name for file in out.iterdir()))}")
+    return int(any(o.outcome == "failed" for o in outcomes))
+
+
+def has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def write_summary(path: Path, outcomes: Sequence[Outcome]) -> None:
+    summary: list[dict[str, Any]] = [dataclasses.asdict(outcome) for outcome in outcomes]
+    path.write_text(json.dumps(summary, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
