@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import fdkernels_ref
+from train import acting
 from train.agents import AGENTS, Agent, DecoratorAgent, Draws, FiDec, Parts
 from train.capture import PLAIN_UPDATES, CapturedUpdate
 from train.dataset import Batch
@@ -294,9 +295,9 @@ class Replay:
         self.results["eval/flow_action"] = agent.flow_action(obs, noise)
         self.results["eval/action"] = agent.act(obs, noise)
         if isinstance(agent, DecoratorAgent):
-            best = agent.act_best_of(obs[:1], self.tensor("eval/maxq_noise")[None])
-            self.results["eval/maxq_action"] = best[0]
-            self.results["eval/iter_action"] = agent.act_iterated(obs[:1], self.tensor("eval/iter_noise")[None])[0]
+            for rule, name in ((acting.best_of_n, "maxq"), (acting.iterated, "iter")):
+                noise = self.tensor(f"eval/{name}_noise").view(1, -1, agent.action_dim)
+                self.results[f"eval/{name}_action"] = rule(agent, obs[:1], noise)[0]
 
 
 def mismatches(

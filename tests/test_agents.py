@@ -53,6 +53,18 @@ def test_a_frozen_flow_has_no_loss_but_keeps_its_momentum() -> None:
     assert all(not p.grad.any() for p in agent.flow.parameters())
 
 
+def test_frozen_critics_stay_as_they_are() -> None:
+    agent, optimizer, batch = make("fidec", freeze_critic_after=1)
+    for updates in range(3):
+        parts = agent.agent_parts(updates)
+        critics = [*agent.critic.parameters(), *agent.target_critic.parameters()]
+        before = [p.clone() for p in critics]
+        seen = agent.update(optimizer, batch, agent.draw(32), parts, log=True)
+        assert {"flow_loss", "actor_loss"} < set(seen)
+        assert ("critic_loss" in seen) == (updates == 0)
+        assert all(torch.equal(p, old) for p, old in zip(critics, before)) == (updates > 0)
+
+
 def test_refinement_can_start_at_the_behaviour_flow() -> None:
     agent, _, batch = make("fidec", zero_init_displacement=True)
     noise = torch.randn(32, 2)

@@ -1,5 +1,6 @@
 """Rollouts, the dataset made of them, and the places it comes from. No test reaches the network."""
 
+import dataclasses
 import http.server
 import json
 import os
@@ -136,6 +137,21 @@ def test_transitions_stay_within_their_episode() -> None:
     assert dataset.masks.tolist() == [1, 1, 0, 1, 1], "only a true termination masks the next value"
     assert dataset.episode_returns.tolist() == [30, 2010]
     assert {column.dtype for column in dataset.sample(2)} == {torch.float32}
+
+
+def test_targets_over_several_steps() -> None:
+    dataset = OfflineDataset.from_episodes([episode(4, terminated=True), episode(3, terminated=False, first=100)])
+    three = dataset.n_step(3, discount=0.5)
+    assert three.rewards.tolist() == [0 + 5 + 5, 10 + 10 + 7.5, 20 + 15, 30, 1000 + 505 + 255, 1010 + 510, 1020]
+    assert three.next_observations.squeeze(1).tolist() == [3, 4, 4, 4, 103, 103, 103]
+    assert three.masks.tolist() == [0.25, 0, 0, 0, 0.25, 0.5, 1], "what has ended has no value; a time limit is no end"
+    torch.testing.assert_close(three.next_actions[:1], dataset.next_actions[2:3])
+    assert torch.equal(three.observations, dataset.observations)
+    assert torch.equal(three.actions, dataset.actions)
+    one = dataset.n_step(1, discount=0.5)
+    assert all(torch.equal(getattr(one, name), getattr(dataset, name)) for name in Batch._fields)
+    with pytest.raises(ValueError, match="n_step: episode_lengths must add up to 7 transitions, got 0"):
+        dataclasses.replace(dataset, episode_lengths=np.zeros(0, int)).n_step(2, 0.5)
 
 
 def test_masks_of_a_terminating_environment() -> None:

@@ -28,7 +28,7 @@ import train.run
 from train import curve
 from train.agents import METRICS
 from train.config import preset_config
-from train.evaluate import run_episodes
+from train.evaluate import ROLES, run_episodes
 from train.run import main, parse
 
 REPOSITORY = Path(__file__).parents[1]
@@ -92,11 +92,11 @@ def test_what_a_run_leaves_behind(finished: tuple[Path, str]) -> None:
     assert [row["stage"] for row in metrics] == ["flow warm-up"] * 2 + ["critic warm-up"] + ["fidec"] * 4
     assert all(np.isfinite(float(metrics[-1][name])) for name in METRICS)
     assert [(row["step"], row["role"]) for row in evaluations] == [
-        (step, role) for step in ("10", "20", "30") for role in ("policy", "flow")
+        (step, role) for step in ("6", "16", "26", "30") for role in ROLES
     ]
     result = json.loads((out / "result.json").read_text())
     last = result["results"]["policy"]["last"]
-    assert last["return_mean"] == pytest.approx(float(evaluations[-2]["return_mean"]), rel=1e-6)
+    assert last["return_mean"] == pytest.approx(float(evaluations[-3]["return_mean"]), rel=1e-6)
     assert last["score_mean"] == pytest.approx(100 * (last["return_mean"] + 280.178953) / (12135.0 + 280.178953))
     table = printed[printed.index("D4RL-normalised score (HalfCheetah-v5)") :]
     for text in ("fidec", "behaviour flow (δ = 0)", "dataset", "curve.png", f"{last['return_mean']:,.0f}"):
@@ -150,7 +150,7 @@ def test_overwrite_keeps_what_is_not_the_runs(tmp_path: Path) -> None:
     (tmp_path / "run" / "notes.txt").write_text("mine")
     assert main([*short, "--overwrite"]) == 0
     assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
-    assert [row["step"] for row in read(tmp_path / "run" / "evaluations.csv")] == ["10", "10", "15", "15"]
+    assert [row["step"] for row in read(tmp_path / "run" / "evaluations.csv")] == [*["6"] * 3, *["15"] * 3]
 
 
 def test_resume_refuses_other_data(
@@ -278,7 +278,7 @@ def test_seeds_together_leave_what_each_leaves_alone(
         assert sorted(p.name for p in folder.iterdir()) == sorted(p.name for p in alone.iterdir())
         assert json.loads((folder / "config.json").read_text())["seed"] == seed
         rows = [(row["step"], row["role"]) for row in read(folder / "evaluations.csv")]
-        assert rows == [(step, role) for step in ("10", "20", "30") for role in ("policy", "flow")]
+        assert rows == [(step, role) for step in ("6", "16", "26", "30") for role in ROLES]
     np.testing.assert_allclose(figures(out / "fidec-seed0"), figures(alone), rtol=1e-3, atol=1e-4)
     assert_same_weights(out / "fidec-seed0", alone)
     assert main([*TINY, "--seed", "1", "--out", str(tmp_path / "one")]) == 0
@@ -289,7 +289,7 @@ def test_seeds_together_leave_what_each_leaves_alone(
 
 def test_the_table_of_a_group(group: tuple[Path, str]) -> None:
     out, printed = group
-    last = [float(read(out / f"fidec-seed{seed}" / "evaluations.csv")[-2]["score_mean"]) for seed in (0, 1)]
+    last = [float(read(out / f"fidec-seed{seed}" / "evaluations.csv")[-3]["score_mean"]) for seed in (0, 1)]
     table = printed[printed.index("D4RL-normalised score (HalfCheetah-v5)") :]
     # of two, nothing is cut off
     for text in ("seed 0", "seed 1", "interquartile mean", f"{sum(last) / 2:.1f} [", "fidec-seeds0to1.png"):

@@ -64,7 +64,6 @@ class Draws(NamedTuple):
 Part = Literal["critic", "data_critic", "flow", "frozen_flow", "actor"]
 Parts = tuple[Part, ...]
 ALL_PARTS: Parts = ("critic", "flow", "actor")
-FROZEN_FLOW_PARTS: Parts = ("critic", "frozen_flow", "actor")
 
 
 class Learner(nn.Module, abc.ABC):
@@ -94,8 +93,12 @@ class Learner(nn.Module, abc.ABC):
 
     def agent_parts(self, updates: int) -> Parts:
         """Losses of an update of the whole agent, when ``updates`` of those have been made."""
-        freeze_after = self.config.freeze_flow_after
-        return ALL_PARTS if freeze_after is None or updates < freeze_after else FROZEN_FLOW_PARTS
+
+        def learns(freeze_after: int | None) -> bool:
+            return freeze_after is None or updates < freeze_after
+
+        critic: Parts = ("critic",) if learns(self.config.freeze_critic_after) else ()
+        return (*critic, "flow" if learns(self.config.freeze_flow_after) else "frozen_flow", "actor")
 
     def update(
         self,
@@ -386,29 +389,10 @@ class DecoratorAgent(Agent):
     def act(self, obs: Tensor, noise: Tensor) -> Tensor:
         return self.refine(obs, self.flow_action(obs, noise))
 
+    @torch.no_grad()
     def refine(self, obs: Tensor, action: Tensor) -> Tensor:
+        """clip(a + δ(s, a))."""
         return (action + self.displacement(obs, action)).clamp(-1, 1)
-
-    @torch.no_grad()
-    def act_best_of(self, obs: Tensor, noise: Tensor) -> Tensor:
-        """Of M flow actions, noise (B, M, d), the one with the highest mean Q, refined once: (B, d)."""
-        candidates = self.flow_action(obs.unsqueeze(1).expand(-1, noise.shape[1], -1), noise)
-        return self.refine(obs, self._highest_q(obs, candidates))
-
-    @torch.no_grad()
-    def act_iterated(self, obs: Tensor, noise: Tensor, *, num_refinements: int = 5) -> Tensor:
-        """Refine again and again from the flow's action, noise (B, d); the iterate with the highest mean Q."""
-        iterates = [self.flow_action(obs, noise)]
-        for _ in range(num_refinements):
-            iterates.append(self.refine(obs, iterates[-1]))
-        return self._highest_q(obs, torch.stack(iterates, dim=1))
-
-    def _highest_q(self, obs: Tensor, actions: Tensor) -> Tensor:
-        """(B, M, d) to (B, d)."""
-        batch, num, _ = actions.shape
-        rows = obs.unsqueeze(1).expand(-1, num, -1).flatten(0, 1)
-        q = self.critic(rows, actions.flatten(0, 1)).mean(0).view(batch, num)
-        return actions[torch.arange(batch, device=actions.device), q.argmax(1)]
 
 
 class FiDec(DecoratorAgent):

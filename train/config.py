@@ -10,11 +10,13 @@ from typing import Any, Literal
 import torch
 import tyro
 
+from train.acting import FOR_REFINING_AGENTS, Acting, RuleName
 from train.hyperparameters import AgentConfig, require, require_finite
 
 MAY_CHANGE_ON_RESUME = {
     *("steps", "preset", "device", "out", "resume", "overwrite", "num_seeds", "capture", "profile"),
-    *("eval_every", "eval_episodes", "log_every", "checkpoint_every"),
+    *("eval_every", "eval_episodes", "interim_episodes", "log_every", "checkpoint_every"),
+    *("acting", "acting_samples", "acting_temperature"),
 }
 
 
@@ -35,8 +37,13 @@ class RunConfig:
     """Updates before that of the flow alone. Not in the published schedule."""
     critic_warmup: int = 0
     """Updates between the two of the critics alone, on the data's own next actions. Not in the published schedule."""
+    critic_warmup_n_step: int = 1
+    """Rewards that a critic's target sums in its warm-up before it bootstraps. They are the data's own, so that nothing
+    has to be corrected."""
     warmup_lr: float = 1e-3
     """Learning rate at the start of each warm-up; it falls along half a cosine to a twentieth of that."""
+    anneal: bool = False
+    """Let the agent's learning rate fall in the same way."""
     batch_size: int = 256
     """Transitions per update."""
     seed: int = 0
@@ -59,10 +66,21 @@ class RunConfig:
     """Go on from the last checkpoint in the folder, if there is one."""
     overwrite: bool = False
     """Delete what another run left in the folder."""
+    acting: RuleName = "sample"
+    """How the agent acts when it is evaluated. sample: one action of the policy. best-of-n: of N flow actions the one
+    of highest Q, refined. iterated: refined five times, the best of these. best-flow-of-n: the best of N, not
+    refined. best-refined-of-n: the best of N refined ones. mean-of-n: the mean of N flow actions, weighted by
+    exp(Q / (temperature · mean |Q|))."""
+    acting_samples: int = 10
+    """That N."""
+    acting_temperature: float = 0.004
+    """That temperature."""
     eval_every: int = 100_000
-    """Updates between evaluations; also evaluated at the end."""
+    """Updates between evaluations, from when critics learn; also evaluated before those, and at the end."""
     eval_episodes: int = 50
-    """Episodes per evaluation, played side by side."""
+    """Episodes of the evaluation at the end, played side by side."""
+    interim_episodes: int | None = None
+    """Episodes of those before. None: as many."""
     log_every: int = 5_000
     """Updates between rows of metrics."""
     checkpoint_every: int = 50_000
@@ -81,13 +99,28 @@ class RunConfig:
     def __post_init__(self) -> None:
         require_finite(self)
         require("seed", self.seed, self.seed >= 0, "zero or more")
-        everies = ("eval_every", "log_every", "checkpoint_every")
-        for name in ("num_seeds", "steps", "batch_size", "eval_episodes", *everies):
-            require(name, getattr(self, name), getattr(self, name) > 0, "positive")
+        counts = (
+            "critic_warmup_n_step",
+            "num_seeds",
+            "steps",
+            "batch_size",
+            "acting_samples",
+            "eval_episodes",
+            "interim_episodes",
+        )
+        for name in (*counts, "eval_every", "log_every", "checkpoint_every"):
+            require(name, getattr(self, name), (value := getattr(self, name)) is None or value > 0, "positive")
+        refines = self.acting in FOR_REFINING_AGENTS
+        require("acting", self.acting, not (refines and self.agent == "fql"), "a rule without refinement for fql")
         require("discount", self.hyper.discount, self.hyper.discount < 1 or not self.center_critics, "below 1 here")
-        require("warmup_lr", self.warmup_lr, self.warmup_lr > 0, "positive")
+        for name in ("warmup_lr", "acting_temperature"):
+            require(name, getattr(self, name), getattr(self, name) > 0, "positive")
         for name in ("flow_warmup", "critic_warmup"):
             require(name, getattr(self, name), getattr(self, name) >= 0, "zero or more")
+
+    @property
+    def acts(self) -> Acting:
+        return Acting(self.acting, self.acting_samples, self.acting_temperature)
 
     @property
     def folder(self) -> Path:
@@ -110,6 +143,19 @@ class RunConfig:
     def as_json(self) -> dict[str, Any]:
         """As JSON gives it back: lists for tuples, text for paths."""
         return json.loads(json.dumps(dataclasses.asdict(self), default=str))
+
+
+def role_names(config: RunConfig) -> dict[str, str]:
+    """What people read for the roles of an evaluation; one sample is left out where it is the rule itself."""
+    names = {
+        "policy": f"{config.agent}, {config.acts}",
+        "sample": f"{config.agent}, one sample",
+        "flow": "behaviour flow (δ = 0)",
+    }
+    if config.acting == "sample":
+        del names["sample"]
+        names["policy"] = config.agent
+    return names
 
 
 def choose_preset(name: str, device: str) -> str:

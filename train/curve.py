@@ -14,10 +14,10 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from train.config import RunConfig
+from train.config import RunConfig, role_names
 from train.record import read_table
 
-BLUE, ORANGE, GREY = "#1f5fa8", "#d9822b", "#8a8f98"
+BLUE, GREEN, ORANGE, GREY = "#1f5fa8", "#3a8f5c", "#d9822b", "#8a8f98"
 STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -37,18 +37,17 @@ def draw_curve(folder: Path, config: RunConfig, dataset_score: float, label: str
     """
     evaluations = [row for row in read_table(folder / "evaluations.csv")]
     metrics = [row for row in read_table(folder / "metrics.csv") if row["penalty"]]
-    warmup = config.flow_warmup + config.critic_warmup
 
     with plt.rc_context(STYLE):
         figure, axes = plt.subplot_mosaic(
             [["score"] * 3, ["trust", "q", "fisher"]], figsize=(10, 6.4), height_ratios=[1.6, 1], layout="constrained"
         )
-        _draw_score(axes["score"], evaluations, warmup, config, dataset_score, label)
+        _draw_score(axes["score"], evaluations, config, dataset_score, label)
         for name, lines in _panels(config).items():
             ax = axes[name]
             ax.set_title(lines.pop("title"), loc="left")
             for column, (text, colour) in lines.items():
-                points = [(int(row["step"]) - warmup, float(row[column])) for row in metrics if row[column]]
+                points = [(int(row["step"]) - warmups(config), float(row[column])) for row in metrics if row[column]]
                 ax.plot(*zip(*points), color=colour, label=text, linewidth=1.6) if points else None
             if name == "trust" and config.agent != "fql":
                 ax.axhline(config.hyper.target_divergence, color=GREY, linestyle="--", linewidth=1, label="target")
@@ -77,27 +76,36 @@ def _panels(config: RunConfig) -> dict[str, dict[str, Any]]:
 
 
 def _draw_score(
-    ax: Axes, evaluations: list[dict[str, str]], warmup: int, config: RunConfig, dataset_score: float, label: str
+    ax: Axes, evaluations: list[dict[str, str]], config: RunConfig, dataset_score: float, label: str
 ) -> None:
     for role, colour, text in _roles(config):
-        rows = [row for row in evaluations if row["role"] == role and int(row["step"]) >= warmup]
-        steps = [int(row["step"]) - warmup for row in rows]
+        rows = [row for row in evaluations if row["role"] == role]
+        steps = [int(row["step"]) - config.flow_warmup for row in rows]
         mean, sem = ([float(row[c]) for row in rows] for c in ("score_mean", "score_sem"))
         ax.plot(steps, mean, color=colour, marker="o", markersize=4, linewidth=2, label=text)
         low, high = [m - s for m, s in zip(mean, sem)], [m + s for m, s in zip(mean, sem)]
         ax.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
-    _finish_score(ax, f"{config.agent} on {config.env}, seed {config.seed}", warmup, dataset_score, label)
+    _finish_score(ax, f"{config.agent} on {config.env}, seed {config.seed}", config, dataset_score, label)
 
 
 def _roles(config: RunConfig) -> list[tuple[str, str, str]]:
-    return [("policy", BLUE, config.agent), ("flow", ORANGE, "behaviour flow alone (δ = 0)")]
+    colours = {"policy": BLUE, "sample": GREEN, "flow": ORANGE}
+    return [(role, colours[role], name) for role, name in role_names(config).items()]
 
 
-def _finish_score(ax: Axes, title: str, warmup: int, dataset_score: float, label: str) -> None:
+def warmups(config: RunConfig) -> int:
+    """Updates before those of the whole agent."""
+    return config.flow_warmup + config.critic_warmup
+
+
+def _finish_score(ax: Axes, title: str, config: RunConfig, dataset_score: float, label: str) -> None:
+    """Updates are counted from where critics learn."""
+    if config.critic_warmup:
+        ax.axvspan(0, config.critic_warmup, color=GREY, alpha=0.1, linewidth=0, label="critics alone learn")
     ax.axhline(dataset_score, color=GREY, linestyle="--", linewidth=1.2, label="dataset's mean return")
     ax.set_title(title, loc="left", fontsize=14)
     ax.set_ylabel(label)
-    ax.set_xlabel("updates of the agent" + (f" (after {warmup:,} of warm-up)" if warmup else ""))
+    ax.set_xlabel("updates" + (f" (after {config.flow_warmup:,} of the flow alone)" if config.flow_warmup else ""))
     ax.margins(x=0.02)
     ax.grid(axis="y", alpha=0.25)
     ax.legend(frameon=False, loc="best")
@@ -134,12 +142,12 @@ def draw_group_curve(
         dataset_score: normalised score of the dataset's own mean return.
         label: what the score is, for the axis.
     """
-    warmup = config.flow_warmup + config.critic_warmup
     with plt.rc_context(STYLE):
         figure, ax = plt.subplots(figsize=(10, 5), layout="constrained")
         for role, colour, text in _roles(config):
             lines = [
-                {row["step"] - warmup: row["score_mean"] for row in rows if row["role"] == role} for rows in evaluations
+                {row["step"] - config.flow_warmup: row["score_mean"] for row in rows if row["role"] == role}
+                for rows in evaluations
             ]
             steps = list(lines[0])
             for line in lines:
@@ -150,7 +158,7 @@ def draw_group_curve(
             ax.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
         seeds = f"seeds {config.seed} to {config.seed + config.num_seeds - 1}"
         title = f"{config.agent} on {config.env}, {seeds}: interquartile mean, 95 % interval, each seed"
-        _finish_score(ax, title, warmup, dataset_score, label)
+        _finish_score(ax, title, config, dataset_score, label)
         path = group_curve_path(config)
         figure.savefig(path, dpi=150)
         plt.close(figure)

@@ -55,6 +55,8 @@ class OfflineDataset:
     """(N, action_dim), what the data did next; at the end of an episode, where nothing followed, its last action"""
     episode_returns: np.ndarray
     """(episodes,) float64, undiscounted"""
+    episode_lengths: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, int))
+    """(episodes,), how many transitions each has"""
     dataset_ids: tuple[str, ...] = ()
     """Minari ids."""
     source: tuple[str, ...] = ()
@@ -80,8 +82,33 @@ class OfflineDataset:
             next_observations=column([e.observations[1:] for e in episodes]),
             masks=column([np.logical_not(e.terminations) for e in episodes]),
             episode_returns=np.array([e.rewards.sum(dtype=np.float64) for e in episodes]),
+            episode_lengths=np.array([len(e.rewards) for e in episodes]),
             dataset_ids=dataset_ids,
             source=source,
+        )
+
+    def n_step(self, n: int, discount: float) -> OfflineDataset:
+        """Transitions over up to ``n`` steps of an episode, so that r + γ·m·Q(s', a') is their n-step target.
+
+        Rewards become Σ γ^i r_i, what is next that after the last of these steps, and masks γ^(steps − 1) or 0, so that
+        multiplied by γ they weigh what follows (Sutton and Barto, chapter 7). Episodes that end sooner have fewer.
+        """
+        last = np.repeat(np.cumsum(self.episode_lengths) - 1, self.episode_lengths)
+        if len(last) != len(self):
+            raise ValueError(f"n_step: episode_lengths must add up to {len(self)} transitions, got {len(last)}")
+        start = np.arange(len(self))
+        end = np.minimum(start + n - 1, last)
+        rewards = torch.zeros_like(self.rewards)
+        for i in range(n):
+            at = np.minimum(start + i, end)
+            rewards += torch.where(torch.from_numpy(start + i <= end), discount**i * self.rewards[at], 0.0)
+        weights = torch.from_numpy(discount ** (end - start)).to(self.masks)
+        return dataclasses.replace(
+            self,
+            rewards=rewards,
+            next_observations=self.next_observations[end],
+            next_actions=self.next_actions[end],
+            masks=self.masks[end] * weights,
         )
 
     def __len__(self) -> int:

@@ -6,10 +6,13 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from train.acting import Acting, Policy, flow_alone
 from train.agents import Agent
 from train.environments import make_vector_env
+
+ROLES = ("policy", "sample", "flow")
+"""The policy by the rule that a run is judged by; one sample of it; the behaviour flow alone (δ = 0)."""
 
 
 def run_episodes(env_id: str, policy: Callable[[np.ndarray], np.ndarray], *, episodes: int, seed: int) -> np.ndarray:
@@ -37,22 +40,24 @@ def run_episodes(env_id: str, policy: Callable[[np.ndarray], np.ndarray], *, epi
     return returns
 
 
-def evaluate(agent: Agent, env_id: str, *, episodes: int, seed: int) -> dict[str, np.ndarray]:
-    """Returns of the policy and of the behaviour flow alone (δ = 0), from the same initial states and noise."""
-    roles = {"policy": agent.act, "flow": agent.flow_action}
-    return {
-        role: run_episodes(env_id, _acting(agent, act, seed), episodes=episodes, seed=seed)
-        for role, act in roles.items()
-    }
+def evaluate(agent: Agent, env_id: str, acting: Acting, *, episodes: int, seed: int) -> dict[str, np.ndarray]:
+    """Returns of each of `ROLES`, from the same initial states; the last two from the same noise."""
+
+    def returns(act: Policy, acting: Acting) -> np.ndarray:
+        return run_episodes(env_id, player(agent, act, acting, seed), episodes=episodes, seed=seed)
+
+    one = Acting("sample")
+    of_sample = returns(one, one)
+    of_policy = of_sample if acting.rule == "sample" else returns(acting, acting)
+    return {"policy": of_policy, "sample": of_sample, "flow": returns(flow_alone, one)}
 
 
-def _acting(agent: Agent, act: Callable[[Tensor, Tensor], Tensor], seed: int) -> Callable[[np.ndarray], np.ndarray]:
-    device = agent.obs_mean.device
-    generator = torch.Generator(device).manual_seed(seed)
+def player(agent: Agent, act: Policy, acting: Acting, seed: int) -> Callable[[np.ndarray], np.ndarray]:
+    """The agent as a map from raw observations (B, obs_dim) to actions (B, d), with noise of its own."""
+    generator = torch.Generator(agent.obs_mean.device).manual_seed(seed)
 
     def policy(obs: np.ndarray) -> np.ndarray:
-        noise = torch.randn(len(obs), agent.action_dim, generator=generator, device=device)
-        standardized = (torch.from_numpy(obs).to(device).float() - agent.obs_mean) / agent.obs_std
-        return act(standardized, noise).cpu().numpy()
+        standardized = (torch.from_numpy(obs).to(agent.obs_mean) - agent.obs_mean) / agent.obs_std
+        return act(agent, standardized, acting.draw(agent, len(obs), generator)).cpu().numpy()
 
     return policy

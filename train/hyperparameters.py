@@ -49,6 +49,9 @@ class AgentConfig:
     of everything else. bf16: bfloat16 with float32 sums, faster where the hardware has it."""
     freeze_flow_after: int | None = None
     """Stop the flow-matching loss after this many updates of the agent."""
+    freeze_critic_after: int | None = None
+    """Stop the critics' loss after this many updates of the agent. 0 leaves the critics as their warm-up made them, of
+    the behaviour: one step of policy improvement, without a critic that follows the policy (arXiv 2106.08909)."""
 
     alpha: float = 10.0
     """Weight of the penalty: where the multiplier starts, or the constant weight without one."""
@@ -76,8 +79,8 @@ class AgentConfig:
 
     def __post_init__(self) -> None:
         require_finite(self)
-        freeze = self.freeze_flow_after
-        require("freeze_flow_after", freeze, freeze is None or freeze >= 0, "zero or more")
+        for name in ("freeze_flow_after", "freeze_critic_after"):
+            require(name, getattr(self, name), (value := getattr(self, name)) is None or value >= 0, "zero or more")
         for name in ("lr", "alpha", "flow_steps", "num_fisher_samples", "fisher_trace_eps"):
             require(name, getattr(self, name), getattr(self, name) > 0, "positive")
         for name in ("target_divergence", "fisher_damping", "fisher_t_width", "min_sigma"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import zlib
@@ -17,7 +18,7 @@ from train.config import RunConfig
 from train.curve import draw_curve
 from train.dataset import OfflineDataset
 from train.environments import EnvSpec, normalized_score
-from train.evaluate import evaluate
+from train.evaluate import ROLES, evaluate
 from train.record import Record
 
 
@@ -58,17 +59,22 @@ class Member:
             )
         return numbers
 
-    def evaluate(self, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Returns of the policy and of the behaviour flow alone, from the same initial states; a row of each."""
+    def evaluate(self, step: int, *, last: bool) -> dict[str, dict[str, Any]]:
+        """Returns of each of `ROLES` from the same initial states; a row of each."""
         config = self.config
-        # the same initial states at every evaluation, other ones for another seed
         returns = evaluate(
-            self.agent, self.spec.env_id, episodes=config.eval_episodes, seed=1_000_000 * (config.seed + 1)
+            self.agent,
+            self.spec.env_id,
+            config.acts,
+            episodes=config.eval_episodes if last else config.interim_episodes or config.eval_episodes,
+            # the same initial states at every evaluation, other ones for another seed
+            seed=1_000_000 * (config.seed + 1),
         )
+        rows = {}
         for role, values in returns.items():
             sem = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0.0
             scores = normalized_score(self.spec, values)
-            row = {
+            rows[role] = row = {
                 "step": step,
                 "role": role,
                 "return_mean": float(values.mean()),
@@ -80,8 +86,7 @@ class Member:
             self.evaluations.append(row)
             self.record.add_evaluation(row)
         draw_curve(config.folder, config, self.dataset_score, score_label(self.spec))
-        policy, flow = self.evaluations[-2:]
-        return policy, flow
+        return rows
 
     # -- what it leaves behind -----------------------------------------------------------------------------------
 
@@ -111,19 +116,26 @@ class Member:
 
     @property
     def results(self) -> dict[str, dict[str, dict[str, Any]]]:
-        """The last and the best evaluation of the policy and of the flow alone."""
+        """The last and the best evaluation of each of `ROLES`."""
         return {
             role: {"last": rows[-1], "best": max(rows, key=lambda row: row["score_mean"])}
-            for role in ("policy", "flow")
+            for role in ROLES
             if (rows := [row for row in self.evaluations if row["role"] == role])
         }
 
-    def finish(self, seconds: float) -> None:
-        """Weights and summary."""
+    def save_policy(self) -> None:
+        """The weights, and what it takes to act with them (``train/play.py``)."""
         config = self.config
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.agent.state_dict().items()}
-        header = {"env": config.env, "agent": config.agent, "hyper": json.dumps(config.as_json()["hyper"])}
+        hyper = json.dumps(config.as_json()["hyper"])
+        header = {"env": config.env, "agent": config.agent, "hyper": hyper}
+        header |= {"acting": json.dumps(dataclasses.asdict(config.acts))}
         write_safetensors(config.folder / "policy.safetensors", weights, header)
+
+    def finish(self, seconds: float) -> None:
+        """Weights and summary."""
+        self.save_policy()
+        config = self.config
         summary = {
             "config": config.as_json(),
             "env_id": self.spec.env_id,
@@ -132,6 +144,7 @@ class Member:
             "dataset_score": self.dataset_score,
             "seconds": seconds,
             "torch": torch.__version__,
+            "acting": dataclasses.asdict(config.acts),
             "results": self.results,
         }
         write_whole(config.folder / "result.json", json.dumps(summary, indent=2) + "\n")

@@ -25,13 +25,14 @@ from train.agents import AGENTS, Agent, Learner, Parts
 from train.capture import CapturedUpdate, CaptureError
 from train.checkpoint import newest_checkpoints, write_whole
 from train.config import MAY_CHANGE_ON_RESUME, RunConfig, choose_preset, preset_config
-from train.curve import draw_group_curve, group_curve_path, interquartile_mean
+from train.curve import draw_group_curve
 from train.data import DatasetUnavailable, load_dataset
 from train.dataset import Batch, OfflineDataset
 from train.environments import EnvSpec, UnknownEnvironment, resolve
 from train.member import Member, RunError, score_label
 from train.memory import keep_freed_memory
 from train.profiling import ProfiledUpdate
+from train.report import evaluation_line, final_table, group_table
 from train.seeds import SeedGroup
 
 Update: TypeAlias = Callable[[Parts, bool], tuple[Batch, dict[str, Tensor]]]
@@ -58,6 +59,9 @@ class Run:
             next_observations=(dataset.next_observations - mean) / std,
             rewards=dataset.rewards / dataset.rewards.std() if config.scale_rewards else dataset.rewards,
         ).to(device)
+        self.warmup_dataset = self.dataset
+        if config.critic_warmup and config.critic_warmup_n_step > 1:
+            self.warmup_dataset = self.dataset.n_step(config.critic_warmup_n_step, config.hyper.discount)
         configs = config.of_each_seed()
         agents = [self._make_agent(single.seed, mean, std).to(device) for single in configs]
         self.generators = [torch.Generator(device).manual_seed(single.seed) for single in configs]
@@ -109,7 +113,8 @@ class Run:
 
     def _update(self, parts: Parts, log: bool) -> tuple[Batch, dict[str, Tensor]]:
         """One update, the sampling of its batch included."""
-        batch, draws = self.learner.sample(self.dataset, self.config.batch_size, self.generators)
+        dataset = self.warmup_dataset if "data_critic" in parts else self.dataset
+        batch, draws = self.learner.sample(dataset, self.config.batch_size, self.generators)
         return batch, self.learner.update(self.optimizer, batch, draws, parts, log=log)
 
     # -- the loop ------------------------------------------------------------------------------------------------
@@ -133,8 +138,9 @@ class Run:
                 signal.signal(signum, handler)
 
     def _train(self, stage: Stage) -> None:
-        config, last = self.config, stage is self.stages[-1]
-        if last and self.step == stage.start and not self.members[0].evaluations:
+        config, flow_end = self.config, self.stages[0].end
+        critics_learn = stage is not self.stages[0]
+        if critics_learn and not self.members[0].evaluations:
             self.evaluate()
         bar = tqdm(
             desc=stage.name,
@@ -162,7 +168,8 @@ class Run:
                     ]
                     bar.set_postfix_str(postfix(numbers), refresh=False)
                     logged_step, logged_at = self.step, time.perf_counter()
-                if last and (done % config.eval_every == 0 or self.step == stage.end):
+                end = self.step == self.stages[-1].end
+                if critics_learn and ((self.step - flow_end) % config.eval_every == 0 or end):
                     self.evaluate()
                     logged_at = time.perf_counter()
                 if self.step % config.checkpoint_every == 0 or self.step == stage.end:
@@ -180,11 +187,12 @@ class Run:
         return self.learner.agent_parts(self.step - stage.start)
 
     def set_learning_rate(self, stage: Stage) -> None:
-        """Constant for the agent, annealed in each warm-up, which a noisy last iterate would spoil."""
-        lr = self.config.hyper.lr
-        if stage is not self.stages[-1]:
+        """Annealed in each warm-up, which a noisy last iterate would spoil, and for the agent if that is asked for."""
+        warming_up = stage is not self.stages[-1]
+        lr = self.config.warmup_lr if warming_up else self.config.hyper.lr
+        if warming_up or self.config.anneal:
             progress = (self.step - stage.start) / (stage.end - stage.start)
-            lr = self.config.warmup_lr * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
+            lr *= 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress))
         if lr == self.learning_rate:
             return
         self.learning_rate = lr
@@ -204,17 +212,13 @@ class Run:
 
     def evaluate(self) -> None:
         for member in self.members:
-            policy, flow = member.evaluate(self.step)
+            rows = member.evaluate(self.step, last=self.step == self.stages[-1].end)
             seed = f"seed {member.config.seed:<4}" if len(self.members) > 1 else ""
             self.seconds = time.perf_counter() - self.clock
-            tqdm.write(
-                f"update {self.step - self.stages[-1].start:>7,}  {seed}score {policy['score_mean']:5.1f} ± "
-                f"{policy['score_sem']:.1f}   flow alone {flow['score_mean']:5.1f} ± {flow['score_sem']:.1f}"
-                f"   {self.seconds / 60:.1f} min"
-            )
+            tqdm.write(evaluation_line(self.step, seed, rows, member.config, self.seconds / 60))
         if len(self.members) > 1:
-            rows = [member.evaluations for member in self.members]
-            draw_group_curve(self.config, rows, self.members[0].dataset_score, score_label(self.spec))
+            evaluations = [member.evaluations for member in self.members]
+            draw_group_curve(self.config, evaluations, self.members[0].dataset_score, score_label(self.spec))
 
     def save(self) -> None:
         self.seconds = time.perf_counter() - self.clock
@@ -245,7 +249,9 @@ class Run:
         """Weights, summary and the final table."""
         for member in self.members:
             member.finish(self.seconds)
-        print(final_table(self) if len(self.members) == 1 else group_table(self))
+        minutes = self.seconds / 60
+        alone = len(self.members) == 1
+        print(final_table(self.members[0], minutes) if alone else group_table(self.config, self.members, minutes))
         if isinstance(self.update, ProfiledUpdate):
             print(self.update.outcome)
 
@@ -270,50 +276,6 @@ def postfix(numbers: list[dict[str, float]]) -> str:
     shown |= {"‖δ‖": "displacement_norm", "λ₁/Σλ": "top_eigenvalue_share"}
     means = {name: sum(row[name] for row in numbers) / len(numbers) for name in numbers[0]}
     return " ".join(f"{label}={means[name]:.3g}" for label, name in shown.items() if name in means)
-
-
-def table_title(run: Run) -> str:
-    return (
-        f"{score_label(run.spec)}: 0 = random ({run.spec.random_return:,.0f}), 100 = expert "
-        f"({run.spec.expert_return:,.0f}); {run.config.eval_episodes} episodes, ± standard error"
-    )
-
-
-def final_table(run: Run) -> str:
-    (member,) = run.members
-    warmup = run.stages[-1].start
-    header = f"{'':24}{'return, last':>18}{'score, last':>16}{'score, best':>16}{'at update':>12}"
-    lines = ["", table_title(run), "", header]
-    for role, name in (("policy", run.config.agent), ("flow", "behaviour flow (δ = 0)")):
-        last, best = member.results[role]["last"], member.results[role]["best"]
-        lines.append(
-            f"{name:24}{last['return_mean']:>10,.0f} ± {last['return_sem']:<5,.0f}"
-            f"{last['score_mean']:>9.1f} ± {last['score_sem']:<4.1f}"
-            f"{best['score_mean']:>9.1f} ± {best['score_sem']:<4.1f}{best['step'] - warmup:>12,}"
-        )
-    lines.append(f"{'dataset':24}{run.dataset.episode_returns.mean():>10,.0f}{'':8}{member.dataset_score:>9.1f}")
-    lines += ["", f"{run.seconds / 60:.1f} minutes. In {run.config.folder}: curve.png, metrics.csv, evaluations.csv, "]
-    lines[-1] += "tensorboard/, policy.safetensors, result.json"
-    return "\n".join(lines)
-
-
-def group_table(run: Run) -> str:
-    """A line for each seed, then the interquartile mean over them."""
-    lines = ["", table_title(run), "", f"{'':24}{f'{run.config.agent}, last':>18}{'flow alone, last':>18}"]
-    last = {role: [member.results[role]["last"] for member in run.members] for role in ("policy", "flow")}
-    for member, policy, flow in zip(run.members, last["policy"], last["flow"]):
-        scores = "".join(f"{row['score_mean']:>11.1f} ± {row['score_sem']:<4.1f}" for row in (policy, flow))
-        lines.append(f"{f'seed {member.config.seed}':24}{scores}")
-    cells = []
-    for role in ("policy", "flow"):
-        middle, (low, high) = interquartile_mean([row["score_mean"] for row in last[role]])
-        cells.append(f"{middle:.1f} [{low:.1f}, {high:.1f}]")
-    lines.append(f"{'interquartile mean':24}{cells[0]:>18}{cells[1]:>18}   [95 % interval over seeds]")
-    lines.append(f"{'dataset':24}{run.members[0].dataset_score:>11.1f}")
-    folders = f"{run.config.agent}-seed{run.config.seed} ... {run.config.agent}-seed{run.members[-1].config.seed}"
-    picture = group_curve_path(run.config)
-    lines += ["", f"{run.seconds / 60:.1f} minutes. {picture}; in {folders} what each seed leaves alone"]
-    return "\n".join(lines)
 
 
 def parse(argv: Sequence[str]) -> RunConfig:
@@ -354,7 +316,7 @@ def choose_device(name: str) -> torch.device:
 
 LEFT_BY_A_RUN = (
     *("config.json", "metrics.csv", "evaluations.csv", "curve.png", "policy.safetensors", "result.json"),
-    *("trace.json", "checkpoints", "tensorboard"),
+    *("trace.json", "trace.txt", "checkpoints", "tensorboard"),
 )
 
 

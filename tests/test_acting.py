@@ -1,0 +1,97 @@
+"""Rules of acting, on actions and values that are known. The published ones are also held to recorded cases."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from train.acting import FOR_REFINING_AGENTS, RULES, Acting, flow_alone, sample
+from train.agents import AGENTS, Agent
+from train.hyperparameters import AgentConfig
+
+NAMES = ("mean-of-n", *RULES)
+OBS = torch.zeros(3, 5)
+SHIFT = 0.25
+
+
+class Value(nn.Module):
+    """Two critics whose mean is the height of the action's first number above the observation's."""
+
+    def forward(self, obs: Tensor, action: Tensor) -> Tensor:
+        q = 10 + (action - obs[..., : action.shape[-1]])[..., 0]
+        return torch.stack([q - 3, q + 3])
+
+
+def make(name: str = "fidec", monkeypatch: pytest.MonkeyPatch | None = None) -> Agent:
+    """With a patch, the flow's actions are its noise, clipped, and refining adds `SHIFT` to each of their numbers."""
+    agent = AGENTS[name](AgentConfig(actor_hidden=(16, 16), critic_hidden=(16,), flow_steps=2), 5, 2)
+    if monkeypatch is not None:
+        agent.critic = Value()  # type: ignore[assignment]
+        monkeypatch.setattr(agent, "flow_action", lambda obs, noise: noise.clamp(-1, 1))
+        monkeypatch.setattr(agent, "displacement", lambda obs, action: torch.full_like(action, SHIFT), raising=False)
+    return agent
+
+
+@pytest.mark.parametrize("name", AGENTS)
+@pytest.mark.parametrize("rule", NAMES)
+def test_every_rule_is_a_policy(name: str, rule: str) -> None:
+    agent, acting = make(name), Acting(rule, num_samples=7)  # type: ignore[arg-type]
+    obs, noise = torch.randn(3, 5), acting.draw(agent, 3, torch.Generator().manual_seed(0))
+    assert noise.shape == (3, 7 if rule.endswith("-n") else 1, 2)
+    if name == "fql" and rule in FOR_REFINING_AGENTS:
+        with pytest.raises(TypeError, match="FQL has nothing that does"):
+            acting(agent, obs, noise)
+        return
+    actions = acting(agent, obs, noise)
+    assert actions.shape == (3, 2)
+    assert actions.abs().max() <= 1
+    assert not actions.requires_grad
+    torch.testing.assert_close(actions[1:2], acting(agent, obs[1:2], noise[1:2]))  # each state by itself
+
+
+def test_what_each_rule_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
+    agent = make(monkeypatch=monkeypatch)
+    noise = torch.tensor([[[0.1, 0.7], [0.5, -0.2], [-0.9, 0.0]], [[-0.3, 0.1], [0.2, 0.2], [0.9, -0.4]]])
+    best, first = torch.tensor([[0.5, -0.2], [0.9, -0.4]]), noise[:, 0]
+    refined = (best + SHIFT).clamp(max=1)
+    for rule, expected in {
+        "sample": first + SHIFT,
+        "best-of-n": refined,
+        "iterated": (first + 5 * SHIFT).clamp(max=1),
+        "best-flow-of-n": best,
+        "best-refined-of-n": refined,
+    }.items():
+        torch.testing.assert_close(Acting(rule)(agent, OBS[:2], noise), expected, msg=rule)  # type: ignore[arg-type]
+    assert torch.equal(flow_alone(agent, OBS[:2], noise), first)
+
+
+def test_the_mean_is_weighted_by_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    agent, noise = make(monkeypatch=monkeypatch), torch.rand(3, 6, 2, dtype=torch.float64) * 2 - 1
+    obs = OBS.double()
+    q = 10 + noise[..., 0]
+    for temperature in (0.01, 0.1):
+        weights = torch.exp(q / (temperature * q.mean(1, keepdim=True)))
+        expected = (weights.unsqueeze(-1) * noise).sum(1) / weights.sum(1, keepdim=True)
+        torch.testing.assert_close(Acting("mean-of-n", 6, temperature)(agent, obs, noise), expected)
+    torch.testing.assert_close(Acting("mean-of-n", 6, 1e6)(agent, obs, noise), noise.mean(1), rtol=0, atol=1e-5)
+    best = Acting("best-flow-of-n", 6)(agent, obs, noise)
+    torch.testing.assert_close(Acting("mean-of-n", 6, 1e-6)(agent, obs, noise), best)
+
+
+@pytest.mark.parametrize("rule", ["best-flow-of-n", "mean-of-n"])
+def test_of_one_there_is_no_choice(rule: str) -> None:
+    agent, obs, noise = make(), torch.randn(3, 5), torch.randn(3, 1, 2)
+    torch.testing.assert_close(Acting(rule)(agent, obs, noise), flow_alone(agent, obs, noise))  # type: ignore[arg-type]
+    torch.testing.assert_close(Acting("best-of-n")(agent, obs, noise), sample(agent, obs, noise))
+
+
+def test_names_and_bad_settings() -> None:
+    assert [str(Acting("mean-of-n", 16)), str(Acting("best-flow-of-n", 4)), str(Acting())] == [
+        "mean-of-16",
+        "best-flow-of-4",
+        "sample",
+    ]
+    for bad in ({"num_samples": 0}, {"temperature": 0.0}):
+        with pytest.raises(ValueError, match="num_samples and temperature must be positive"):
+            Acting(**bad)  # type: ignore[arg-type]

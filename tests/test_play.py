@@ -1,0 +1,97 @@
+"""Playing a finished run, as people type it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from train import play
+from train.acting import Acting
+from train.agents import AGENTS
+from train.config import RunConfig
+from train.environments import resolve
+from train.evaluate import evaluate
+from train.hyperparameters import AgentConfig
+from train.member import Member
+
+HYPER = AgentConfig(actor_hidden=(16, 16), critic_hidden=(16,), flow_steps=2)
+
+
+def finished(folder: Path, agent: str = "fidec", **acting: object) -> Path:
+    """What a run leaves, of an agent that has learned nothing."""
+    config = RunConfig("hopper-medium", agent=agent, out=folder, hyper=HYPER, **acting)  # type: ignore[arg-type]
+    learner = AGENTS[agent](HYPER, 11, 3)
+    torch.nn.init.normal_(learner.obs_mean)
+    folder.mkdir()
+    Member(config, resolve(config.env), None, learner, None, None).save_policy()  # type: ignore[arg-type]
+    return folder
+
+
+@pytest.mark.parametrize("agent", AGENTS)
+def test_plays_what_was_trained(agent: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = finished(tmp_path / "run", agent, acting="mean-of-n", acting_samples=3)
+    policy = play.load_policy(run)
+    assert (policy.env, policy.acting) == ("hopper-medium", Acting("mean-of-n", 3))
+    weights = load_file(run / "policy.safetensors")
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in policy.agent.state_dict().items())
+
+    for options, acting in (
+        ((), policy.acting),
+        (("--acting", "sample"), Acting("sample", 3)),
+        (("--acting", "best-flow-of-n", "--acting-samples", "2"), Acting("best-flow-of-n", 2)),
+    ):
+        assert play.main([str(run), "--episodes", "2", "--seed", "7", *options]) == 0
+        printed = capsys.readouterr().out.splitlines()
+        returns = evaluate(policy.agent, "Hopper-v5", acting, episodes=2, seed=7)["policy"]
+        assert [line.split()[1] for line in printed[1:3]] == [f"{value:,.0f}" for value in returns]
+        assert printed[3].startswith(f"{acting} in Hopper-v5: score ")
+
+
+def test_films(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """With a renderer that needs no graphics driver."""
+    import gymnasium as gym
+    import imageio.v3 as imageio
+
+    run = finished(tmp_path / "run")
+    shades = iter(range(0, 250, 10))
+
+    class Rendered(gym.Wrapper):
+        def render(self) -> np.ndarray:
+            return np.full((play.HEIGHT, play.WIDTH, 3), next(shades), np.uint8)
+
+    make = gym.make
+    monkeypatch.setattr(gym, "make", lambda env_id, **options: Rendered(make(env_id)))
+    assert (
+        play.main([str(run), "--episodes", "1", "--record", str(tmp_path / "a" / "hop.gif"), "--seconds", "0.04"]) == 0
+    )
+    fps = make("Hopper-v5").metadata["render_fps"]
+    frames = imageio.imread(tmp_path / "a" / "hop.gif", index=None)
+    assert frames.shape == (round(0.04 * fps), play.HEIGHT, play.WIDTH, 3)
+    assert "hop.gif: 0.0 s" in capsys.readouterr().out
+    assert play.main([str(run), "--episodes", "1", "--record", str(tmp_path / "hop.nothing")]) == 2
+    assert "error: --record" in capsys.readouterr().err
+
+
+def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def error(*arguments: str) -> str:
+        assert play.main([str(argument) for argument in arguments]) == 2
+        return capsys.readouterr().err
+
+    assert "is not there: a run writes it when it has finished" in error(str(tmp_path))
+    fql = finished(tmp_path / "fql", "fql")
+    assert "best-of-n refines an action" in error(str(fql), "--acting", "best-of-n")
+    with pytest.raises(SystemExit):
+        play.main([str(fql), "--episodes", "0"])
+    assert "--episodes must be positive, got 0" in capsys.readouterr().err
+    file = fql / "policy.safetensors"
+    weights = load_file(file)
+    file.write_bytes(file.read_bytes()[:1000])
+    assert "is no policy of this version" in error(str(fql))
+    header = {"env": "hopper-medium", "agent": "fql", "hyper": json.dumps({"alhpa": 1})}
+    save_file(weights, file, metadata=header)
+    assert "is no policy of this version (TypeError" in error(str(fql))

@@ -1,0 +1,132 @@
+"""How an agent acts once it has learned: which of the actions that it could take, refined or not.
+
+Every rule maps standardised observations (B, obs_dim) and N(0, I) noise (B, N, d), N at least one, to actions (B, d)
+within [-1, 1]. The first three are the published ones of FiDec (arXiv 2604.17919); its N is 10.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from train.agents import Agent, DecoratorAgent
+
+RuleName = Literal["sample", "best-of-n", "iterated", "best-flow-of-n", "best-refined-of-n", "mean-of-n"]
+Policy: TypeAlias = Callable[[Agent, Tensor, Tensor], Tensor]
+
+REFINEMENTS = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Acting:
+    """A rule with its settings; called as a policy (agent, observations, noise)."""
+
+    rule: RuleName = "sample"
+    num_samples: int = 10
+    """N."""
+    temperature: float = 0.004
+    """Of mean-of-n, as a share of |Q|."""
+
+    def __post_init__(self) -> None:
+        if self.num_samples < 1 or self.temperature <= 0:
+            raise ValueError(
+                f"Acting: num_samples and temperature must be positive, got {self.num_samples} and {self.temperature}"
+            )
+
+    def __str__(self) -> str:
+        return self.rule.replace("-n", f"-{self.num_samples}")
+
+    def draw(self, agent: Agent, rows: int, generator: torch.Generator) -> Tensor:
+        """Noise for so many states."""
+        count = self.num_samples if self.rule.endswith("-n") else 1
+        device, dtype = agent.obs_mean.device, agent.obs_mean.dtype
+        return torch.randn(rows, count, agent.action_dim, generator=generator, device=device, dtype=dtype)
+
+    def __call__(self, agent: Agent, obs: Tensor, noise: Tensor) -> Tensor:
+        if self.rule == "mean-of-n":
+            return mean_of_n(agent, obs, noise, self.temperature)
+        return RULES[self.rule](agent, obs, noise)
+
+
+def flow_alone(agent: Agent, obs: Tensor, noise: Tensor) -> Tensor:
+    """δ = 0."""
+    return agent.flow_action(obs, noise[:, 0])
+
+
+def sample(agent: Agent, obs: Tensor, noise: Tensor) -> Tensor:
+    """One action of the policy."""
+    return agent.act(obs, noise[:, 0])
+
+
+def best_of_n(agent: Agent, obs: Tensor, noise: Tensor) -> Tensor:
+    """Of N flow actions the one with the highest mean Q, refined once (fidec, deflow)."""
+    return refining(agent).refine(obs, best_flow_of_n(agent, obs, noise))
+
+
+def iterated(agent: Agent, obs: Tensor, noise: Tensor) -> Tensor:
+    """Refined five times from one flow action; of the six the one with the highest mean Q (fidec, deflow)."""
+    iterates = [flow_alone(agent, obs, noise)]
+    for _ in range(REFINEMENTS):
+        iterates.append(refining(agent).refine(obs, iterates[-1]))
+    return highest_q(agent, obs, torch.stack(iterates, dim=1))
+
+
+def best_flow_of_n(agent: Agent, obs: Tensor, noise: Tensor) -> Tensor:
+    """Of N flow actions the one with the highest mean Q, as it is."""
+    return highest_q(agent, obs, agent.flow_action(each(obs, noise), noise))
+
+
+def best_refined_of_n(agent: Agent, obs: Tensor, noise: Tensor) -> Tensor:
+    """Of N of the policy's actions the one with the highest mean Q."""
+    return highest_q(agent, obs, agent.act(each(obs, noise), noise))
+
+
+@torch.no_grad()
+def mean_of_n(agent: Agent, obs: Tensor, noise: Tensor, temperature: float) -> Tensor:
+    """The mean of N flow actions, weighted by exp(Q / (temperature · mean |Q|)).
+
+    Weights of this form are those of path-integral control (MPPI, arXiv 1509.01149). Where the data's modes differ in
+    value they choose between them; within a mode they average, and what is averaged is less extreme than what is best
+    of many by a critic that errs.
+    """
+    actions = agent.flow_action(each(obs, noise), noise)
+    q = mean_q(agent, obs, actions)
+    weights = (q / (temperature * q.abs().mean(1, keepdim=True))).softmax(1)
+    return (weights.unsqueeze(-1) * actions).sum(1).clamp(-1, 1)
+
+
+RULES: dict[str, Policy] = {
+    "sample": sample,
+    "best-of-n": best_of_n,
+    "iterated": iterated,
+    "best-flow-of-n": best_flow_of_n,
+    "best-refined-of-n": best_refined_of_n,
+}
+FOR_REFINING_AGENTS: tuple[RuleName, ...] = ("best-of-n", "iterated")
+
+
+def refining(agent: Agent) -> DecoratorAgent:
+    if not isinstance(agent, DecoratorAgent):
+        raise TypeError(f"this rule refines an action, and {type(agent).__name__} has nothing that does")
+    return agent
+
+
+def each(obs: Tensor, noise: Tensor) -> Tensor:
+    """The observation of each noise."""
+    return obs.unsqueeze(1).expand(-1, noise.shape[1], -1)
+
+
+def mean_q(agent: Agent, obs: Tensor, actions: Tensor) -> Tensor:
+    """Q of each state's actions (B, N, d), the mean over both critics: (B, N)."""
+    qs = agent.critic(each(obs, actions).flatten(0, 1), actions.flatten(0, 1))
+    return qs.mean(0).view(actions.shape[:2])
+
+
+@torch.no_grad()
+def highest_q(agent: Agent, obs: Tensor, actions: Tensor) -> Tensor:
+    """Of each state's actions (B, N, d) the one of highest `mean_q`: (B, d)."""
+    return actions[torch.arange(len(actions), device=actions.device), mean_q(agent, obs, actions).argmax(1)]

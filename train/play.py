@@ -1,0 +1,155 @@
+"""Play a finished run: what it earns, and what that looks like.
+
+python train/play.py runs/halfcheetah-medium-expert/fidec-seed0
+python train/play.py RUN --acting best-of-n --acting-samples 16 --record cheetah.gif
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+import torch
+import tyro
+from safetensors import SafetensorError, safe_open
+
+from train.acting import FOR_REFINING_AGENTS, Acting, RuleName
+from train.agents import AGENTS, Agent, DecoratorAgent
+from train.environments import UnknownEnvironment, normalized_score, resolve
+from train.evaluate import player, run_episodes
+from train.hyperparameters import AgentConfig, require
+
+WIDTH, HEIGHT = 480, 320
+
+
+class PlayError(RuntimeError):
+    """Something the user can mend."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PlayConfig:
+    """Play a finished run: what it earns, and what that looks like."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Folder of the run, with policy.safetensors."""
+    acting: RuleName | None = None
+    """How to act, see `train/run.py --help`; as the run was judged when not given."""
+    acting_samples: int | None = None
+    """N of the rules that choose, likewise."""
+    acting_temperature: float | None = None
+    """Of mean-of-n, likewise."""
+    episodes: int = 10
+    """Episodes to play, side by side."""
+    seed: int = 0
+    """Of the initial states and the noise."""
+    record: Path | None = None
+    """Also film one episode: a .gif, or with `pip install imageio[ffmpeg]` an .mp4."""
+    seconds: float = 10.0
+    """Of the film."""
+
+    def __post_init__(self) -> None:
+        for name in ("acting_samples", "acting_temperature", "episodes", "seconds"):
+            require(name, getattr(self, name), (value := getattr(self, name)) is None or value > 0, "positive")
+
+    def acts(self, judged_by: Acting) -> Acting:
+        """As asked for, and else as the run was judged."""
+        asked: dict[str, Any] = {
+            "rule": self.acting,
+            "num_samples": self.acting_samples,
+            "temperature": self.acting_temperature,
+        }
+        return dataclasses.replace(judged_by, **{name: value for name, value in asked.items() if value is not None})
+
+
+class Policy(NamedTuple):
+    agent: Agent
+    env: str
+    acting: Acting
+
+
+def load_policy(folder: Path) -> Policy:
+    """The agent that a run left in ``folder``, with its environment and the rule that it was judged by.
+
+    Raises:
+        PlayError: there is none, or it cannot be read.
+    """
+    path = folder / "policy.safetensors"
+    if not path.exists():
+        raise PlayError(f"{path} is not there: a run writes it when it has finished")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header, weights = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        hyper = json.loads(header["hyper"])
+        hyper |= {name: tuple(value) for name, value in hyper.items() if isinstance(value, list)}
+        obs_dim = len(weights["obs_mean"])
+        agent = AGENTS[header["agent"]](AgentConfig(**hyper), obs_dim, weights["critic.weights.0"].shape[1] - obs_dim)
+        agent.load_state_dict(weights)
+        return Policy(agent, header["env"], Acting(**json.loads(header["acting"])))
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise PlayError(f"{path} is no policy of this version ({type(error).__name__}: {error})") from error
+
+
+def film(env_id: str, act: Callable[[np.ndarray], np.ndarray], path: Path, seed: int, seconds: float) -> str:
+    """The first seconds of an episode, in real time."""
+    if sys.platform == "linux" and "DISPLAY" not in os.environ:
+        os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen
+    import gymnasium as gym
+    import imageio.v3 as imageio
+
+    env = gym.make(env_id, render_mode="rgb_array", width=WIDTH, height=HEIGHT)
+    frames: list[Any] = []
+    over = False
+    try:
+        fps = int(env.metadata["render_fps"])
+        obs, _ = env.reset(seed=seed)
+        while not over and len(frames) < seconds * fps:
+            frames.append(env.render())
+            obs, _, terminated, truncated, _ = env.step(act(obs[None])[0])
+            over = terminated or truncated
+        # a GIF counts its frames in hundredths of a second
+        options = {"duration": 1000 / fps, "loop": 0} if path.suffix == ".gif" else {"fps": fps}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        imageio.imwrite(path, np.stack(frames), **options)
+    except Exception as error:  # of the renderer, or of what writes the file
+        raise PlayError(f"--record {path}: {type(error).__name__}: {str(error).splitlines()[0]}") from error
+    finally:
+        env.close()
+    return f"{path}: {len(frames) / fps:.1f} s"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    config = tyro.cli(PlayConfig, args=argv)
+    try:
+        policy = load_policy(config.run)
+        spec = resolve(policy.env)
+        acting = config.acts(policy.acting)
+        if acting.rule in FOR_REFINING_AGENTS and not isinstance(policy.agent, DecoratorAgent):
+            raise PlayError(f"--acting {acting.rule} refines an action, and this agent has nothing that does")
+
+        def act() -> Callable[[np.ndarray], np.ndarray]:
+            return player(policy.agent, acting, acting, config.seed)
+
+        returns = run_episodes(spec.env_id, act(), episodes=config.episodes, seed=config.seed)
+        print(f"{'episode':>8}{'return':>10}{'score':>8}")
+        for i, value in enumerate(returns):
+            print(f"{i:>8}{value:>10,.0f}{normalized_score(spec, float(value)):>8.1f}")
+        score = normalized_score(spec, returns)
+        sem = score.std(ddof=1) / len(score) ** 0.5 if len(score) > 1 else 0.0
+        print(f"{acting} in {spec.env_id}: score {score.mean():.1f} ± {sem:.1f}")
+        if config.record is not None:
+            print(film(spec.env_id, act(), config.record, config.seed, config.seconds))
+    except (PlayError, UnknownEnvironment, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    torch.set_grad_enabled(False)
+    sys.exit(main())
