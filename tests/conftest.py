@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
 from getpass import getuser
 from pathlib import Path
 
@@ -41,6 +42,23 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         if not files:
             raise pytest.UsageError(f"--golden-dir: no .npz file in {folder}")
         metafunc.parametrize("golden", files, ids=lambda f: f.stem, scope="module")
+
+
+@pytest.fixture(scope="module")
+def datasets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One folder of generated data for all runs, made by the first that needs it; nothing is downloaded."""
+    import huggingface_hub
+
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # that of all workers; who generates holds a lock
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MINARI_DATASETS_PATH", str(folder / "minari"))
+        patch.setenv("HF_HUB_OFFLINE", "1")  # for runs in a process of their own
+        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # for those in this one
+        huggingface_hub.close_session()
+        yield
+    huggingface_hub.close_session()
 
 
 @pytest.fixture(autouse=True)

@@ -53,6 +53,15 @@ def test_a_frozen_flow_has_no_loss_but_keeps_its_momentum() -> None:
     assert all(not p.grad.any() for p in agent.flow.parameters())
 
 
+def test_a_flow_that_only_its_warm_up_trains_stays_as_it_is() -> None:
+    agent, optimizer, batch = make("fidec", freeze_flow_after=0)
+    agent.update(optimizer, batch, agent.draw(32), ("flow",))
+    before = [p.clone() for p in agent.flow.parameters()]
+    for updates in range(2):
+        agent.update(optimizer, batch, agent.draw(32), agent.agent_parts(updates))
+    assert all(torch.equal(p, old) for p, old in zip(agent.flow.parameters(), before))
+
+
 def test_frozen_critics_stay_as_they_are() -> None:
     agent, optimizer, batch = make("fidec", freeze_critic_after=1)
     for updates in range(3):

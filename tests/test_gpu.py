@@ -78,11 +78,11 @@ def test_no_suite_is_forgotten() -> None:
     }
 
 
+@pytest.mark.usefixtures("datasets")
 @pytest.mark.long("two minutes of small runs")
 def test_dry_run(tmp_path: Path) -> None:
     """Everything that a GPU would be asked to do, on the CPU and in small."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
-    environment |= {"MINARI_DATASETS_PATH": str(tmp_path / "minari"), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "benchmarks/gpu.py", "--dry-run", "--out", str(tmp_path / "out")]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     log = (tmp_path / "out" / "log.txt").read_text()

@@ -93,12 +93,12 @@ class Learner(nn.Module, abc.ABC):
 
     def agent_parts(self, updates: int) -> Parts:
         """Losses of an update of the whole agent, when ``updates`` of those have been made."""
-
-        def learns(freeze_after: int | None) -> bool:
-            return freeze_after is None or updates < freeze_after
-
-        critic: Parts = ("critic",) if learns(self.config.freeze_critic_after) else ()
-        return (*critic, "flow" if learns(self.config.freeze_flow_after) else "frozen_flow", "actor")
+        flow_until, critic_until = self.config.freeze_flow_after, self.config.freeze_critic_after
+        critic: Parts = ("critic",) if critic_until is None or updates < critic_until else ()
+        flow: Parts = ("flow",) if flow_until is None or updates < flow_until else ("frozen_flow",)
+        if flow_until == 0:  # momentum left by a warm-up, at another learning rate, would throw it off
+            flow = ()
+        return (*critic, *flow, "actor")
 
     def update(
         self,

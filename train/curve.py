@@ -126,6 +126,42 @@ def interquartile_mean(scores: Sequence[float]) -> tuple[float, tuple[float, flo
     return float(trim_mean(scores, 0.25)), (float(found.low), float(found.high))
 
 
+def draw_comparison(
+    path: Path,
+    title: str,
+    lines: Mapping[str, tuple[float, tuple[float, float], Sequence[float]]],
+    dataset_score: float,
+    label: str,
+) -> None:
+    """Draw a row for each way to act: every seed's score, their middle and its interval.
+
+    Args:
+        path: of the picture.
+        title: over it.
+        lines: name to middle, interval and the scores themselves.
+        dataset_score: normalised score of the dataset's own mean return.
+        label: what the score is, for the axis.
+    """
+    with plt.rc_context(STYLE):
+        figure, ax = plt.subplots(figsize=(9, 1.4 + 0.45 * len(lines)), layout="constrained")
+        for y, (middle, (low, high), scores) in enumerate(lines.values()):
+            ax.plot([low, high], [y, y], color=BLUE, linewidth=7, alpha=0.3, solid_capstyle="butt")
+            ax.plot(scores, [y] * len(scores), "o", color=GREY, markersize=4)
+            ax.plot([middle], [y], "|", color=BLUE, markersize=16, markeredgewidth=2.5)
+            ax.annotate(f"{middle:.1f}", (1.01, y), xycoords=("axes fraction", "data"), va="center")
+        ax.axvline(dataset_score, color=GREY, linestyle="--", linewidth=1.2)
+        ax.annotate(
+            "dataset's mean", (dataset_score, 1.01), xycoords=("data", "axes fraction"), ha="center", color=GREY
+        )
+        ax.set_yticks(range(len(lines)), list(lines))
+        ax.set_ylim(len(lines) - 0.5, -0.5)
+        ax.set_xlabel(label)
+        ax.set_title(title, loc="left", fontsize=14, pad=20)
+        ax.grid(axis="x", alpha=0.25)
+        figure.savefig(path, dpi=150)
+        plt.close(figure)
+
+
 def group_curve_path(config: RunConfig) -> Path:
     last = config.seed + config.num_seeds - 1
     return config.group_folder / f"{config.agent}-seeds{config.seed}to{last}.png"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from train.agents import Agent
 from train.checkpoint import Checkpoint, save_checkpoint, write_safetensors, write_whole
-from train.config import RunConfig
+from train.config import RunConfig, role_names
 from train.curve import draw_curve
 from train.dataset import OfflineDataset
 from train.environments import EnvSpec, normalized_score
@@ -139,6 +139,8 @@ class Member:
         summary = {
             "config": config.as_json(),
             "env_id": self.spec.env_id,
+            "label": score_label(self.spec),
+            "role_names": role_names(config),
             "dataset_ids": self.dataset.dataset_ids,
             "dataset_return": float(self.dataset.episode_returns.mean()),
             "dataset_score": self.dataset_score,

@@ -1,0 +1,85 @@
+"""Several agents and seeds side by side: what is drawn is what the runs found, and nothing is trained twice."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+from train import compare, curve
+from train.compare import Line
+
+
+def summary(agent: str, seed: int, policy: float, sample: float, flow: float) -> dict[str, Any]:
+    """What a run leaves in result.json, as far as it is read."""
+    scores = {"policy": policy, "sample": sample, "flow": flow}
+    return {
+        "config": {"seed": seed, "eval_episodes": 20},
+        "env_id": "HalfCheetah-v5",
+        "label": "score",
+        "role_names": {"policy": f"{agent}, mean-of-16", "sample": f"{agent}, one sample", "flow": "the flow"},
+        "dataset_score": 65.0,
+        "seconds": 600.0 + seed,
+        "results": {role: {"last": {"score_mean": score}} for role, score in scores.items()},
+    }
+
+
+def test_lines_and_table() -> None:
+    results = {
+        "fidec": [summary("fidec", 0, 85, 50, 44), summary("fidec", 1, 87, 54, 46)],
+        "fql": [summary("fql", 0, 80, 60, 45)],
+    }
+    lines = compare.lines_of(results)
+    assert [(line.name, line.scores) for line in lines] == [
+        ("FiDec, mean-of-16", [85, 87]),
+        ("FiDec, one sample", [50, 54]),
+        ("FQL, mean-of-16", [80]),
+        ("FQL, one sample", [60]),
+        ("behaviour cloning (the flow alone)", [44, 46]),
+    ]
+    assert lines[0].middle == (86.0, (85.0, 87.0))
+    assert lines[2].middle == (80, (80, 80))
+    rows = compare.table(lines, results, "halfcheetah-medium-expert").splitlines()
+    assert rows[0] == "| halfcheetah-medium-expert | seed 0 | seed 1 | all |"
+    assert rows[2] == "| FiDec, mean-of-16 | 85.0 | 87.0 | 86.0 (85.0 to 87.0) |"
+    assert rows[4] == "| FQL, mean-of-16 | 80.0 |  | 80.0 (80.0 to 80.0) |"
+    assert all(row.count("|") == 5 for row in rows[:7])
+    assert "65.0. Minutes of the longest run: FiDec 10, FQL 10." in rows[-1]
+
+
+def test_the_picture_shows_every_middle(tmp_path: Path) -> None:
+    lines = [Line("a", [10.0, 20.0]), Line("b", [80.0, 90.0])]
+    bars = {line.name: (*line.middle, line.scores) for line in lines}
+    curve.draw_comparison(tmp_path / "compare.png", "title", bars, 50.0, "score")
+    picture = plt.imread(tmp_path / "compare.png")
+    blue = np.abs(picture[..., :3] - mpl.colors.to_rgb(curve.BLUE)).max(-1) < 0.02
+    rows, columns = np.nonzero(blue)
+    upper = rows < (rows.min() + rows.max()) / 2
+    assert columns[upper].max() < columns[~upper].min() - 0.4 * picture.shape[1], "15 is far to the left of 85"
+
+
+@pytest.mark.usefixtures("datasets")
+def test_runs_go_on_where_they_were(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny = (  # noqa: SIM905 (reads as typed)
+        "--actor-hidden 16 16 --critic-hidden 16 --flow-steps 2 --batch-size 32 --flow-warmup 4 --critic-warmup 4 "
+        "--steps 4 --log-every 2 --eval-every 4 --eval-episodes 2 --interim-episodes 1 --device cpu"
+    ).split()
+    options = ["--env", "halfcheetah-medium", "--preset", "quick", "--agents", "fidec", "fql", "--out", str(tmp_path)]
+    assert compare.main([*options, "--seeds", "0", "--", *tiny]) == 0
+    assert "| FQL, one sample |" in capsys.readouterr().out
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*-seed0/evaluations.csv")}
+    assert len(before) == 2
+    assert compare.main([*options, "--seeds", "0", "1", "--", *tiny]) == 0
+    found = [json.loads((tmp_path / f"fidec-seed{seed}" / "result.json").read_text()) for seed in (0, 1)]
+    scores = [result["results"]["policy"]["last"]["score_mean"] for result in found]
+    table = (tmp_path / "compare.md").read_text()
+    assert f"| FiDec, mean-of-16 | {scores[0]:.1f} | {scores[1]:.1f} |" in table
+    assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
+    assert len((tmp_path / "fidec-seed0" / "evaluations.csv").read_text().splitlines()) == 1 + 3 * 3
+    assert compare.main([*options, "--seeds", "0", "--", *tiny, "--lr", "0.1"]) == 2
+    assert "was started with --lr" in capsys.readouterr().err

@@ -1,0 +1,125 @@
+"""Train several agents on several seeds, one run after the other, and put their scores side by side.
+
+    python train/compare.py --env halfcheetah-medium-expert --preset standard
+    python train/compare.py --env hopper-medium-expert --preset quick --agents fidec fql --seeds 0 1 -- --lr 3e-4
+
+What stands behind ``--`` goes to every run (``python train/run.py --help``). Each run has a folder of its own; called
+again, finished ones are read and the one that was interrupted goes on. Behaviour cloning is the flow alone (δ = 0),
+which every run trains and evaluates. Table and picture are drawn anew after every run: compare.md, compare.png.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import tyro
+
+from train import run
+from train.checkpoint import write_whole
+from train.curve import draw_comparison, interquartile_mean
+
+AgentName = Literal["fidec", "deflow", "fql"]
+NAMES = {"fidec": "FiDec", "deflow": "DeFlow", "fql": "FQL"}
+
+
+@dataclasses.dataclass(frozen=True)
+class CompareConfig:
+    """Train several agents on several seeds and put their scores side by side; behind -- what goes to every run."""
+
+    env: str
+    """What to learn; `python train/environments.py` lists the names."""
+    preset: Literal["auto", "quick", "standard", "full"] = "auto"
+    """Of every run."""
+    agents: tuple[AgentName, ...] = ("fidec", "deflow", "fql")
+    seeds: tuple[int, ...] = (0, 1, 2)
+    out: Path | None = None
+    """Folder; runs/compare-ENV when not given."""
+
+    @property
+    def folder(self) -> Path:
+        return self.out or Path("runs") / f"compare-{self.env}"
+
+
+class Line(NamedTuple):
+    """Last scores of one way to act, one a seed."""
+
+    name: str
+    scores: list[float]
+
+    @property
+    def middle(self) -> tuple[float, tuple[float, float]]:
+        """Interquartile mean over seeds, and its interval; of one seed it has no width."""
+        if len(self.scores) == 1:
+            return self.scores[0], (self.scores[0], self.scores[0])
+        return interquartile_mean(self.scores)
+
+
+def lines_of(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Line]:
+    """From the summaries of finished runs (result.json), by agent."""
+
+    def scores(summaries: Sequence[Mapping[str, Any]], role: str) -> list[float]:
+        return [summary["results"][role]["last"]["score_mean"] for summary in summaries]
+
+    lines = []
+    for agent, summaries in results.items():
+        for role, name in summaries[0]["role_names"].items():
+            if role != "flow":
+                lines.append(Line(name.replace(agent, NAMES[agent], 1), scores(summaries, role)))
+    longest = max(results.values(), key=len)
+    return [*lines, Line("behaviour cloning (the flow alone)", scores(longest, "flow"))]
+
+
+def table(lines: Sequence[Line], results: Mapping[str, Sequence[Mapping[str, Any]]], env: str) -> str:
+    (first, *_), *_ = results.values()
+    episodes = first["config"]["eval_episodes"]
+    seeds = [str(summary["config"]["seed"]) for summary in max(results.values(), key=len)]
+    rows = [f"| {env} | {' | '.join(f'seed {seed}' for seed in seeds)} | all |", "|---" * (len(seeds) + 2) + "|"]
+    for line in lines:
+        middle, (low, high) = line.middle
+        cells = [f"{score:.1f}" for score in line.scores] + [""] * (len(seeds) - len(line.scores))
+        rows.append(f"| {line.name} | {' | '.join(cells)} | {middle:.1f} ({low:.1f} to {high:.1f}) |")
+    minutes = ", ".join(
+        f"{NAMES[agent]} {max(summary['seconds'] for summary in summaries) / 60:.0f}"
+        for agent, summaries in results.items()
+    )
+    return "\n".join(
+        [
+            *rows,
+            "",
+            f"D4RL-normalised score in {first['env_id']} after the last update, {episodes} episodes a seed; all: "
+            f"interquartile mean with its 95 % bootstrap interval over seeds. The dataset's mean return is worth "
+            f"{first['dataset_score']:.1f}. Minutes of the longest run: {minutes}.",
+        ]
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    split = arguments.index("--") if "--" in arguments else len(arguments)
+    config, extra = tyro.cli(CompareConfig, args=arguments[:split]), arguments[split + 1 :]
+    results: dict[str, list[dict[str, Any]]] = {}
+    # seed by seed, so that there is something to compare soon
+    for seed in config.seeds:
+        for agent in config.agents:
+            folder = config.folder / f"{agent}-seed{seed}"
+            options = ["--env", config.env, "--agent", agent, "--preset", config.preset, "--seed", str(seed)]
+            print(f"\n== {agent}, seed {seed}", flush=True)
+            if code := run.main([*options, "--out", str(folder), "--resume", *extra]):
+                return code
+            results.setdefault(agent, []).append(json.loads((folder / "result.json").read_text()))
+            lines = lines_of(results)
+            write_whole(config.folder / "compare.md", table(lines, results, config.env) + "\n")
+            (first, *_), *_ = results.values()
+            bars = {line.name: (*line.middle, line.scores) for line in lines}
+            draw_comparison(config.folder / "compare.png", config.env, bars, first["dataset_score"], first["label"])
+    print(f"\n{(config.folder / 'compare.md').read_text()}\nin {config.folder}: compare.md, compare.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
