@@ -297,7 +297,7 @@ class Replay:
         if isinstance(agent, DecoratorAgent):
             for rule, name in ((acting.best_of_n, "maxq"), (acting.iterated, "iter")):
                 noise = self.tensor(f"eval/{name}_noise").view(1, -1, agent.action_dim)
-                self.results[f"eval/{name}_action"] = rule(agent, obs[:1], noise)[0]
+                self.results[f"eval/{name}_action"] = rule(agent, obs[:1], noise, 0.0)[0]
 
 
 def mismatches(

@@ -6,11 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from train.acting import FOR_REFINING_AGENTS, RULES, Acting, flow_alone, sample
+from train.acting import FOR_REFINING_AGENTS, RULES, Acting, flow_alone
 from train.agents import AGENTS, Agent
 from train.hyperparameters import AgentConfig
 
-NAMES = ("mean-of-n", *RULES)
 OBS = torch.zeros(3, 5)
 SHIFT = 0.25
 
@@ -34,7 +33,7 @@ def make(name: str = "fidec", monkeypatch: pytest.MonkeyPatch | None = None) -> 
 
 
 @pytest.mark.parametrize("name", AGENTS)
-@pytest.mark.parametrize("rule", NAMES)
+@pytest.mark.parametrize("rule", RULES)
 def test_every_rule_is_a_policy(name: str, rule: str) -> None:
     agent, acting = make(name), Acting(rule, num_samples=7)  # type: ignore[arg-type]
     obs, noise = torch.randn(3, 5), acting.draw(agent, 3, torch.Generator().manual_seed(0))
@@ -73,22 +72,24 @@ def test_the_mean_is_weighted_by_value(monkeypatch: pytest.MonkeyPatch) -> None:
     for temperature in (0.01, 0.1):
         weights = torch.exp(q / (temperature * q.mean(1, keepdim=True)))
         expected = (weights.unsqueeze(-1) * noise).sum(1) / weights.sum(1, keepdim=True)
-        torch.testing.assert_close(Acting("mean-of-n", 6, temperature)(agent, obs, noise), expected)
-    torch.testing.assert_close(Acting("mean-of-n", 6, 1e6)(agent, obs, noise), noise.mean(1), rtol=0, atol=1e-5)
+        torch.testing.assert_close(Acting("mean-flow-of-n", 6, temperature)(agent, obs, noise), expected)
+    torch.testing.assert_close(Acting("mean-flow-of-n", 6, 1e6)(agent, obs, noise), noise.mean(1), rtol=0, atol=1e-5)
+    refined = Acting("mean-refined-of-n", 6, 1e6)(agent, obs, noise)
+    torch.testing.assert_close(refined, (noise + SHIFT).clamp(max=1).mean(1), rtol=0, atol=1e-5)
     best = Acting("best-flow-of-n", 6)(agent, obs, noise)
-    torch.testing.assert_close(Acting("mean-of-n", 6, 1e-6)(agent, obs, noise), best)
+    torch.testing.assert_close(Acting("mean-flow-of-n", 6, 1e-6)(agent, obs, noise), best)
 
 
-@pytest.mark.parametrize("rule", ["best-flow-of-n", "mean-of-n"])
+@pytest.mark.parametrize("rule", ["best-flow-of-n", "mean-flow-of-n"])
 def test_of_one_there_is_no_choice(rule: str) -> None:
     agent, obs, noise = make(), torch.randn(3, 5), torch.randn(3, 1, 2)
     torch.testing.assert_close(Acting(rule)(agent, obs, noise), flow_alone(agent, obs, noise))  # type: ignore[arg-type]
-    torch.testing.assert_close(Acting("best-of-n")(agent, obs, noise), sample(agent, obs, noise))
+    torch.testing.assert_close(Acting("best-of-n")(agent, obs, noise), Acting("sample")(agent, obs, noise))
 
 
 def test_names_and_bad_settings() -> None:
-    assert [str(Acting("mean-of-n", 16)), str(Acting("best-flow-of-n", 4)), str(Acting())] == [
-        "mean-of-16",
+    assert [str(Acting("mean-flow-of-n", 16)), str(Acting("best-flow-of-n", 4)), str(Acting())] == [
+        "mean-flow-of-16",
         "best-flow-of-4",
         "sample",
     ]

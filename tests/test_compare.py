@@ -22,7 +22,7 @@ def summary(agent: str, seed: int, policy: float, sample: float, flow: float) ->
         "config": {"seed": seed, "eval_episodes": 20},
         "env_id": "HalfCheetah-v5",
         "label": "score",
-        "role_names": {"policy": f"{agent}, mean-of-16", "sample": f"{agent}, one sample", "flow": "the flow"},
+        "role_names": {"policy": f"{agent}, mean-flow-of-16", "sample": f"{agent}, one sample", "flow": "the flow"},
         "dataset_score": 65.0,
         "seconds": 600.0 + seed,
         "results": {role: {"last": {"score_mean": score}} for role, score in scores.items()},
@@ -36,9 +36,9 @@ def test_lines_and_table() -> None:
     }
     lines = compare.lines_of(results)
     assert [(line.name, line.scores) for line in lines] == [
-        ("FiDec, mean-of-16", [85, 87]),
+        ("FiDec, mean-flow-of-16", [85, 87]),
         ("FiDec, one sample", [50, 54]),
-        ("FQL, mean-of-16", [80]),
+        ("FQL, mean-flow-of-16", [80]),
         ("FQL, one sample", [60]),
         ("behaviour cloning (the flow alone)", [44, 46]),
     ]
@@ -46,8 +46,8 @@ def test_lines_and_table() -> None:
     assert lines[2].middle == (80, (80, 80))
     rows = compare.table(lines, results, "halfcheetah-medium-expert").splitlines()
     assert rows[0] == "| halfcheetah-medium-expert | seed 0 | seed 1 | all |"
-    assert rows[2] == "| FiDec, mean-of-16 | 85.0 | 87.0 | 86.0 (85.0 to 87.0) |"
-    assert rows[4] == "| FQL, mean-of-16 | 80.0 |  | 80.0 (80.0 to 80.0) |"
+    assert rows[2] == "| FiDec, mean-flow-of-16 | 85.0 | 87.0 | 86.0 (85.0 to 87.0) |"
+    assert rows[4] == "| FQL, mean-flow-of-16 | 80.0 |  | 80.0 (80.0 to 80.0) |"
     assert all(row.count("|") == 5 for row in rows[:7])
     assert "65.0. Minutes of the longest run: FiDec 10, FQL 10." in rows[-1]
 
@@ -78,7 +78,7 @@ def test_runs_go_on_where_they_were(tmp_path: Path, capsys: pytest.CaptureFixtur
     found = [json.loads((tmp_path / f"fidec-seed{seed}" / "result.json").read_text()) for seed in (0, 1)]
     scores = [result["results"]["policy"]["last"]["score_mean"] for result in found]
     table = (tmp_path / "compare.md").read_text()
-    assert f"| FiDec, mean-of-16 | {scores[0]:.1f} | {scores[1]:.1f} |" in table
+    assert f"| FiDec, mean-flow-of-16 | {scores[0]:.1f} | {scores[1]:.1f} |" in table
     assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
     assert len((tmp_path / "fidec-seed0" / "evaluations.csv").read_text().splitlines()) == 1 + 3 * 3
     assert compare.main([*options, "--seeds", "0", "--", *tiny, "--lr", "0.1"]) == 2

@@ -34,9 +34,9 @@ def finished(folder: Path, agent: str = "fidec", **acting: object) -> Path:
 
 @pytest.mark.parametrize("agent", AGENTS)
 def test_plays_what_was_trained(agent: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = finished(tmp_path / "run", agent, acting="mean-of-n", acting_samples=3)
+    run = finished(tmp_path / "run", agent, acting="mean-flow-of-n", acting_samples=3)
     policy = play.load_policy(run)
-    assert (policy.env, policy.acting) == ("hopper-medium", Acting("mean-of-n", 3))
+    assert (policy.env, policy.acting) == ("hopper-medium", Acting("mean-flow-of-n", 3))
     weights = load_file(run / "policy.safetensors")
     assert all(torch.equal(tensor, weights[name]) for name, tensor in policy.agent.state_dict().items())
 

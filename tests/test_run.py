@@ -203,7 +203,7 @@ def test_divergence_ends_the_run_and_is_not_checkpointed(tmp_path: Path, capsys:
 def test_the_other_agents_run(tmp_path: Path, agent: str, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [*TINY, "--agent", agent, "--steps", "5", "--out", str(tmp_path / "run")]
     assert main([*arguments, "--no-standardize-observations"]) == 0
-    assert f"{agent}, mean-of-16" in capsys.readouterr().out.split("score, best")[1]
+    assert f"{agent}, mean-flow-of-16" in capsys.readouterr().out.split("score, best")[1]
     assert (tmp_path / "run" / "curve.png").exists()
 
 

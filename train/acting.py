@@ -15,7 +15,15 @@ from torch import Tensor
 
 from train.agents import Agent, DecoratorAgent
 
-RuleName = Literal["sample", "best-of-n", "iterated", "best-flow-of-n", "best-refined-of-n", "mean-of-n"]
+RuleName = Literal[
+    "sample",
+    "best-of-n",
+    "iterated",
+    "best-flow-of-n",
+    "best-refined-of-n",
+    "mean-flow-of-n",
+    "mean-refined-of-n",
+]
 Policy: TypeAlias = Callable[[Agent, Tensor, Tensor], Tensor]
 
 REFINEMENTS = 5
@@ -29,7 +37,7 @@ class Acting:
     num_samples: int = 10
     """N."""
     temperature: float = 0.004
-    """Of mean-of-n, as a share of |Q|."""
+    """Of the means, as a share of |Q|."""
 
     def __post_init__(self) -> None:
         if self.num_samples < 1 or self.temperature <= 0:
@@ -47,9 +55,7 @@ class Acting:
         return torch.randn(rows, count, agent.action_dim, generator=generator, device=device, dtype=dtype)
 
     def __call__(self, agent: Agent, obs: Tensor, noise: Tensor) -> Tensor:
-        if self.rule == "mean-of-n":
-            return mean_of_n(agent, obs, noise, self.temperature)
-        return RULES[self.rule](agent, obs, noise)
+        return RULES[self.rule](agent, obs, noise, self.temperature)
 
 
 def flow_alone(agent: Agent, obs: Tensor, noise: Tensor) -> Tensor:
@@ -57,54 +63,52 @@ def flow_alone(agent: Agent, obs: Tensor, noise: Tensor) -> Tensor:
     return agent.flow_action(obs, noise[:, 0])
 
 
-def sample(agent: Agent, obs: Tensor, noise: Tensor) -> Tensor:
+def sample(agent: Agent, obs: Tensor, noise: Tensor, _: float) -> Tensor:
     """One action of the policy."""
     return agent.act(obs, noise[:, 0])
 
 
-def best_of_n(agent: Agent, obs: Tensor, noise: Tensor) -> Tensor:
+def best_of_n(agent: Agent, obs: Tensor, noise: Tensor, temperature: float) -> Tensor:
     """Of N flow actions the one with the highest mean Q, refined once (fidec, deflow)."""
-    return refining(agent).refine(obs, best_flow_of_n(agent, obs, noise))
+    return refining(agent).refine(obs, best_flow_of_n(agent, obs, noise, temperature))
 
 
-def iterated(agent: Agent, obs: Tensor, noise: Tensor) -> Tensor:
+def iterated(agent: Agent, obs: Tensor, noise: Tensor, _: float) -> Tensor:
     """Refined five times from one flow action; of the six the one with the highest mean Q (fidec, deflow)."""
     iterates = [flow_alone(agent, obs, noise)]
-    for _ in range(REFINEMENTS):
+    for _i in range(REFINEMENTS):
         iterates.append(refining(agent).refine(obs, iterates[-1]))
     return highest_q(agent, obs, torch.stack(iterates, dim=1))
 
 
-def best_flow_of_n(agent: Agent, obs: Tensor, noise: Tensor) -> Tensor:
+def best_flow_of_n(agent: Agent, obs: Tensor, noise: Tensor, _: float) -> Tensor:
     """Of N flow actions the one with the highest mean Q, as it is."""
     return highest_q(agent, obs, agent.flow_action(each(obs, noise), noise))
 
 
-def best_refined_of_n(agent: Agent, obs: Tensor, noise: Tensor) -> Tensor:
+def best_refined_of_n(agent: Agent, obs: Tensor, noise: Tensor, _: float) -> Tensor:
     """Of N of the policy's actions the one with the highest mean Q."""
     return highest_q(agent, obs, agent.act(each(obs, noise), noise))
 
 
-@torch.no_grad()
-def mean_of_n(agent: Agent, obs: Tensor, noise: Tensor, temperature: float) -> Tensor:
-    """The mean of N flow actions, weighted by exp(Q / (temperature · mean |Q|)).
-
-    Weights of this form are those of path-integral control (MPPI, arXiv 1509.01149). Where the data's modes differ in
-    value they choose between them; within a mode they average, and what is averaged is less extreme than what is best
-    of many by a critic that errs.
-    """
-    actions = agent.flow_action(each(obs, noise), noise)
-    q = mean_q(agent, obs, actions)
-    weights = (q / (temperature * q.abs().mean(1, keepdim=True))).softmax(1)
-    return (weights.unsqueeze(-1) * actions).sum(1).clamp(-1, 1)
+def mean_flow_of_n(agent: Agent, obs: Tensor, noise: Tensor, temperature: float) -> Tensor:
+    """The `weighted_mean` of N flow actions."""
+    return weighted_mean(agent, obs, agent.flow_action(each(obs, noise), noise), temperature)
 
 
-RULES: dict[str, Policy] = {
+def mean_refined_of_n(agent: Agent, obs: Tensor, noise: Tensor, temperature: float) -> Tensor:
+    """The `weighted_mean` of N of the policy's actions."""
+    return weighted_mean(agent, obs, agent.act(each(obs, noise), noise), temperature)
+
+
+RULES: dict[RuleName, Callable[[Agent, Tensor, Tensor, float], Tensor]] = {
     "sample": sample,
     "best-of-n": best_of_n,
     "iterated": iterated,
     "best-flow-of-n": best_flow_of_n,
     "best-refined-of-n": best_refined_of_n,
+    "mean-flow-of-n": mean_flow_of_n,
+    "mean-refined-of-n": mean_refined_of_n,
 }
 FOR_REFINING_AGENTS: tuple[RuleName, ...] = ("best-of-n", "iterated")
 
@@ -130,3 +134,16 @@ def mean_q(agent: Agent, obs: Tensor, actions: Tensor) -> Tensor:
 def highest_q(agent: Agent, obs: Tensor, actions: Tensor) -> Tensor:
     """Of each state's actions (B, N, d) the one of highest `mean_q`: (B, d)."""
     return actions[torch.arange(len(actions), device=actions.device), mean_q(agent, obs, actions).argmax(1)]
+
+
+@torch.no_grad()
+def weighted_mean(agent: Agent, obs: Tensor, actions: Tensor, temperature: float) -> Tensor:
+    """The mean of each state's actions (B, N, d), weighted by exp(Q / (temperature · mean |Q|)): (B, d).
+
+    Weights of this form are those of path-integral control (MPPI, arXiv 1509.01149). Where the data's modes differ in
+    value they choose between them; within a mode they average, and a mean is less extreme than the best of many by a
+    critic that errs.
+    """
+    q = mean_q(agent, obs, actions)
+    weights = (q / (temperature * q.abs().mean(1, keepdim=True))).softmax(1)
+    return (weights.unsqueeze(-1) * actions).sum(1).clamp(-1, 1)

@@ -43,21 +43,24 @@ def run_episodes(env_id: str, policy: Callable[[np.ndarray], np.ndarray], *, epi
 def evaluate(agent: Agent, env_id: str, acting: Acting, *, episodes: int, seed: int) -> dict[str, np.ndarray]:
     """Returns of each of `ROLES`, from the same initial states; the last two from the same noise."""
 
-    def returns(act: Policy, acting: Acting) -> np.ndarray:
-        return run_episodes(env_id, player(agent, act, acting, seed), episodes=episodes, seed=seed)
+    def returns(acting: Acting, act: Policy | None = None) -> np.ndarray:
+        return run_episodes(env_id, player(agent, acting, seed, act), episodes=episodes, seed=seed)
 
     one = Acting("sample")
-    of_sample = returns(one, one)
-    of_policy = of_sample if acting.rule == "sample" else returns(acting, acting)
-    return {"policy": of_policy, "sample": of_sample, "flow": returns(flow_alone, one)}
+    of_sample = returns(one)
+    of_policy = of_sample if acting.rule == "sample" else returns(acting)
+    return {"policy": of_policy, "sample": of_sample, "flow": returns(one, flow_alone)}
 
 
-def player(agent: Agent, act: Policy, acting: Acting, seed: int) -> Callable[[np.ndarray], np.ndarray]:
-    """The agent as a map from raw observations (B, obs_dim) to actions (B, d), with noise of its own."""
+def player(agent: Agent, acting: Acting, seed: int, act: Policy | None = None) -> Callable[[np.ndarray], np.ndarray]:
+    """The agent as a map from raw observations (B, obs_dim) to actions (B, d), with noise of its own.
+
+    By ``act`` with the noise of ``acting``, or by ``acting`` itself.
+    """
     generator = torch.Generator(agent.obs_mean.device).manual_seed(seed)
 
     def policy(obs: np.ndarray) -> np.ndarray:
         standardized = (torch.from_numpy(obs).to(agent.obs_mean) - agent.obs_mean) / agent.obs_std
-        return act(agent, standardized, acting.draw(agent, len(obs), generator)).cpu().numpy()
+        return (act or acting)(agent, standardized, acting.draw(agent, len(obs), generator)).cpu().numpy()
 
     return policy

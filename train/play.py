@@ -43,7 +43,7 @@ class PlayConfig:
     acting_samples: int | None = None
     """N of the rules that choose, likewise."""
     acting_temperature: float | None = None
-    """Of mean-of-n, likewise."""
+    """Of the means, likewise."""
     episodes: int = 10
     """Episodes to play, side by side."""
     seed: int = 0
@@ -133,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise PlayError(f"--acting {acting.rule} refines an action, and this agent has nothing that does")
 
         def act() -> Callable[[np.ndarray], np.ndarray]:
-            return player(policy.agent, acting, acting, config.seed)
+            return player(policy.agent, acting, config.seed)
 
         returns = run_episodes(spec.env_id, act(), episodes=config.episodes, seed=config.seed)
         print(f"{'episode':>8}{'return':>10}{'score':>8}")
