@@ -12,15 +12,24 @@ from train.behaviour import sac
 from train.behaviour.policy import POLICIES, BehaviourPolicy, policy_note
 
 
-def test_training_writes_policies_that_act_and_say_what_they_score(tmp_path: Path) -> None:
+def train(out: Path, medium_return: float) -> None:
     threads = torch.get_num_threads()
     sac.main(
         sac.SACConfig(
-            out=tmp_path, env_steps=2_000, num_envs=2, random_steps=1_900, eval_every=1_950, eval_episodes=2, hidden=16,
-            medium_return=-1e6,
+            out=out, env_steps=2_000, num_envs=2, random_steps=1_900, eval_every=1_950, eval_episodes=2, hidden=16,
+            medium_return=medium_return,
         )
     )  # fmt: skip
     torch.set_num_threads(threads)
+
+
+def test_what_is_not_medium_is_not_called_so(tmp_path: Path) -> None:
+    train(tmp_path, medium_return=1e6)
+    assert [path.name for path in tmp_path.iterdir()] == ["halfcheetah-expert.safetensors"]
+
+
+def test_training_writes_policies_that_act_and_say_what_they_score(tmp_path: Path) -> None:
+    train(tmp_path, medium_return=-1e6)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "halfcheetah-expert.safetensors",
         "halfcheetah-medium.safetensors",
