@@ -25,7 +25,7 @@ from train.environments import UnknownEnvironment, normalized_score, resolve
 from train.evaluate import player, run_episodes
 from train.hyperparameters import AgentConfig, require
 
-WIDTH, HEIGHT = 480, 320
+WIDTH, HEIGHT, CAMERA = 480, 320, "track"  # which runs beside the body; the default stays where it is
 
 
 class PlayError(RuntimeError):
@@ -102,7 +102,7 @@ def film(env_id: str, act: Callable[[np.ndarray], np.ndarray], path: Path, seed:
     import gymnasium as gym
     import imageio.v3 as imageio
 
-    env = gym.make(env_id, render_mode="rgb_array", width=WIDTH, height=HEIGHT)
+    env = gym.make(env_id, render_mode="rgb_array", width=WIDTH, height=HEIGHT, camera_name=CAMERA)
     frames: list[Any] = []
     over = False
     try:

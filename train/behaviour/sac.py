@@ -1,9 +1,12 @@
 """Soft actor-critic (Haarnoja et al., arXiv 1812.05905), sized to train the behaviour policies on one CPU core.
 
-The policies that ship in ``train/behaviour/policies`` are snapshots of two runs, each an hour or less of one core:
+The policies that ship in ``train/behaviour/policies`` are snapshots of these runs, each an hour or less of one core:
 
     python train/behaviour/sac.py --seed 1 --out runs/sac1    # medium, after 150,000 transitions
     python train/behaviour/sac.py --seed 0 --out runs/sac0    # expert, after 850,000 (stopped at 900,000)
+    hopper="--env-id Hopper-v5 --medium-return 1450"
+    python train/behaviour/sac.py $hopper --eval-every 10000 --seed 1 --out runs/hopper1    # medium, after 240,000
+    python train/behaviour/sac.py $hopper --eval-every 25000 --seed 0 --out runs/hopper0    # expert, after 475,000
 
 *medium* is the first snapshot whose return reaches ``medium_return``, *expert* the best of all. The return written
 beside the weights is that of other episodes than those by which the snapshot was chosen.
