@@ -65,6 +65,8 @@ def test_the_numpy_policy_is_the_trained_actor() -> None:
         ("halfcheetah-expert", 10_000, 20_000),
         ("hopper-medium", 1_300, 1_800),
         ("hopper-expert", 3_200, 4_000),
+        ("walker2d-medium", 2_500, 3_300),
+        ("walker2d-expert", 4_000, 6_000),
     ],
 )
 def test_what_ships_is_small_and_as_good_as_its_name(name: str, least: float, most: float) -> None:

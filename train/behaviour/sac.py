@@ -7,6 +7,8 @@ The policies that ship in ``train/behaviour/policies`` are snapshots of these ru
     hopper="--env-id Hopper-v5 --medium-return 1450"
     python train/behaviour/sac.py $hopper --eval-every 10000 --seed 1 --out runs/hopper1    # medium, after 240,000
     python train/behaviour/sac.py $hopper --eval-every 25000 --seed 0 --out runs/hopper0    # expert, after 475,000
+    walker="--env-id Walker2d-v5 --medium-return 2800"
+    python train/behaviour/sac.py $walker --eval-every 25000 --seed 0 --out runs/walker0    # 575,000 and 700,000
 
 *medium* is the first snapshot whose return reaches ``medium_return``, *expert* the best of all. The return written
 beside the weights is that of other episodes than those by which the snapshot was chosen.
