@@ -82,7 +82,7 @@ def train(name: str, seconds: float, *options: str, small: tuple[str, ...], keep
 
 FEW_UPDATES = ("--steps", "200", "--eval-every", "1000", "--eval-episodes", "2", "--overwrite")
 TRACE = ("{work}/profile/trace.json", "{work}/profile/trace.txt")
-SEEDS = ("--num-seeds", "8", "--steps", "1_000_000", "--eval-every", "50_000", "--eval-episodes", "10", "--resume")
+SEEDS = ("--num-seeds", "8", "--steps", "1_000_000", "--eval-every", "100_000", "--eval-episodes", "10", "--resume")
 TINY_FLOW = ("--only", "score", "flow", "--hidden", "16", "16", "--cond-dim", "3", "--rows", "5", "--precision", "high")
 
 PARTS: dict[str, tuple[Step, ...]] = {
