@@ -1,6 +1,6 @@
 """What a CUDA GPU is wanted for, in four parts of a limited time: tests, tuning, benchmarks, training.
 
-    make gpu                                   # all four, 28 minutes at most
+    make gpu                                   # all four, half an hour at most
     python benchmarks/gpu.py check tune        # 9.5 of them
     python benchmarks/gpu.py bench             # 9.5
     python benchmarks/gpu.py train             # 9.5; once more, and it goes on from its last checkpoint
@@ -18,10 +18,12 @@ and cannot be downloaded there (`make gpu-wheels` fills one). Where there is no 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import gzip
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -30,7 +32,7 @@ import tarfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 ROOT = Path(__file__).parents[1]
 WORK = ROOT / "runs" / "gpu"
@@ -38,6 +40,7 @@ WORK = ROOT / "runs" / "gpu"
 GRACE = 20.0
 """Seconds between being interrupted and being killed: to write a checkpoint."""
 PYTEST = ("-m", "pytest", "-p", "no:cacheprovider")
+LARGE = re.compile("checkpoints|policy[.]safetensors")
 WORKERS = str(min(12, os.cpu_count() or 1))
 
 
@@ -52,7 +55,7 @@ class Step:
     interpreted: bool = False
     """Whether Triton's interpreter stands in for the GPU then."""
     keep: tuple[str, ...] = ()
-    """Files to take along, and folders, without their checkpoints.
+    """Files to take along, and folders, without their weights.
 
     In all of these {out} stands for the folder of findings, {work} for `WORK` or that of a dry run.
     """
@@ -74,27 +77,41 @@ def bench(suite: str, seconds: float, small: str) -> Step:
 
 
 def train(name: str, seconds: float, *options: str, small: tuple[str, ...], keep: tuple[str, ...]) -> Step:
-    command = ("train/run.py", "--env", "halfcheetah-medium-expert", "--preset", "full", "--out", f"{{work}}/{name}")
+    command = ("train/run.py", "--env", "halfcheetah-medium-expert", "--out", f"{{work}}/{name}")
     tiny = ("--device=cpu", "--actor-hidden=16", "16", "--critic-hidden=16", "--batch-size=32", "--flow-steps=2")
     short = ("--env=halfcheetah-medium", "--eval-episodes=1", "--log-every=5")
     return Step(name, seconds, (*command, *options), (*short, *tiny, *small), keep=keep)
 
 
-FEW_UPDATES = ("--steps", "200", "--eval-every", "1000", "--eval-episodes", "2", "--overwrite")
+FEW_UPDATES = ("--preset", "full", "--steps", "200", "--eval-every", "1000", "--eval-episodes", "2", "--overwrite")
+WARM_UPS = ("--flow-warmup", "20", "--critic-warmup", "20", "--steps", "20", "--eval-episodes", "1", "--overwrite")
 TRACE = ("{work}/profile/trace.json", "{work}/profile/trace.txt")
-SEEDS = ("--num-seeds", "8", "--steps", "1_000_000", "--eval-every", "100_000", "--eval-episodes", "10", "--resume")
+SEEDS = (
+    "--preset",
+    "full",
+    "--num-seeds",
+    "8",
+    "--steps",
+    "1_000_000",
+    "--eval-every",
+    "100_000",
+    "--eval-episodes",
+    "10",
+    "--resume",
+)
+TUNED_FLOW = ("--precision", "high", "bf16", "highest", "--rows", "256", "1536", "16384")
 TINY_FLOW = ("--only", "score", "flow", "--hidden", "16", "16", "--cond-dim", "3", "--rows", "5", "--precision", "high")
 
 PARTS: dict[str, tuple[Step, ...]] = {
     "check": (
         Step(
             "kernels",
-            170,
+            160,
             (*PYTEST, "-n", WORKERS, "--dist", "worksteal", *kernel_tests(), "-k", "not thousand"),
             ("-k", "4x6 and penalty and triton and float32"),
             interpreted=True,
         ),
-        Step("sanitizer", 70, (*PYTEST, "-n", "4", "tests/kernels/test_sanitizer.py"), interpreted=True),
+        Step("sanitizer", 60, (*PYTEST, "-n", "4", "tests/kernels/test_sanitizer.py"), interpreted=True),
         Step(
             "races",
             40,
@@ -102,13 +119,15 @@ PARTS: dict[str, tuple[Step, ...]] = {
             ("-k", "dawdle"),
             interpreted=True,
         ),
+        train("quick", 20, "--preset", "quick", *WARM_UPS, small=(), keep=()),
         train("profile", 50, "--profile", *FEW_UPDATES, small=("--steps=20",), keep=TRACE),
     ),
     "tune": (
         Step(
             "tune",
             240,
-            ("-m", "fdkernels.tune", "--ship"),
+            # the precision that trains goes first: what is not reached keeps what the table says now
+            ("-m", "fdkernels.tune", "--ship", "--only", "flow", "penalty", "score", *TUNED_FLOW),
             ("--dry-run", "--elements", "4096", *TINY_FLOW),
             interpreted=True,
             keep=("fdkernels/kernels/configs.json",),
@@ -141,7 +160,7 @@ class Outcome:
     part: str
     step: str
     outcome: str
-    """passed, failed or cut short."""
+    """passed, failed or cut short; failed too where a test had, before it was cut short."""
     seconds: float
     returncode: int
 
@@ -168,11 +187,15 @@ def run(arguments: Sequence[str], seconds: float, environment: dict[str, str], l
         start_new_session=True,  # so that its workers end with it
     )
     grace = min(GRACE, seconds / 4)
-    cut_short = not has_ended(process, seconds - grace)
-    if cut_short:
-        os.killpg(process.pid, signal.SIGINT)
-        if not has_ended(process, grace):
-            os.killpg(process.pid, signal.SIGKILL)
+    cut_short = True
+    try:
+        cut_short = not has_ended(process, seconds - grace)
+    finally:  # also where this script itself is interrupted, which its commands do not hear of
+        if cut_short:
+            os.killpg(process.pid, signal.SIGINT)
+            has_ended(process, grace)
+            with contextlib.suppress(ProcessLookupError):  # workers may outlive it
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     return ("cut short" if cut_short else "failed" if process.returncode else "passed"), process.returncode
 
@@ -186,10 +209,10 @@ def has_ended(process: subprocess.Popen, seconds: float) -> bool:
 
 
 def take_along(source: Path, out: Path) -> None:
-    """Packed, where it is large: a folder as one file, without what only its machine can use."""
+    """Packed, where it is large: a folder as one file, without weights, which are too many to bring home."""
     if source.is_dir():
         with tarfile.open(out / f"{source.name}.tar.gz", "w:gz") as archive:
-            archive.add(source, source.name, filter=lambda file: None if "checkpoints" in file.name else file)
+            archive.add(source, source.name, filter=lambda file: None if LARGE.search(file.name) else file)
     elif source.stat().st_size > 2**20:
         with gzip.open(out / f"{source.name}.gz", "wb") as packed:
             packed.write(source.read_bytes())
@@ -222,9 +245,7 @@ def tail(log: Path, start: int, lines: int = 25) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", help=f"some of {', '.join(PARTS)}; all when none is named")
-    parser.add_argument(
-        "--out", type=Path, default=Path(os.environ.get("OUT") or WORK / "out"), help="folder of findings"
-    )
+    parser.add_argument("--out", type=Path, help="folder of findings; $OUT, or out in runs/gpu")
     parser.add_argument("--wheels", type=Path, help="folder of wheels to install for these commands")
     parser.add_argument("--dry-run", action="store_true", help="on a CPU, in small")
     args = parser.parse_args(argv)
@@ -233,11 +254,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.dry_run and not has_gpu():
         parser.error("there is no CUDA GPU here; --dry-run shows on a CPU whether the commands work")
 
-    out: Path = args.out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
     work = WORK.with_name("gpu-dry-run") if args.dry_run else WORK
     if args.dry_run:
         shutil.rmtree(work, ignore_errors=True)
+    out: Path = (args.out or Path(os.environ.get("OUT") or work / "out")).resolve()
+    out.mkdir(parents=True, exist_ok=True)
     folders = {"out": out, "work": work}
     outcomes: list[Outcome] = []
     with (out / "log.txt").open("a") as log:
@@ -249,6 +270,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 start, log_start = time.monotonic(), os.path.getsize(log.name)
                 environ = environment(step, out, args.dry_run, site)
                 outcome, code = run(step.arguments(folders, args.dry_run), limit - start, environ, log)
+                if failures(Path(log.name), log_start):
+                    outcome = "failed"
                 outcomes.append(Outcome(part, step.name, outcome, time.monotonic() - start, code))
                 print(table(outcomes[-1:]), flush=True)
                 if outcome != "passed":
@@ -262,15 +285,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(any(o.outcome == "failed" for o in outcomes))
 
 
-def has_gpu() -> bool:
-    import torch
+def failures(log: Path, start: int) -> bool:
+    """Whether pytest had printed a failure, which one that is cut short does not sum up."""
+    with log.open("rb") as file:
+        file.seek(start)
+        printed = file.read().decode(errors="replace")
+    progress = re.findall(r"^(?:\S+\.py )?([.sxXFE]+) *(?:\[ *\d+%\])?$", printed, re.MULTILINE)
+    return any("F" in line or "E" in line for line in progress)
 
+
+def has_gpu() -> bool:
+    try:
+        import torch
+    except ImportError as error:
+        raise SystemExit(f"gpu.py: no PyTorch in {sys.executable}; make gpu PYTHON=... names another Python") from error
     return torch.cuda.is_available()
 
 
 def write_summary(path: Path, outcomes: Sequence[Outcome]) -> None:
-    summary: list[dict[str, Any]] = [dataclasses.asdict(outcome) for outcome in outcomes]
-    path.write_text(json.dumps(summary, indent=1) + "\n")
+    """Beside what earlier calls found; of a command that is run again, only the last outcome stays."""
+    rows = {(row["part"], row["step"]): row for row in (json.loads(path.read_text()) if path.exists() else [])}
+    rows |= {(outcome.part, outcome.step): dataclasses.asdict(outcome) for outcome in outcomes}
+    path.write_text(json.dumps(list(rows.values()), indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -190,7 +190,8 @@ def main() -> None:
             if "flow" in args.only
         }
         for workload in itertools.chain.from_iterable(WORKLOADS[name](args) for name in args.only):
-            concurrent.futures.wait(compiling.get(workload.problem.get("precision", ""), []))
+            for job in compiling.get(workload.problem.get("precision", ""), []):
+                job.result()  # raises what no candidate may
             best = tune(workload, gpu, timer)
             if best and not args.dry_run:
                 table.write(file, key, {workload.kernel: [best | {"source": source}]})

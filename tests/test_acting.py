@@ -93,6 +93,8 @@ def test_names_and_bad_settings() -> None:
         "best-flow-of-4",
         "sample",
     ]
+    with pytest.raises(ValueError, match=r"rule must be one of 'sample', .*, got 'best'"):
+        Acting("best")  # type: ignore[arg-type]
     for bad in ({"num_samples": 0}, {"temperature": 0.0}):
         with pytest.raises(ValueError, match="num_samples and temperature must be positive"):
             Acting(**bad)  # type: ignore[arg-type]

@@ -40,7 +40,7 @@ def test_lines_and_table() -> None:
         ("FiDec, one sample", [50, 54]),
         ("FQL, mean-flow-of-16", [80]),
         ("FQL, one sample", [60]),
-        ("behaviour cloning (the flow alone)", [44, 46]),
+        ("behaviour cloning (FiDec's flow alone)", [44, 46]),
     ]
     assert lines[0].middle == (86.0, (85.0, 87.0))
     assert lines[2].middle == (80, (80, 80))
@@ -72,9 +72,14 @@ def test_runs_go_on_where_they_were(tmp_path: Path, capsys: pytest.CaptureFixtur
     options = ["--env", "halfcheetah-medium", "--preset", "quick", "--agents", "fidec", "fql", "--out", str(tmp_path)]
     assert compare.main([*options, "--seeds", "0", "--", *tiny]) == 0
     assert "| FQL, one sample |" in capsys.readouterr().out
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*-seed0/evaluations.csv")}
-    assert len(before) == 2
+
+    def checkpoints() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in tmp_path.glob("*-seed0/checkpoints/*.safetensors")}
+
+    before = checkpoints()
+    assert len(before) >= 2
     assert compare.main([*options, "--seeds", "0", "1", "--", *tiny]) == 0
+    assert checkpoints() == before, "trained again"
     found = [json.loads((tmp_path / f"fidec-seed{seed}" / "result.json").read_text()) for seed in (0, 1)]
     scores = [result["results"]["policy"]["last"]["score_mean"] for result in found]
     table = (tmp_path / "compare.md").read_text()
@@ -83,3 +88,10 @@ def test_runs_go_on_where_they_were(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert len((tmp_path / "fidec-seed0" / "evaluations.csv").read_text().splitlines()) == 1 + 3 * 3
     assert compare.main([*options, "--seeds", "0", "--", *tiny, "--lr", "0.1"]) == 2
     assert "was started with --lr" in capsys.readouterr().err
+    for bad in (["--agent", "fql"], ["--num-seeds", "2"], ["--out", "elsewhere"]):
+        assert compare.main([*options, "--seeds", "0", "--", *bad]) == 2
+        assert "behind -- there can be no" in capsys.readouterr().err
+    for bad in (["--seeds", "0", "0"], ["--seeds"]):
+        with pytest.raises(SystemExit):
+            compare.main([*options, *bad])
+        assert "--seeds must be one or more, each once" in capsys.readouterr().err

@@ -150,6 +150,7 @@ def test_targets_over_several_steps() -> None:
     assert torch.equal(three.actions, dataset.actions)
     one = dataset.n_step(1, discount=0.5)
     assert all(torch.equal(getattr(one, name), getattr(dataset, name)) for name in Batch._fields)
+    assert dataset.to("meta").n_step(3, discount=0.5).rewards.device.type == "meta", "it stays where it is"
     with pytest.raises(ValueError, match="n_step: episode_lengths must add up to 7 transitions, got 0"):
         dataclasses.replace(dataset, episode_lengths=np.zeros(0, int)).n_step(2, 0.5)
 

@@ -40,6 +40,8 @@ class Acting:
     """Of the means, as a share of |Q|."""
 
     def __post_init__(self) -> None:
+        if self.rule not in RULES:
+            raise ValueError(f"Acting: rule must be one of {', '.join(map(repr, RULES))}, got {self.rule!r}")
         if self.num_samples < 1 or self.temperature <= 0:
             raise ValueError(
                 f"Acting: num_samples and temperature must be positive, got {self.num_samples} and {self.temperature}"

@@ -40,6 +40,12 @@ class CompareConfig:
     out: Path | None = None
     """Folder; runs/compare-ENV when not given."""
 
+    def __post_init__(self) -> None:
+        for name in ("agents", "seeds"):
+            value = getattr(self, name)
+            if not value or len(set(value)) < len(value):
+                raise ValueError(f"--{name} must be one or more, each once, got {' '.join(map(str, value)) or 'none'}")
+
     @property
     def folder(self) -> Path:
         return self.out or Path("runs") / f"compare-{self.env}"
@@ -70,8 +76,8 @@ def lines_of(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Line]:
         for role, name in summaries[0]["role_names"].items():
             if role != "flow":
                 lines.append(Line(name.replace(agent, NAMES[agent], 1), scores(summaries, role)))
-    longest = max(results.values(), key=len)
-    return [*lines, Line("behaviour cloning (the flow alone)", scores(longest, "flow"))]
+    agent = max(results, key=lambda agent: len(results[agent]))
+    return [*lines, Line(f"behaviour cloning ({NAMES[agent]}'s flow alone)", scores(results[agent], "flow"))]
 
 
 def table(lines: Sequence[Line], results: Mapping[str, Sequence[Mapping[str, Any]]], env: str) -> str:
@@ -102,21 +108,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     split = arguments.index("--") if "--" in arguments else len(arguments)
     config, extra = tyro.cli(CompareConfig, args=arguments[:split]), arguments[split + 1 :]
+    plan = {
+        (agent, seed): [
+            *("--env", config.env, "--agent", agent, "--preset", config.preset, "--seed", str(seed)),
+            *("--out", str(config.folder / f"{agent}-seed{seed}"), "--resume", *extra),
+        ]
+        for seed in config.seeds
+        for agent in config.agents
+    }
+    for (agent, seed), options in plan.items():  # all of them before any is run
+        parsed = run.parse(options)
+        asked = parsed.env, parsed.agent, parsed.seed, parsed.num_seeds, parsed.folder.name
+        if asked != (config.env, agent, seed, 1, f"{agent}-seed{seed}"):
+            print("error: behind -- there can be no --env, --agent, --seed, --num-seeds or --out", file=sys.stderr)
+            return 2
     results: dict[str, list[dict[str, Any]]] = {}
     # seed by seed, so that there is something to compare soon
-    for seed in config.seeds:
-        for agent in config.agents:
-            folder = config.folder / f"{agent}-seed{seed}"
-            options = ["--env", config.env, "--agent", agent, "--preset", config.preset, "--seed", str(seed)]
-            print(f"\n== {agent}, seed {seed}", flush=True)
-            if code := run.main([*options, "--out", str(folder), "--resume", *extra]):
-                return code
-            results.setdefault(agent, []).append(json.loads((folder / "result.json").read_text()))
-            lines = lines_of(results)
-            write_whole(config.folder / "compare.md", table(lines, results, config.env) + "\n")
-            (first, *_), *_ = results.values()
-            bars = {line.name: (*line.middle, line.scores) for line in lines}
-            draw_comparison(config.folder / "compare.png", config.env, bars, first["dataset_score"], first["label"])
+    for (agent, seed), options in plan.items():
+        print(f"\n== {agent}, seed {seed}", flush=True)
+        if code := run.main(options):
+            return code
+        summary = json.loads((config.folder / f"{agent}-seed{seed}" / "result.json").read_text())
+        results.setdefault(agent, []).append(summary)
+        lines = lines_of(results)
+        write_whole(config.folder / "compare.md", table(lines, results, config.env) + "\n")
+        bars = {line.name: (*line.middle, line.scores) for line in lines}
+        draw_comparison(config.folder / "compare.png", config.env, bars, summary["dataset_score"], summary["label"])
     print(f"\n{(config.folder / 'compare.md').read_text()}\nin {config.folder}: compare.md, compare.png")
     return 0
 

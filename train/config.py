@@ -16,7 +16,6 @@ from train.hyperparameters import AgentConfig, require, require_finite
 MAY_CHANGE_ON_RESUME = {
     *("steps", "preset", "device", "out", "resume", "overwrite", "num_seeds", "capture", "profile"),
     *("eval_every", "eval_episodes", "interim_episodes", "log_every", "checkpoint_every"),
-    *("acting", "acting_samples", "acting_temperature"),
 }
 
 
@@ -43,7 +42,7 @@ class RunConfig:
     warmup_lr: float = 1e-3
     """Learning rate at the start of each warm-up; it falls along half a cosine to a twentieth of that."""
     anneal: bool = False
-    """Let the agent's learning rate fall in the same way, towards the last of --steps."""
+    """Let the agent's learning rate fall in the same way, towards the last of --steps, which then stays as it is."""
     batch_size: int = 256
     """Transitions per update."""
     seed: int = 0
@@ -117,6 +116,9 @@ class RunConfig:
             require(name, getattr(self, name), getattr(self, name) > 0, "positive")
         for name in ("flow_warmup", "critic_warmup"):
             require(name, getattr(self, name), getattr(self, name) >= 0, "zero or more")
+        for name in ("flow", "critic"):
+            untrained = getattr(self.hyper, f"freeze_{name}_after") == 0 and getattr(self, f"{name}_warmup") == 0
+            require(f"{name}_warmup", 0, not untrained, f"positive with --freeze-{name}-after 0, or nothing trains it")
 
     @property
     def acts(self) -> Acting:

@@ -98,10 +98,10 @@ class OfflineDataset:
             raise ValueError(f"n_step: episode_lengths must add up to {len(self)} transitions, got {len(last)}")
         start = np.arange(len(self))
         end = np.minimum(start + n - 1, last)
-        rewards = torch.zeros_like(self.rewards)
+        rewards, device = torch.zeros_like(self.rewards), self.rewards.device
         for i in range(n):
             at = np.minimum(start + i, end)
-            rewards += torch.where(torch.from_numpy(start + i <= end), discount**i * self.rewards[at], 0.0)
+            rewards += torch.where(torch.from_numpy(start + i <= end).to(device), discount**i * self.rewards[at], 0.0)
         weights = torch.from_numpy(discount ** (end - start)).to(self.masks)
         return dataclasses.replace(
             self,

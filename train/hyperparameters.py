@@ -48,7 +48,8 @@ class AgentConfig:
     """Precision of the matrix products where the flow is integrated in training, which takes no gradient. None: that
     of everything else. bf16: bfloat16 with float32 sums, faster where the hardware has it."""
     freeze_flow_after: int | None = None
-    """Stop the flow-matching loss after this many updates of the agent."""
+    """Stop the flow-matching loss after this many updates of the agent; Adam's momentum goes on a while. 0 leaves the
+    flow exactly as its warm-up made it."""
     freeze_critic_after: int | None = None
     """Stop the critics' loss after this many updates of the agent. 0 leaves the critics as their warm-up made them, of
     the behaviour: one step of policy improvement, without a critic that follows the policy (arXiv 2106.08909)."""

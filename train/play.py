@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
-import torch
 import tyro
 from safetensors import SafetensorError, safe_open
 
@@ -54,6 +53,7 @@ class PlayConfig:
     """Of the film."""
 
     def __post_init__(self) -> None:
+        require("seed", self.seed, self.seed >= 0, "zero or more")
         for name in ("acting_samples", "acting_temperature", "episodes", "seconds"):
             require(name, getattr(self, name), (value := getattr(self, name)) is None or value > 0, "positive")
 
@@ -112,12 +112,16 @@ def film(env_id: str, act: Callable[[np.ndarray], np.ndarray], path: Path, seed:
             frames.append(env.render())
             obs, _, terminated, truncated, _ = env.step(act(obs[None])[0])
             over = terminated or truncated
-        # a GIF counts its frames in hundredths of a second
-        options = {"duration": 1000 / fps, "loop": 0} if path.suffix == ".gif" else {"fps": fps}
+        options: dict[str, Any] = {"fps": fps}
+        shown = frames
+        if path.suffix == ".gif":
+            # it counts in hundredths of a second, and viewers slow down what is faster than two of them a frame
+            every = next(n for n in range(1, fps + 1) if n * 1000 % (10 * fps) == 0 and n * 1000 >= 20 * fps)
+            shown, options = frames[::every], {"duration": every * 1000 // fps, "loop": 0}
         path.parent.mkdir(parents=True, exist_ok=True)
-        imageio.imwrite(path, np.stack(frames), **options)
+        imageio.imwrite(path, np.stack(shown), **options)
     except Exception as error:  # of the renderer, or of what writes the file
-        raise PlayError(f"--record {path}: {type(error).__name__}: {str(error).splitlines()[0]}") from error
+        raise PlayError(f"--record {path}: {type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
     finally:
         env.close()
     return f"{path}: {len(frames) / fps:.1f} s"
@@ -151,5 +155,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    torch.set_grad_enabled(False)
     sys.exit(main())

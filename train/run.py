@@ -336,7 +336,8 @@ def check_folder(folder: Path, config: RunConfig) -> None:
     if config.resume:
         now = config.as_json()
         now |= now.pop("hyper")
-        changed = [name for name in now if name not in MAY_CHANGE_ON_RESUME and now[name] != before.get(name)]
+        may_change = MAY_CHANGE_ON_RESUME - ({"steps"} if config.anneal else set())
+        changed = [name for name in now if name not in may_change and now[name] != before.get(name)]
         if changed:
             was = ", ".join(f"--{name.replace('_', '-')} {before.get(name)}" for name in changed)
             raise RunError(f"--resume: the run in {folder} was started with {was}")
