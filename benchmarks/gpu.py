@@ -37,8 +37,8 @@ from typing import TextIO
 ROOT = Path(__file__).parents[1]
 WORK = ROOT / "runs" / "gpu"
 """What one call leaves there, the next one finds."""
-GRACE = 20.0
-"""Seconds between being interrupted and being killed: to write a checkpoint."""
+GRACE = 45.0
+"""Seconds between being interrupted and being killed: to end an evaluation and write a checkpoint."""
 PYTEST = ("-m", "pytest", "-p", "no:cacheprovider")
 LARGE = re.compile("checkpoints|policy[.]safetensors")
 WORKERS = str(min(12, os.cpu_count() or 1))

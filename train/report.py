@@ -21,13 +21,13 @@ def title(config: RunConfig, spec: EnvSpec) -> str:
 def final_table(member: Member, minutes: float) -> str:
     config, data = member.config, member.dataset
     lines = ["", title(config, member.spec), ""]
-    lines.append(f"{'':26}{'return, last':>18}{'score, last':>16}{'score, best':>16}{'at step':>12}")
+    lines.append(f"{'':26}{'return, last':>18}{'score, last':>16}{'score, best':>16}{'at step':>12}{'of episodes':>13}")
     for role, name in role_names(config).items():
         last, best = member.results[role]["last"], member.results[role]["best"]
         lines.append(
             f"{name:26}{last['return_mean']:>10,.0f} ± {last['return_sem']:<5,.0f}"
             f"{last['score_mean']:>9.1f} ± {last['score_sem']:<4.1f}"
-            f"{best['score_mean']:>9.1f} ± {best['score_sem']:<4.1f}{best['step']:>12,}"
+            f"{best['score_mean']:>9.1f} ± {best['score_sem']:<4.1f}{best['step']:>12,}{best['episodes']:>13}"
         )
     lines.append(f"{'dataset':26}{data.episode_returns.mean():>10,.0f}{'':8}{member.dataset_score:>9.1f}")
     lines += ["", f"{minutes:.1f} minutes. In {config.folder}: curve.png, metrics.csv, evaluations.csv, "]
