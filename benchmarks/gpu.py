@@ -254,6 +254,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.dry_run and not has_gpu():
         parser.error("there is no CUDA GPU here; --dry-run shows on a CPU whether the commands work")
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background, and by commands there
     work = WORK.with_name("gpu-dry-run") if args.dry_run else WORK
     if args.dry_run:
         shutil.rmtree(work, ignore_errors=True)
