@@ -11,7 +11,6 @@ from train.agents import AGENTS, Agent
 from train.hyperparameters import AgentConfig
 
 OBS = torch.zeros(3, 5)
-SHIFT = 0.25
 
 
 class Value(nn.Module):
@@ -22,13 +21,18 @@ class Value(nn.Module):
         return torch.stack([q - 3, q + 3])
 
 
+def shift(action: Tensor) -> Tensor:
+    """A displacement that raises Q, by a quarter, only where that is low, and else lowers it."""
+    return torch.where(action[..., :1] < 0.3, 0.25, -1.0).expand_as(action)
+
+
 def make(name: str = "fidec", monkeypatch: pytest.MonkeyPatch | None = None) -> Agent:
-    """With a patch, the flow's actions are its noise, clipped, and refining adds `SHIFT` to each of their numbers."""
+    """With a patch, the flow's actions are its noise, clipped, and `shift` refines them."""
     agent = AGENTS[name](AgentConfig(actor_hidden=(16, 16), critic_hidden=(16,), flow_steps=2), 5, 2)
     if monkeypatch is not None:
         agent.critic = Value()  # type: ignore[assignment]
         monkeypatch.setattr(agent, "flow_action", lambda obs, noise: noise.clamp(-1, 1))
-        monkeypatch.setattr(agent, "displacement", lambda obs, action: torch.full_like(action, SHIFT), raising=False)
+        monkeypatch.setattr(agent, "displacement", lambda obs, action: shift(action), raising=False)
     return agent
 
 
@@ -52,17 +56,16 @@ def test_every_rule_is_a_policy(name: str, rule: str) -> None:
 def test_what_each_rule_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
     agent = make(monkeypatch=monkeypatch)
     noise = torch.tensor([[[0.1, 0.7], [0.5, -0.2], [-0.9, 0.0]], [[-0.3, 0.1], [0.2, 0.2], [0.9, -0.4]]])
-    best, first = torch.tensor([[0.5, -0.2], [0.9, -0.4]]), noise[:, 0]
-    refined = (best + SHIFT).clamp(max=1)
     for rule, expected in {
-        "sample": first + SHIFT,
-        "best-of-n": refined,
-        "iterated": (first + 5 * SHIFT).clamp(max=1),
-        "best-flow-of-n": best,
-        "best-refined-of-n": refined,
+        "sample": [[0.35, 0.95], [-0.05, 0.35]],
+        "best-of-n": [[-0.5, -1.0], [-0.1, -1.0]],
+        "iterated": [[0.35, 0.95], [0.45, 0.85]],  # after one refinement, and after three
+        "best-flow-of-n": [[0.5, -0.2], [0.9, -0.4]],
+        "best-refined-of-n": [[0.35, 0.95], [0.45, 0.45]],
     }.items():
-        torch.testing.assert_close(Acting(rule)(agent, OBS[:2], noise), expected, msg=rule)  # type: ignore[arg-type]
-    assert torch.equal(flow_alone(agent, OBS[:2], noise), first)
+        actions = Acting(rule)(agent, OBS[:2], noise)  # type: ignore[arg-type]
+        torch.testing.assert_close(actions, torch.tensor(expected), msg=rule)
+    assert torch.equal(flow_alone(agent, OBS[:2], noise), noise[:, 0])
 
 
 def test_the_mean_is_weighted_by_value(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,7 +78,7 @@ def test_the_mean_is_weighted_by_value(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(Acting("mean-flow-of-n", 6, temperature)(agent, obs, noise), expected)
     torch.testing.assert_close(Acting("mean-flow-of-n", 6, 1e6)(agent, obs, noise), noise.mean(1), rtol=0, atol=1e-5)
     refined = Acting("mean-refined-of-n", 6, 1e6)(agent, obs, noise)
-    torch.testing.assert_close(refined, (noise + SHIFT).clamp(max=1).mean(1), rtol=0, atol=1e-5)
+    torch.testing.assert_close(refined, (noise + shift(noise)).clamp(-1, 1).mean(1), rtol=0, atol=1e-5)
     best = Acting("best-flow-of-n", 6)(agent, obs, noise)
     torch.testing.assert_close(Acting("mean-flow-of-n", 6, 1e-6)(agent, obs, noise), best)
 
