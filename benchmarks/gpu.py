@@ -7,9 +7,9 @@
     python benchmarks/gpu.py --dry-run         # the same commands in small, on a CPU: do they work?
 
 A part is a row of commands. One that has used up its time is interrupted and the next one begins, with what time the
-others left over. What they find goes into the folder of --out ($OUT, or runs/gpu) as they find it, the last lines say
-what came of each, and `log.txt` there what they printed. `tune` writes the library's own table of implementations and
-tiles, which everything after it goes by.
+others left over. What they find goes into the folder of --out ($OUT, or runs/gpu/out) as they find it; the last lines
+say what came of each, and `log.txt` there what they printed. `tune` writes the library's own table of implementations
+and tiles, which everything after it goes by.
 
 The packages that are there are used, whatever their version; --wheels names a folder of wheels of those that are not,
 and cannot be downloaded there (`make gpu-wheels` fills one). Where there is no git, BENCH_COMMIT says the commit.
@@ -87,17 +87,8 @@ FEW_UPDATES = ("--preset", "full", "--steps", "200", "--eval-every", "1000", "--
 WARM_UPS = ("--flow-warmup", "20", "--critic-warmup", "20", "--steps", "20", "--eval-episodes", "1", "--overwrite")
 TRACE = ("{work}/profile/trace.json", "{work}/profile/trace.txt")
 SEEDS = (
-    "--preset",
-    "full",
-    "--num-seeds",
-    "8",
-    "--steps",
-    "1_000_000",
-    "--eval-every",
-    "100_000",
-    "--eval-episodes",
-    "10",
-    "--resume",
+    *("--preset", "full", "--num-seeds", "8", "--steps", "1_000_000"),
+    *("--eval-every", "100_000", "--eval-episodes", "10", "--resume"),
 )
 TUNED_FLOW = ("--precision", "high", "bf16", "highest", "--rows", "256", "1536", "16384")
 TINY_FLOW = ("--only", "score", "flow", "--hidden", "16", "16", "--cond-dim", "3", "--rows", "5", "--precision", "high")

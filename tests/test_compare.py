@@ -88,7 +88,7 @@ def test_runs_go_on_where_they_were(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert len((tmp_path / "fidec-seed0" / "evaluations.csv").read_text().splitlines()) == 1 + 3 * 3
     assert compare.main([*options, "--seeds", "0", "--", *tiny, "--lr", "0.1"]) == 2
     assert "was started with --lr" in capsys.readouterr().err
-    for bad in (["--agent", "fql"], ["--num-seeds", "2"], ["--out", "elsewhere"]):
+    for bad in (["--agent", "fql"], ["--num-seeds", "2"], ["--out", "elsewhere/fidec-seed0"]):
         assert compare.main([*options, "--seeds", "0", "--", *bad]) == 2
         assert "behind -- there can be no" in capsys.readouterr().err
     for bad in (["--seeds", "0", "0"], ["--seeds"]):

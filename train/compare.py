@@ -118,8 +118,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     for (agent, seed), options in plan.items():  # all of them before any is run
         parsed = run.parse(options)
-        asked = parsed.env, parsed.agent, parsed.seed, parsed.num_seeds, parsed.folder.name
-        if asked != (config.env, agent, seed, 1, f"{agent}-seed{seed}"):
+        asked = parsed.env, parsed.agent, parsed.seed, parsed.num_seeds, parsed.out
+        if asked != (config.env, agent, seed, 1, config.folder / f"{agent}-seed{seed}"):
             print("error: behind -- there can be no --env, --agent, --seed, --num-seeds or --out", file=sys.stderr)
             return 2
     results: dict[str, list[dict[str, Any]]] = {}
