@@ -12,28 +12,42 @@ from train.behaviour import sac
 from train.behaviour.policy import POLICIES, BehaviourPolicy, policy_note
 
 
-def train(out: Path, medium_return: float) -> None:
+def train(out: Path, simple_return: float, medium_return: float) -> None:
     threads = torch.get_num_threads()
     sac.main(
         sac.SACConfig(
             out=out, env_steps=2_000, num_envs=2, random_steps=1_900, eval_every=1_950, eval_episodes=2, hidden=16,
-            medium_return=medium_return,
+            simple_return=simple_return, medium_return=medium_return,
         )
     )  # fmt: skip
     torch.set_num_threads(threads)
 
 
-def test_what_is_not_medium_is_not_called_so(tmp_path: Path) -> None:
-    train(tmp_path, medium_return=1e6)
-    assert [path.name for path in tmp_path.iterdir()] == ["halfcheetah-expert.safetensors"]
+def test_a_level_is_named_when_it_is_reached(tmp_path: Path) -> None:
+    train(tmp_path, simple_return=-1e6, medium_return=1e6)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "halfcheetah-expert.safetensors",
+        "halfcheetah-simple.safetensors",
+    ]
+
+
+def test_of_a_level_the_first_snapshot_is_kept_and_of_experts_the_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    returns = iter([1, 5, 3, 9, 8])
+    monkeypatch.setattr(sac, "play", lambda policy, config, seed: np.full(2, float(next(returns)) if seed else 0.0))
+    sac.main(
+        sac.SACConfig(
+            out=tmp_path, env_steps=1_500, num_envs=2, random_steps=400, eval_every=300, eval_episodes=2, hidden=16,
+            simple_return=4, medium_return=7, threads=torch.get_num_threads(),
+        )
+    )  # fmt: skip
+    kept = {path.stem: policy_note(path)["transitions"] for path in tmp_path.iterdir()}
+    assert kept == {"halfcheetah-simple": "600", "halfcheetah-medium": "1200", "halfcheetah-expert": "1200"}
 
 
 def test_training_writes_policies_that_act_and_say_what_they_score(tmp_path: Path) -> None:
-    train(tmp_path, medium_return=-1e6)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "halfcheetah-expert.safetensors",
-        "halfcheetah-medium.safetensors",
-    ]
+    train(tmp_path, simple_return=1e6, medium_return=1e6)
     path = tmp_path / "halfcheetah-expert.safetensors"
     note = policy_note(path)
     assert (note["transitions"], note["updates"], note["episodes"]) == ("1950", "13", "2")
@@ -61,10 +75,13 @@ def test_the_numpy_policy_is_the_trained_actor() -> None:
 @pytest.mark.parametrize(
     ("name", "least", "most"),
     [
+        ("halfcheetah-simple", 1_500, 3_000),
         ("halfcheetah-medium", 4_500, 6_000),
         ("halfcheetah-expert", 10_000, 20_000),
+        ("hopper-simple", 500, 1_100),
         ("hopper-medium", 1_300, 1_800),
         ("hopper-expert", 3_200, 4_000),
+        ("walker2d-simple", 600, 1_400),
         ("walker2d-medium", 2_500, 3_300),
         ("walker2d-expert", 4_000, 6_000),
     ],

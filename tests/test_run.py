@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
+import functools
 import io
 import json
 import shutil
@@ -25,6 +26,7 @@ import train.run
 from train import curve
 from train.agents import METRICS
 from train.config import preset_config
+from train.data import load_dataset
 from train.evaluate import ROLES, run_episodes
 from train.run import main, parse
 
@@ -347,7 +349,6 @@ def test_a_group_is_not_mixed_or_lost(
     ("arguments", "message"),
     [
         (["--env", "halfcheeta-medum-expert"], "Nearest: halfcheetah-medium-expert"),
-        (["--env", "halfcheetah-simple"], "no data for halfcheetah-simple"),
         (["--env", "halfcheetah-medium", "--device", "cuda:99"], "--device cuda:99 cannot be used"),
         (["--env", "halfcheetah-medium", "--device", "meta"], "--device must be auto, cpu or cuda"),
         (["--env", "halfcheetah-medium", "--device", "cpu", "--capture", "on"], "CUDA graphs need a CUDA device"),
@@ -358,6 +359,16 @@ def test_errors_are_for_people(
 ) -> None:
     assert main([*arguments, "--out", str(tmp_path / "run")]) == 2
     assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_data_nothing_is_left_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    without = functools.partial(load_dataset, download=False, policies=tmp_path)
+    monkeypatch.setattr("train.run.load_dataset", without)
+    assert main(["--env", "walker2d-simple", "--out", str(tmp_path / "run")]) == 2
+    assert "no data for walker2d-simple" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

@@ -33,7 +33,7 @@ class EnvSpec:
     dataset_ids: tuple[str, ...]
     """Minari datasets; several are concatenated."""
     policies: tuple[str, ...]
-    """Behaviour policies that can stand in for the datasets, one each. Not all of them ship with the project."""
+    """Behaviour policies that can stand in for the datasets, one each."""
     random_return: float
     """Return that scores 0."""
     expert_return: float
