@@ -198,7 +198,6 @@ def preset_config(name: str, agent: str) -> RunConfig:
             actor_hidden=(256,) * 3,
             critic_hidden=(256,) * 2,
             lr=5e-4,
-            discount=0.95,
             normalize_q=True,
             flow_steps=5,
             freeze_flow_after=0,
