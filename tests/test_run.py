@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 
 import train.run
 from train import curve
-from train.agents import METRICS
+from train.agents import AGENTS, METRICS
 from train.config import preset_config
 from train.data import load_dataset
 from train.evaluate import ROLES, run_episodes
@@ -410,6 +410,14 @@ def test_flags_beat_the_preset() -> None:
     assert steps("--preset", "quick") == steps("--device", "cpu") == quick
     assert steps("--device", "cuda") == full
     assert steps("--preset", "full", "--steps", "7") == 7
+
+
+@pytest.mark.parametrize("preset", ["quick", "standard"])
+@pytest.mark.parametrize("agent", AGENTS)
+def test_presets_evaluate_where_the_agent_begins(preset: str, agent: str) -> None:
+    config = preset_config(preset, agent)
+    assert config.critic_warmup % config.eval_every == 0
+    assert config.steps % config.eval_every == 0
 
 
 def test_returns_are_those_of_whole_episodes() -> None:

@@ -74,7 +74,7 @@ def load_dataset(
             f"no data for {spec.name}.\n"
             f"  local cache: {get_dataset_path()} lacks {' or '.join(spec.dataset_ids)}\n"
             f"  download: {problem}\n"
-            f"  generate: the project ships no behaviour policy for it, only for {', '.join(generable) or 'none'}\n"
+            f"  generate: {policies} lacks a behaviour policy for it, has them for {', '.join(generable) or 'none'}\n"
             f"What to do: run `minari download {' '.join(spec.dataset_ids)}` where there is a network and copy what it "
             "fetched into the same place under that cache, or set MINARI_DATASETS_PATH to another cache."
         )

@@ -1,20 +1,22 @@
 """Soft actor-critic (Haarnoja et al., arXiv 1812.05905), sized to train the behaviour policies on one CPU core.
 
-The policies that ship in ``train/behaviour/policies`` are snapshots of these runs, each an hour or less of one core:
+The policies that ship in ``train/behaviour/policies`` are snapshots of these runs, each stopped soon after, within an
+hour of one core:
 
     python train/behaviour/sac.py --eval-every 10000 --seed 0 --out runs/sac00    # simple, after 60,000 transitions
     python train/behaviour/sac.py --seed 1 --out runs/sac1    # medium, after 150,000
-    python train/behaviour/sac.py --seed 0 --out runs/sac0    # expert, after 850,000 (stopped at 900,000)
+    python train/behaviour/sac.py --seed 0 --out runs/sac0    # expert, after 850,000
     hopper="--env-id Hopper-v5 --simple-return 600 --medium-return 1450"
     python train/behaviour/sac.py $hopper --eval-every 10000 --seed 0 --out runs/hopper00    # simple, after 110,000
     python train/behaviour/sac.py $hopper --eval-every 10000 --seed 1 --out runs/hopper1    # medium, after 240,000
     python train/behaviour/sac.py $hopper --eval-every 25000 --seed 0 --out runs/hopper0    # expert, after 475,000
     walker="--env-id Walker2d-v5 --simple-return 800 --medium-return 2800"
     python train/behaviour/sac.py $walker --eval-every 10000 --seed 0 --out runs/walker00    # simple, after 240,000
-    python train/behaviour/sac.py $walker --eval-every 25000 --seed 0 --out runs/walker0    # 575,000 and 700,000
+    python train/behaviour/sac.py $walker --eval-every 25000 --seed 0 --out runs/walker0    # medium, after 575,000
+    # and expert, after 700,000
 
-*simple* and *medium* are the first snapshots that reach ``simple_return`` and ``medium_return``, *expert* is the best of
-all. The return written beside the weights is that of other episodes than those by which the snapshot was chosen.
+*simple* and *medium* are the first snapshots that reach ``simple_return`` and ``medium_return``, *expert* is the best.
+The return written beside the weights is that of other episodes than those by which the snapshot was chosen.
 """
 
 from __future__ import annotations
@@ -73,7 +75,7 @@ class SACConfig:
     simple_return: float = 2_000.0
     """Return that a snapshot must reach to be called simple."""
     medium_return: float = 5_000.0
-    """The same for medium."""
+    """Return that a snapshot must reach to be called medium."""
     threads: int = 1
 
 
@@ -226,7 +228,7 @@ def main(config: SACConfig) -> None:
         print(f"{buffer.size:>9,} transitions  {minutes:5.1f} min  return {mean:7.0f}", flush=True)
         family = config.env_id.split("-")[0].lower()
         for level, least in list(wanted.items()):
-            if mean < least:
+            if not mean >= least:  # nor is a return that is not a number
                 continue
             trained = {"transitions": str(buffer.size), "updates": str(agent.updates), "seed": str(config.seed)}
             note = trained | measure(policy, config)
