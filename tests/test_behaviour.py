@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,19 +14,17 @@ from train.behaviour.policy import POLICIES, BehaviourPolicy, policy_note
 from train.environments import ENVIRONMENTS
 
 
-def train(out: Path, simple_return: float, medium_return: float) -> None:
-    threads = torch.get_num_threads()
-    sac.main(
-        sac.SACConfig(
-            out=out, env_steps=2_000, num_envs=2, random_steps=1_900, eval_every=1_950, eval_episodes=2, hidden=16,
-            simple_return=simple_return, medium_return=medium_return,
-        )
-    )  # fmt: skip
-    torch.set_num_threads(threads)
+def train(out: Path, **settings: float) -> None:
+    small: dict[str, Any] = {"num_envs": 2, "eval_episodes": 2, "hidden": 16, "threads": torch.get_num_threads()}
+    sac.main(sac.SACConfig(out=out, **small, **settings))
+
+
+# one snapshot, after thirteen updates
+SHORT = {"env_steps": 2_000, "random_steps": 1_900, "eval_every": 1_950}
 
 
 def test_a_level_is_named_when_it_is_reached(tmp_path: Path) -> None:
-    train(tmp_path, simple_return=-1e6, medium_return=1e6)
+    train(tmp_path, **SHORT, simple_return=-1e6, medium_return=1e6)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "halfcheetah-expert.safetensors",
         "halfcheetah-simple.safetensors",
@@ -37,18 +36,13 @@ def test_of_a_level_the_first_snapshot_is_kept_and_of_experts_the_best(
 ) -> None:
     returns = iter([1, 5, 3, float("nan"), 9, 8])
     monkeypatch.setattr(sac, "play", lambda policy, config, seed: np.full(2, float(next(returns)) if seed else 0.0))
-    sac.main(
-        sac.SACConfig(
-            out=tmp_path, env_steps=1_800, num_envs=2, random_steps=400, eval_every=300, eval_episodes=2, hidden=16,
-            simple_return=4, medium_return=7, threads=torch.get_num_threads(),
-        )
-    )  # fmt: skip
+    train(tmp_path, env_steps=1_800, random_steps=400, eval_every=300, simple_return=4, medium_return=7)
     kept = {path.stem: policy_note(path)["transitions"] for path in tmp_path.iterdir()}
     assert kept == {"halfcheetah-simple": "600", "halfcheetah-medium": "1500", "halfcheetah-expert": "1500"}
 
 
 def test_training_writes_policies_that_act_and_say_what_they_score(tmp_path: Path) -> None:
-    train(tmp_path, simple_return=1e6, medium_return=1e6)
+    train(tmp_path, **SHORT, simple_return=1e6, medium_return=1e6)
     path = tmp_path / "halfcheetah-expert.safetensors"
     note = policy_note(path)
     assert (note["transitions"], note["updates"], note["episodes"]) == ("1950", "13", "2")
