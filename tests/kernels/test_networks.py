@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fdkernels.kernels.networks import operand
+from fdkernels.kernels.networks import activate, operand
 from tests.kernels.device import DEVICE
 
 
@@ -46,3 +47,17 @@ def test_what_is_read_whole_stays_what_it_is() -> None:
     assert torch.equal(as_operand(special, "tf32").view(torch.int32), special.view(torch.int32))
     all_ones = torch.tensor([0x7FFFFFFF, 0x7FC00000, 0x7F800001, -1], dtype=torch.int32).view(torch.float32)
     assert as_operand(all_ones, "tf32").isnan().all()
+
+
+@triton.jit
+def activate_kernel(x_ptr, out_ptr, ACTIVATION: tl.constexpr):
+    at = tl.arange(0, 8)
+    tl.store(out_ptr + at, activate(tl.load(x_ptr + at), ACTIVATION))
+
+
+def test_an_unknown_activation_is_no_identity() -> None:
+    x = torch.linspace(-2, 2, 8, device=DEVICE)
+    with pytest.raises(Exception) as error:  # noqa: PT011 - the compiler says where, and its cause says what
+        activate_kernel[(1,)](x, torch.empty_like(x), ACTIVATION="mish")
+    said = [str(error.value), str(error.value.__cause__)]
+    assert any("no kernel knows this activation" in text for text in said), said
