@@ -121,7 +121,7 @@ PARTS: dict[str, tuple[Step, ...]] = {
             ("-m", "fdkernels.tune", "--ship", "--only", "flow", "penalty", "score", *TUNED_FLOW),
             ("--dry-run", "--elements", "4096", *TINY_FLOW),
             interpreted=True,
-            keep=("fdkernels/kernels/configs.json",),
+            keep=("fdkernels/kernels/tuning/shipped.json",),
         ),
     ),
     "bench": (

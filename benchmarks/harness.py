@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 from torch.utils.benchmark import Timer
 
-from fdkernels.processor import multiplies
+from fdkernels.cpu.processor import multiplies
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"

@@ -16,7 +16,7 @@ import json
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -26,9 +26,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fdkernels.kernels import launch, launch_flow, launch_gemm
-from fdkernels.kernels.architecture import Architecture
-from fdkernels.kernels.table import TABLE, Gpu
+from fdkernels.kernels.flow import gemm
+from fdkernels.kernels.flow import launch as flow_launch
+from fdkernels.kernels.penalty import launch as penalty_launch
+from fdkernels.kernels.score import launch as score_launch
+from fdkernels.kernels.tuning.table import TABLE, Gpu
+from fdkernels.layers import EncodedNetwork, Layer, Norm, encode
+from fdkernels.records import Affine, Chain, Noise, PenaltyRule, TimedAffine, Way
+from fdkernels.solvers import Solver
 
 ARCHITECTURES = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -49,17 +54,15 @@ def calls(dtype: torch.dtype, num_samples: int, d: int) -> Iterator[tuple[str, A
     score = torch.empty(NUM_ROWS, num_samples, d, dtype=dtype, device="meta")
     trace = torch.empty(NUM_ROWS, device="meta")
     pairs = torch.empty(NUM_ROWS, num_samples, 2, device="meta")
-    yield "penalty", launch.penalty, (displacement, score, 1e-3, True, 1e-6, False, False)
-    yield "penalty+gradient", launch.penalty, (displacement, score, 1e-3, True, 1e-6, True, True)
-    velocity = (displacement, score, score, pairs, 1.0, 0.0, True, 1e-3, True, 1e-6, True)
-    yield "velocity_penalty+gradient", launch.velocity_penalty, velocity
-    yield (
-        "penalty_score_gradient",
-        launch.penalty_score_gradient,
-        (trace, displacement, score, trace, trace, True, 1e-6),
-    )
-    yield "score", launch.score, (score, score, None, 1.0, 0.0, True)
-    yield "score+times", launch.score, (score, score, pairs, 1.0, 0.0, True)
+    rule, affine, by_row = PenaltyRule(1e-3, True, 1e-6), Affine(None, 1.0, 0.0, True), Affine(pairs, 1.0, 0.0, True)
+    yield "penalty", penalty_launch.penalty, (displacement, score, rule, False, False)
+    yield "penalty+gradient", penalty_launch.penalty, (displacement, score, rule, True, True)
+    velocity = (displacement, score, score, by_row, rule, True)
+    yield "velocity_penalty+gradient", penalty_launch.velocity_penalty, velocity
+    backward = (trace, displacement, score, trace, trace, rule)
+    yield "penalty_score_gradient", penalty_launch.score_gradient, backward
+    yield "score", score_launch.score, (score, score, affine)
+    yield "score+times", score_launch.score, (score, score, by_row)
 
 
 class FlowCase(NamedTuple):
@@ -80,6 +83,14 @@ class FlowCase(NamedTuple):
     half_weights: bool = True
     shipped: bool = False
     """Whether the table's entry was chosen for this size; the others only have to compile, and to fit."""
+
+    def network(self, weights: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> EncodedNetwork:
+        """One of these weights and biases; where there is a norm, a layer's bias is its scale and shift too."""
+        layers = [Layer(weight, bias, activation="gelu_tanh") for weight, bias in weights]
+        if self.norm != "none":
+            norms = [Norm(layer.bias, layer.bias, 1e-6) for layer in layers]
+            layers = [layer._replace(**{f"norm_{self.norm}": norm}) for layer, norm in zip(layers, norms)]
+        return encode(layers, ("cond", "x", "t") if self.cond_dim else ("x", "t"))
 
 
 def flow_cases(architecture: str, dtype: torch.dtype) -> Iterator[FlowCase]:
@@ -108,28 +119,23 @@ def flow_calls(case: FlowCase, dtype: torch.dtype) -> Iterator[tuple[str, Any, t
 
     weights = dtype if case.half_weights else torch.float32
     width, depth, cond_dim, d, models = case.width, case.depth, case.cond_dim, case.d, case.models
-    order = ("cond", "x", "t") if cond_dim else ("x", "t")
-    net = Architecture(
-        cond_dim, d, order, (width,) * depth, ("gelu_tanh",) * depth, (case.norm,) * depth, (1e-6,) * depth
-    )
-    lead = (models,) if models > 1 else ()
-    parameters: list[torch.Tensor | None] = []
-    for size in [(width, cond_dim + d + 1), *[(width, width)] * (depth - 1), (d, width)]:
-        weight, bias = (empty(*lead, *shape, dtype=weights) for shape in (size, size[:1]))
-        parameters += [weight, bias, *((bias, bias) if case.norm != "none" else (None, None))]
+    sizes = [(width, cond_dim + d + 1), *[(width, width)] * (depth - 1), (d, width)]
+    network = case.network([(empty(*size, dtype=weights), empty(size[0], dtype=weights)) for size in sizes])
+    if models > 1:
+        stacked = [None if p is None else p.expand(models, *p.shape).contiguous() for p in network.parameters]
+        network = network._replace(parameters=stacked)
     rows = empty(models, case.rows, d)
     cond = empty(models, case.rows, cond_dim) if cond_dim else None
-    table, how = (0.0, 0.0, 1.0, 1.0), (case.precision, case.implementation)
-    solver = (parameters, net.encode(), table, -1.0, 1.0, "end")
-    yield "flow", launch_flow.integrate, (rows, cond, *solver, case.times, *how)
+    solver, way = Solver([0.0, 1.0], "euler", -1.0, 1.0, "end"), Way(case.precision, case.implementation)
+    yield "flow", flow_launch.integrate, (rows, cond, network, solver, case.times, way)
     states = empty(models, max(1, case.rows // case.num_samples), d)
     noise = None if case.seed else empty(models, states.shape[1] * case.num_samples, d)
     obs = None if cond is None else cond[:, : states.shape[1]].contiguous()
     seed = empty(dtype=torch.int64) if case.seed else None
     triples = empty(models, states.shape[1] * case.num_samples, 3, dtype=torch.float32) if case.times else None
-    chain = (noise, noise, obs, states, triples, parameters, seed, *solver[1:])
-    settings = (case.num_samples, 0.95, 19.0, -20.0, True, 1e-3, True, 1e-6, case.times)
-    yield "chain", launch_flow.fisher, (*chain, *settings, *how)
+    drawn, at = Noise(noise, noise, seed, case.num_samples), TimedAffine(triples, 0.95, 19.0, -20.0, True)
+    rule = PenaltyRule(1e-3, True, 1e-6)
+    yield "chain", flow_launch.fisher, (Chain(drawn, obs, states, at, network, solver, rule, case.times, way),)
 
 
 class Build(NamedTuple):
@@ -172,7 +178,8 @@ class AheadOfTime:
 
         def type_of(path: tuple[int, ...], value: Any) -> Any:
             if isinstance(value, tuple):
-                return tuple(type_of((*path, i), part) for i, part in enumerate(value))
+                types = [type_of((*path, i), part) for i, part in enumerate(value)]
+                return type(value)(*types) if hasattr(value, "_fields") else tuple(types)
             if value is None:
                 constants[path] = None
                 return "constexpr"
@@ -190,7 +197,9 @@ class AheadOfTime:
                 signature[parameter.name] = type_of((i,), given[parameter.name])
         source = ASTSource(self.kernel, signature, constexprs=constants, attrs=aligned)
         compiled = triton.compile(source, target=self.target, options=options)
-        integers = {names[path[0]]: value for path, value in constants.items() if type(value) is int}
+        named = {names[path[0]]: value for path, value in constants.items()}
+        named |= named["PLAN"]._asdict() if "PLAN" in named else {}
+        integers = {name: value for name, value in named.items() if type(value) is int}
         return Build(compiled, passed, integers, options["num_warps"])
 
 
@@ -235,7 +244,7 @@ def report(architectures: list[str], dtypes: list[torch.dtype]) -> Iterator[dict
                 for name, launcher, args in flow_calls(case, dtype):
                     row = {"kernel": f"{name} {case.implementation} {case.rows}", "arch": architecture}
                     row |= {"dtype": DTYPES[dtype], "K": case.num_samples, "d": case.d, "case": case._asdict()}
-                    for turn, found in enumerate(compiler.compile(launcher, args, launch_flow, launch_gemm)):
+                    for turn, found in enumerate(compiler.compile(launcher, args, flow_launch, gemm)):
                         several = {"kernel": f"{row['kernel']} turn {turn}"} if case.implementation == "gemm" else {}
                         yield row | found | several
 
@@ -255,10 +264,10 @@ class Compiler:
     def __enter__(self) -> Compiler:
         for (module, name), kernel in self.kernels.items():
             self.patches.enter_context(mock.patch.object(module, name, kernel))
-        for module in (launch, launch_flow):
+        for module in (penalty_launch, score_launch, flow_launch):
             self.patches.enter_context(mock.patch.object(module, "gpu_of", return_value=Gpu("", self.architecture)))
         processors = MULTIPROCESSORS[self.architecture]
-        self.patches.enter_context(mock.patch.object(launch_flow, "multiprocessors", return_value=processors))
+        self.patches.enter_context(mock.patch.object(flow_launch, "multiprocessors", return_value=processors))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -274,9 +283,10 @@ class Compiler:
 
 
 KERNELS = {
-    launch: ("penalty_kernel", "score_gradient_kernel", "score_kernel"),
-    launch_flow: ("flow_kernel",),
-    launch_gemm: ("turn_kernel",),
+    penalty_launch: ("penalty_kernel", "score_gradient_kernel"),
+    score_launch: ("score_kernel",),
+    flow_launch: ("flow_kernel",),
+    gemm: ("turn_kernel",),
 }
 MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "gfx942": 304}
 
@@ -292,7 +302,7 @@ def main(arguments: list[str] | None = None) -> None:
     if args.json:
         print(json.dumps(list(rows), indent=1))
         return
-    hidden = {*"KD", "BLOCK_D", "BLOCK_K", "COND", "AT_COND", "AT_X", "AT_T"}
+    hidden = {*"KD", "BLOCK_D", "BLOCK_K"}
     columns = [("arch", 8), ("dtype", 6), ("K", 5), ("d", 6), ("regs", 6), ("spilled", 8), ("shared", 8), ("load", 6)]
     print(f"{'kernel':26}" + "".join(f"{title:>{width}}" for title, width in columns) + "  mma  config")
     for row in rows:

@@ -3,13 +3,12 @@
 The maths in plain form is in the sister package ``fdkernels_ref``.
 """
 
-from fdkernels.decorator import flow_fisher_penalty
-from fdkernels.fisher import fisher_penalty, fisher_spectrum
+from fdkernels.chain import flow_fisher_penalty
 from fdkernels.flow import integrate_flow, integrate_flow_groups
-from fdkernels.mlp import PackedMLP, VelocityMLP, build_mlp, pack_mlp
+from fdkernels.networks import PackedMLP, VelocityMLP, build_mlp, pack_mlp
 from fdkernels.paths import AffinePath
+from fdkernels.penalty import fisher_penalty, fisher_spectrum, velocity_fisher_penalty
 from fdkernels.score import velocity_to_score
-from fdkernels.velocity_penalty import velocity_fisher_penalty
 
 __all__ = [
     "AffinePath",

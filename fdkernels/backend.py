@@ -1,34 +1,60 @@
-"""The one place where a backend is chosen, before autograd sees the tensors."""
+"""Every decision on which way a call goes, made once, before autograd sees the tensors.
+
+What is fast on this processor is said in ``cpu/processor.py``, how the kernels integrate in ``kernels/tuning``.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import os
-from typing import Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from fdkernels.torch_private import constant_when_compiled
+from fdkernels.torch_private import constant_when_compiled, transforms_active
 from fdkernels.validation import check_choice
 
+if TYPE_CHECKING:
+    from fdkernels.networks import PackedMLP
+
 Backend = Literal["triton", "torch"]
+Implementation = Literal["stationary", "streamed", "gemm"]
+Precision = Literal["highest", "high", "bf16"]
+
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""The precisions in which products take operands of a half-precision dtype; those of the others are float32."""
+MAX_FLOW_D = 128
+"""Dimensions of a flow that the kernels integrate."""
+MAX_PENALTY_D = 8192
+"""Dimensions of a displacement: it and its gradient stay in registers."""
 
 _SERVED = (torch.float32, torch.bfloat16, torch.float16)
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"  # triton reads it once, too: when it is imported
 
 
-def choose_backend(op: str, backend: Backend | None, *tensors: Tensor, asked: str = "backend='triton'") -> Backend:
+def choose_backend(
+    op: str,
+    backend: Backend | None,
+    *tensors: Tensor,
+    asked: str = "backend='triton'",
+    max_d: int | None = None,
+) -> Backend:
     """``None`` picks Triton for CUDA tensors that it serves; an explicit choice that cannot be honoured raises.
 
-    ``asked`` is what the caller wrote where that insists on Triton.
+    Args:
+        asked: what the caller wrote where that insists on Triton.
+        max_d: the most dimensions that the kernel serves.
     """
-    check_choice(op, "backend", backend, (None, "triton", "torch"))  # type: ignore[arg-type]
+    check_choice(op, "backend", backend, (None, "triton", "torch"))
     on_gpu = tensors[0].device.type == "cuda"
     if backend == "torch" or (backend is None and not on_gpu):
         return "torch"
     reason = _why_not_triton(*tensors)
+    if reason is None and max_d is not None and tensors[0].shape[-1] > max_d:
+        reason = f"serves up to {max_d} dimensions, got {tensors[0].shape[-1]}"
     if reason is None:
         return "triton"
     if backend == "triton":
@@ -48,7 +74,106 @@ def _why_not_triton(*tensors: Tensor) -> str | None:
     return None
 
 
+def choose_fused(
+    op: str,
+    backend: Backend | None,
+    implementation: Implementation | None,
+    packed: PackedMLP | None,
+    tensors: Sequence[Tensor],
+    differentiable: bool = False,
+) -> bool:
+    """Whether the kernels integrate; a choice that cannot be honoured raises.
+
+    ``backend`` and ``implementation`` None take them for a packed MLP on CUDA. The plain path serves everything else,
+    such as a velocity that is no MLP (``packed`` None).
+    """
+    check_choice(op, "implementation", implementation, (None, "stationary", "streamed", "gemm"))
+    if backend == "torch":
+        if implementation is not None:
+            raise ValueError(
+                f"{op}: implementation={implementation!r} belongs to backend='triton', got backend='torch'"
+            )
+        return False
+    reason = _why_not_fused(packed, differentiable)
+    insisted = backend == "triton" or implementation is not None
+    asked = "backend='triton'" if implementation is None else f"implementation={implementation!r}"
+    if packed is None or reason is not None:
+        if insisted:
+            raise RuntimeError(f"{op}: {asked} {reason}; leave the choice open")
+        choose_backend(op, backend, *tensors)
+        return False
+    tensors = (*tensors, *(layer.linear.weight for layer in packed.layers))
+    return choose_backend(op, "triton" if insisted else None, *tensors, asked=asked) == "triton"
+
+
+def _why_not_fused(packed: PackedMLP | None, differentiable: bool) -> str | None:
+    """What about the network the kernels do not serve; devices and dtypes aside."""
+    if packed is None:
+        return "serves a VelocityMLP or a packed MLP, and this velocity is neither"
+    if differentiable and torch.is_grad_enabled():
+        return "has no gradient through the solver, which differentiable=True asks for"
+    if len(packed.layers) < 2:
+        return "serves networks with a hidden layer, got a linear velocity"
+    if packed.action_dim > MAX_FLOW_D:
+        return f"serves up to {MAX_FLOW_D} dimensions, got {packed.action_dim}"
+    if any(layer.norm_before and layer.norm_after for layer in packed.layers):
+        return "serves one layer norm in a layer, got one before and one after an activation"
+    return None
+
+
+def check_precision(op: str, precision: Precision | None, *dtypes: torch.dtype) -> None:
+    """A choice that these dtypes can have."""
+    check_choice(op, "precision", precision, (None, "highest", "high", "bf16"))
+    if precision in ("high", "bf16") and torch.float64 in dtypes:
+        raise ValueError(f"{op}: precision={precision!r} is less than float64 tensors have; use None or 'highest'")
+
+
+def settle_precision(precision: Precision | None, weights: torch.dtype, device: str) -> str:
+    """ "highest", "high", "bf16" or "fp16": what ``None`` stands for, for weights of that dtype, here and now."""
+    if precision is not None:
+        return precision
+    autocast = torch.is_autocast_enabled(device) and weights != torch.float64
+    dtype = torch.get_autocast_dtype(device) if autocast else weights
+    if dtype == torch.bfloat16:
+        return "bf16"
+    if dtype == torch.float16:
+        return "fp16"
+    return "highest" if float32_products() == "highest" else "high"
+
+
+def check_float32_products(op: str, precision: str | None, device: torch.device) -> None:
+    """PyTorch's float32 products follow one global setting, which is the caller's and is not touched here."""
+    setting = float32_products()
+    if precision in ("highest", "high") and (setting == "medium" or (device.type == "cuda" and setting != precision)):
+        raise RuntimeError(
+            f"{op}: precision={precision!r} on the PyTorch path needs torch.set_float32_matmul_precision({precision!r})"
+            f", got {setting!r}"
+        )
+
+
 @constant_when_compiled
 def float32_products() -> str:
     """What ``torch.set_float32_matmul_precision`` was told."""
     return torch.get_float32_matmul_precision()
+
+
+def plain_is_better(*tensors: Tensor | None) -> bool:
+    """On the PyTorch path, whether a plain formula serves better than an operator around it.
+
+    It does where a compiler or a ``torch.func`` transform looks on, which make more of it, and where no gradient is
+    wanted: sparing autograd's work is what the operator is for.
+    """
+    if torch.compiler.is_compiling() or transforms_active():
+        return True
+    return not (torch.is_grad_enabled() and any_requires_grad(*tensors))
+
+
+def any_requires_grad(*args: Any) -> bool:
+    """Whether one of the tensors does, also of those in lists."""
+    for arg in args:
+        if isinstance(arg, Tensor):
+            if arg.requires_grad:
+                return True
+        elif isinstance(arg, list) and any_requires_grad(*arg):
+            return True
+    return False

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 Time = TypeVar("Time", float, Tensor)
+PathName = Literal["linear", "linear_reversed", "vp", "cosine"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +27,16 @@ class AffinePath:
     sigma: Callable[[Tensor], Tensor]
     d_alpha: Callable[[Tensor], Tensor]
     d_sigma: Callable[[Tensor], Tensor]
+
+    def at(self, op: str, t: Time) -> tuple[Time, Time, Time, Time]:
+        """α, σ, α̇ and σ̇ of a time, or of a tensor of them."""
+        functions: Any = {"alpha": self.alpha, "sigma": self.sigma, "d_alpha": self.d_alpha, "d_sigma": self.d_sigma}
+        found = {name: function(t) for name, function in functions.items()}
+        if isinstance(t, Tensor):
+            for name, value in found.items():
+                if not isinstance(value, Tensor) or value.shape != t.shape:
+                    raise TypeError(f"{op}: path.{name} must give a tensor of its times' shape {tuple(t.shape)}")
+        return found["alpha"], found["sigma"], found["d_alpha"], found["d_sigma"]
 
 
 # The built-in paths also take a Python float, and give one: a constant time then costs no tensor at all.
@@ -70,7 +81,7 @@ def _vp_d_sigma(t: Time) -> Time:
     return -_vp_alpha(t) * _vp_d_alpha(t) / _vp_sigma(t)
 
 
-PATHS = {
+PATHS: dict[str, AffinePath] = {
     "linear": AffinePath(lambda t: t, lambda t: 1 - t, lambda t: 0 * t + 1, lambda t: 0 * t - 1),
     "linear_reversed": AffinePath(lambda t: 1 - t, lambda t: t, lambda t: 0 * t - 1, lambda t: 0 * t + 1),
     "vp": AffinePath(_vp_alpha, _vp_sigma, _vp_d_alpha, _vp_d_sigma),
@@ -86,3 +97,16 @@ PATHS = {
 def takes_numbers(path: AffinePath) -> bool:
     """Whether it is a built-in one. PyTorch 2.7 compiles no ``in`` among the values of a dict."""
     return any(path is known for known in PATHS.values())
+
+
+def resolve_path(op: str, path: PathName | AffinePath) -> AffinePath:
+    """The path of that name, or the one given."""
+    if isinstance(path, str) and path in PATHS:
+        return PATHS[path]
+    if not isinstance(path, AffinePath):
+        raise ValueError(f"{op}: path must be an AffinePath or one of {', '.join(map(repr, PATHS))}, got {path!r:.80}")
+    for name in ("alpha", "sigma", "d_alpha", "d_sigma"):
+        function = getattr(path, name)
+        if not callable(function):
+            raise TypeError(f"{op}: path.{name} must be a function, got {type(function).__name__}")
+    return path

@@ -1,4 +1,4 @@
-"""Explicit Runge-Kutta methods as data, and the loop that steps along a grid of times with one of them."""
+"""Explicit Runge-Kutta methods as data, a solver that uses one, and the loop that steps along its times."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fdkernels.torch_private import transforms_active
-from fdkernels.validation import check_count
+from fdkernels.validation import MAX_COUNT, check_bounds, check_choice, check_count, check_flag
 
 Method = Literal["euler", "midpoint", "heun", "rk4"]
 Field: TypeAlias = Callable[[Tensor, float | Tensor], Tensor]  # v(x, t) for a fixed condition
@@ -29,7 +29,7 @@ class Stage(NamedTuple):
     weight: float
 
 
-METHODS: dict[Method, tuple[Stage, ...]] = {
+METHODS: dict[str, tuple[Stage, ...]] = {
     "euler": (Stage(0.0, 0.0, 1.0),),
     "midpoint": (Stage(0.0, 0.5, 0.0), Stage(0.5, 0.0, 1.0)),
     "heun": (Stage(0.0, 1.0, 0.5), Stage(1.0, 0.0, 0.5)),
@@ -37,39 +37,70 @@ METHODS: dict[Method, tuple[Stage, ...]] = {
 }
 
 
-def check_time_grid(op: str, num_steps: int, time_grid: Sequence[float] | Tensor | None) -> list[float]:
+class Solver(NamedTuple):
+    """What is asked of a solver. The flow's operators take these fields as they are."""
+
+    times: list[float]
+    """S + 1 of them. None: what is given are ends of the flow, and nothing is integrated."""
+    method: str
+    low: float
+    high: float
+    clip: str
+    """When the state is clipped to those bounds: at the "end", at every "step" or "never"."""
+
+    def finished(self) -> Solver:
+        """The same where nothing is left to integrate."""
+        return self._replace(times=[])
+
+
+def check_solver(
+    op: str,
+    num_steps: int,
+    time_grid: Sequence[float] | Tensor | None,
+    method: Method,
+    clip: tuple[float, float] | None,
+    clip_each_step: bool,
+) -> Solver:
+    """The solver that these arguments of a public function describe."""
+    check_choice(op, "method", method, METHODS)
+    check_flag(op, "clip_each_step", clip_each_step)
+    if clip is None and clip_each_step:
+        raise ValueError(f"{op}: clip_each_step needs bounds, got clip=None")
+    low, high = (0.0, 0.0) if clip is None else check_bounds(op, "clip", clip)
+    when = "never" if clip is None else "step" if clip_each_step else "end"
+    return Solver(_check_times(op, num_steps, time_grid), method, low, high, when)
+
+
+def _check_times(op: str, num_steps: int, time_grid: Sequence[float] | Tensor | None) -> list[float]:
     """The S + 1 times: those of ``time_grid``, or i/S."""
     if time_grid is None:
         check_count(op, "num_steps", num_steps)
         return [i / num_steps for i in range(num_steps + 1)]
-    grid = torch.as_tensor(time_grid, dtype=torch.float64)
-    if grid.ndim != 1 or len(grid) < 2 or not grid.isfinite().all():
-        raise ValueError(f"{op}: time_grid must hold two or more finite times, got {time_grid!r}")
+    try:
+        grid = torch.as_tensor(time_grid, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{op}: time_grid must be a sequence of times, got {type(time_grid).__name__}") from None
+    if grid.ndim != 1 or not 2 <= len(grid) <= MAX_COUNT + 1 or not grid.isfinite().all():
+        raise ValueError(
+            f"{op}: time_grid must hold two or more finite times, at most {MAX_COUNT + 1}, got {time_grid!r:.100}"
+        )
     return grid.tolist()
 
 
-def integrate(
-    field: Field,
-    x: Tensor,
-    times: Sequence[float],
-    method: Method,
-    clip: tuple[float, float] | None,
-    clip_each_step: bool = False,
-    return_path: bool = False,
-) -> Tensor:
-    """The loop, on checked arguments. Where autograd looks on, it keeps x of each step and computes the rest again.
+def integrate(field: Field, x: Tensor, solver: Solver, return_path: bool = False) -> Tensor:
+    """The loop. Where autograd looks on, it keeps x of each step and computes the rest again.
 
     ``torch.func`` transforms do not know checkpointing; under them autograd's usual memory is taken.
     """
-    stages = METHODS[method]
+    stages = METHODS[solver.method]
     forget = torch.is_grad_enabled() and not transforms_active()
     path = [x]
-    last = len(times) - 2
-    for i, (t, next_t) in enumerate(itertools.pairwise(times)):
+    last = len(solver.times) - 2
+    for i, (t, next_t) in enumerate(itertools.pairwise(solver.times)):
         arguments = (stages, field, x, t, next_t - t)
         x = checkpoint(_step, *arguments, use_reentrant=False) if forget else _step(*arguments)
-        if clip is not None and (clip_each_step or i == last):
-            x = x.clamp(*clip)
+        if solver.clip == "step" or (solver.clip == "end" and i == last):
+            x = x.clamp(solver.low, solver.high)
         if return_path:
             path.append(x)
     return torch.stack(path) if return_path else x

@@ -30,8 +30,12 @@ from triton.errors import TritonError
 
 import fdkernels
 from fdkernels import backend
-from fdkernels.kernels import configs, launch, table
-from fdkernels.kernels.table import Entry, Gpu
+from fdkernels.kernels.penalty import launch as penalty_launch
+from fdkernels.kernels.score import launch as score_launch
+from fdkernels.kernels.tuning import table
+from fdkernels.kernels.tuning.table import Entry, Gpu
+from fdkernels.kernels.tuning.tiles import next_power_of_two
+from fdkernels.records import Affine, PenaltyRule
 
 Timer: TypeAlias = Callable[[Callable[[], object]], float]
 SIZES = [(4, 6), (4, 17), (16, 60), (64, 256), (256, 1024)]  # (K, d)
@@ -73,22 +77,25 @@ def _always(run: Callable[[], object]) -> Callable[[Entry], object]:
 
 def penalty_workloads(args: argparse.Namespace) -> Iterator[Workload]:
     """float32 tensors, which no cache should hold."""
+    rule = PenaltyRule(1e-3, True, 1e-6)
     for num_samples, d in SIZES:
         rows = math.ceil(args.elements / (num_samples * d))
         score = torch.randn(rows, num_samples, d, device=args.device)
         displacement, row = torch.randn(rows, d, device=args.device), torch.rand(rows, device=args.device)
-        problem = {"row_bytes": 4 * configs.next_power_of_two(num_samples) * configs.next_power_of_two(d)}
+        problem = {"row_bytes": 4 * next_power_of_two(num_samples) * next_power_of_two(d)}
         label = f"K={num_samples} d={d}"
 
-        forward = functools.partial(launch.penalty, displacement, score, 1e-3, True, 1e-6, True, False)
-        backward = functools.partial(launch.penalty_score_gradient, row, displacement, score, row, row, True, 1e-6)
+        forward = functools.partial(penalty_launch.penalty, displacement, score, rule, True, False)
+        backward = functools.partial(penalty_launch.score_gradient, row, displacement, score, row, row, rule)
         yield Workload("penalty", problem, label, _always(forward), TILES)
         yield Workload("penalty_score_gradient", problem, label, _always(backward), TILES)
 
 
 def score_workloads(args: argparse.Namespace) -> Iterator[Workload]:
     flat = torch.randn(args.elements, 1, device=args.device)
-    yield Workload("score", {"row_bytes": 1}, "flat", lambda _: launch.score(flat, flat, None, 2.0, 1.0, True), TILES)
+    affine = Affine(None, 2.0, 1.0, True)
+    run = _always(lambda: score_launch.score(flat, flat, affine))
+    yield Workload("score", {"row_bytes": 1}, "flat", run, TILES)
 
 
 def flow_workloads(args: argparse.Namespace) -> Iterator[Workload]:

@@ -1,23 +1,28 @@
-"""Checks at the public boundary. Every message names the operator, the argument, what it got and what it wants."""
+"""Checks at the public boundary. Every message names the operator and the argument, what it got and what it wants."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection
+import numbers
+import sys
+from collections.abc import Collection, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MAX_COUNT = 2**16
+"""Steps, samples and widths beyond this are taken for a mistake, and not for a patient user."""
 
 
-def check_floating(op: str, device: torch.device | None = None, **tensors: Tensor | None) -> torch.device:
-    """All given tensors are floating point and on one device, which is returned."""
+def check_floating(op: str, device: torch.device | None = None, **tensors: Tensor) -> torch.device:
+    """All of these are dense floating-point tensors on one device, which is returned."""
     for name, tensor in tensors.items():
-        if tensor is None:
-            continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.layout != torch.strided or tensor.is_nested:
+            raise TypeError(f"{op}: {name} must be a dense tensor, got one that is {_layout(tensor)}")
         if tensor.dtype not in FLOATING:
             raise TypeError(f"{op}: {name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
         if device is not None and tensor.device != device:
@@ -27,19 +32,51 @@ def check_floating(op: str, device: torch.device | None = None, **tensors: Tenso
     return device
 
 
-def check_choice(op: str, name: str, value: object, choices: Collection[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+def _layout(tensor: Tensor) -> str:
+    return "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
 
 
-def check_at_least(op: str, name: str, value: float, least: float, *, exclusive: bool = False) -> None:
-    if not least <= value < math.inf or (exclusive and value == least):  # NaN is in no interval
-        raise ValueError(f"{op}: {name} must be finite and {'>' if exclusive else '>='} {least:g}, got {value!r}")
+def check_choice(op: str, name: str, value: object, choices: Collection[str | None]) -> None:
+    # not `in` alone, which an array answers with another array
+    if not (value is None or isinstance(value, str)) or value not in choices:
+        raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, choices))}, got {_brief(value)}")
 
 
-def check_count(op: str, name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{op}: {name} must be an integer of at least 1, got {value!r}")
+def check_flag(op: str, name: str, value: object) -> None:
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{op}: {name} must be True or False, got {_brief(value)}")
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a real number, of Python or of NumPy; a tensor is none, for its value may be on another device."""
+    return isinstance(value, (int, float, numbers.Real)) and not isinstance(value, (bool, np.bool_))
+
+
+def check_at_least(op: str, name: str, value: float, least: float, *, exclusive: bool = False) -> float:
+    """The number as a float."""
+    if not is_number(value):
+        raise TypeError(f"{op}: {name} must be a number, got {_brief(value)}")
+    if not least <= value <= sys.float_info.max or (exclusive and value == least):  # NaN is in no interval
+        raise ValueError(f"{op}: {name} must be finite and {'>' if exclusive else '>='} {least:g}, got {_brief(value)}")
+    return float(value)
+
+
+def check_count(op: str, name: str, value: int, least: int = 1) -> None:
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)) or value < least:
+        raise ValueError(f"{op}: {name} must be an integer of at least {least}, got {_brief(value)}")
+    if value > MAX_COUNT:
+        raise ValueError(f"{op}: {name} must be at most {MAX_COUNT}, got {_brief(value)}")
+
+
+def check_bounds(op: str, name: str, value: tuple[float, float]) -> tuple[float, float]:
+    """A pair of numbers in order, as floats."""
+    pair = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else ()
+    if len(pair) != 2 or not all(map(is_number, pair)) or not pair[0] <= pair[1]:
+        raise ValueError(f"{op}: {name} must be None or (low, high) with low <= high, got {_brief(value)}")
+    try:
+        return float(pair[0]), float(pair[1])
+    except OverflowError:
+        raise ValueError(f"{op}: {name} must be None or (low, high) of floats, got {_brief(value)}") from None
 
 
 def check_shape(op: str, name: str, tensor: Tensor, shape: tuple[int, ...], wants: str) -> None:
@@ -52,3 +89,33 @@ def check_broadcast(op: str, name: str, tensor: Tensor, shape: tuple[int, ...], 
     sizes = tensor.shape
     if len(sizes) > len(shape) or not all(a == b or a == 1 for a, b in zip(reversed(sizes), reversed(shape))):
         raise ValueError(f"{op}: {name} must broadcast to {wants} = {tuple(shape)}, got {tuple(sizes)}")
+
+
+def check_displacement(op: str, displacement: Tensor) -> int:
+    """displacement is (..., d) with d of at least 1, which is returned."""
+    if displacement.ndim == 0 or displacement.shape[-1] == 0:
+        raise ValueError(f"{op}: displacement must be (..., d) with d of at least 1, got {tuple(displacement.shape)}")
+    return displacement.shape[-1]
+
+
+def check_samples(op: str, displacement: Tensor, name: str, samples: Tensor) -> None:
+    """displacement is (..., d) and ``samples`` (..., K, d), d and K at least 1."""
+    d = check_displacement(op, displacement)
+    lead_fits = samples.ndim >= 2 and samples.shape[:-2] == displacement.shape[:-1] and samples.shape[-1] == d
+    if not lead_fits or samples.shape[-2] == 0:
+        raise ValueError(
+            f"{op}: {name} must be (..., K, d) with K of at least 1, the displacement's d={d} and its leading shape "
+            f"{tuple(displacement.shape[:-1])}, got {tuple(samples.shape)}"
+        )
+
+
+def _brief(value: Any) -> str:
+    """What was given, in one line that fits on a screen."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    if isinstance(value, np.ndarray):
+        return f"an array of shape {value.shape}"
+    if isinstance(value, int) and abs(value) > 10**20:
+        return f"an integer of {value.bit_length()} bits"
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fdkernels import processor
+from fdkernels.cpu import processor
 
 PROCESSORS = ("AMD, AVX-512", "AMD, AVX2", "Intel, AVX-512", "Intel, AVX2")
 

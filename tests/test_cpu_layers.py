@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 import fdkernels
-from fdkernels import cpu_layers, torch_private
+from fdkernels import torch_private
+from fdkernels.cpu import layers as cpu_layers
 from tests.judge import assert_close, with_gradients
 from tests.processors import PROCESSORS, run_as
 from train.networks import TwinCritic

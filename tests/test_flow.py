@@ -17,7 +17,9 @@ from torch.profiler import ProfilerActivity, profile
 
 import fdkernels
 import fdkernels_ref
-from fdkernels import cpu_field, processor, solvers
+from fdkernels import solvers
+from fdkernels.cpu import field as cpu_field
+from fdkernels.cpu import processor
 from tests.closed_forms import anisotropic_gaussian, two_modes
 from tests.judge import assert_agree, assert_close
 from tests.processors import PROCESSORS, run_as

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from fdkernels.kernels import graphs
+from fdkernels.kernels.flow import graphs
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +44,7 @@ def test_what_was_not_called_for_longest_is_forgotten() -> None:
 
 
 def test_on_the_cpu_nothing_is_recorded() -> None:
-    double = lambda x, parameters, factor: (x * factor + parameters[0],)  # noqa: E731
+    double = lambda inputs, parameters, factor: (inputs[0] * factor + parameters[0],)  # noqa: E731
     for _ in range(3):
         (out,) = graphs.replayed(double, (torch.ones(2),), [torch.ones(2)], 3)
         assert out.tolist() == [4.0, 4.0]

@@ -21,7 +21,10 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("nothing is compiled under Triton's interpreter", allow_module_level=True)
 
 from benchmarks.static_report import FlowCase, flow_cases
-from fdkernels.kernels import launch, networks
+from fdkernels.kernels.flow import stationary
+from fdkernels.kernels.penalty import launch as penalty_launch
+from fdkernels.kernels.score import launch as score_launch
+from fdkernels.records import Affine, PenaltyRule
 from tests.ptx.flows import Problem, draw
 from tests.ptx.run import RaceError, emulate, without
 
@@ -132,8 +135,8 @@ def test_a_barrier_too_few_is_a_race(implementation: str) -> None:
     ]
     print([barriers[i] + 1 for i, found in enumerate(noticed) if not found])
     assert sum(noticed) >= 0.75 * len(noticed)
-    source, first = inspect.getsourcelines(networks.meet.fn)
-    meeting = [f"networks.py:{first + i}:" for i, line in enumerate(source) if "tl.debug_barrier" in line]
+    source, first = inspect.getsourcelines(stationary.meet.fn)
+    meeting = [f"stationary.py:{first + i}:" for i, line in enumerate(source) if "tl.debug_barrier" in line]
     for at, found in zip(barriers, noticed):
         place = next(line for line in lines[at::-1] if ".loc" in line)
         assert found or not any(of_meet in place for of_meet in meeting), place
@@ -170,15 +173,17 @@ def test_penalty_and_score(architecture: str, dtype: torch.dtype, num_samples: i
     upstream = draw(rows)
     gradients = torch.autograd.grad(truth, (leaf, scores), upstream.double())
 
-    penalty, gradient, trace = emulate(architecture, launch.penalty, displacement, score, 1e-3, True, 1e-6, True, True)
+    rule = PenaltyRule(1e-3, True, 1e-6)
+    penalty, gradient, trace = emulate(architecture, penalty_launch.penalty, displacement, score, rule, True, True)
     assert relative(penalty, truth.detach()) < bar
     assert relative(gradient * upstream[:, None], gradients[0]) < bar
-    args = (upstream, displacement, score, penalty, trace, True, 1e-6)
-    assert relative(emulate(architecture, launch.penalty_score_gradient, *args), gradients[1]) < bar
+    args = (upstream, displacement, score, penalty, trace, rule)
+    assert relative(emulate(architecture, penalty_launch.score_gradient, *args), gradients[1]) < bar
 
     pairs = draw(rows, num_samples, 2)
     made = pairs[..., :1].double() * score.double() + pairs[..., 1:].double() * x.double()
-    assert relative(emulate(architecture, launch.score, score, x, pairs, 1.0, 0.0, True), made) < bar
-    args = (displacement, score, x, pairs, 1.0, 0.0, True, 1e-3, True, 1e-6, True)
-    penalty, _ = emulate(architecture, launch.velocity_penalty, *args)
+    affine = Affine(pairs, 1.0, 0.0, True)
+    assert relative(emulate(architecture, score_launch.score, score, x, affine), made) < bar
+    args = (displacement, score, x, affine, rule, True)
+    penalty, _ = emulate(architecture, penalty_launch.velocity_penalty, *args)
     assert relative(penalty, fdkernels_ref.fisher_penalty(displacement.double(), made)) < bar

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fdkernels.kernels import table
-from fdkernels.kernels.table import Gpu
+from fdkernels.kernels.tuning import table
+from fdkernels.kernels.tuning.table import Gpu
 
 H100, A100 = Gpu("NVIDIA H100", "sm_90"), Gpu("NVIDIA A100", "sm_80")
 

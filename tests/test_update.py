@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import fdkernels
-from fdkernels import cpu_layers
+from fdkernels.cpu import layers as cpu_layers
 from train.agents import AGENTS, ALL_PARTS, Agent, Learner, Parts
 from train.checkpoint import read_checkpoint, save_checkpoint
 from train.dataset import Batch, OfflineDataset

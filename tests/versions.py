@@ -25,7 +25,7 @@ OLDEST_PYTHON = os.environ.get("OLDEST_PYTHON", "python3.10")
 # before Triton 3.7 the interpreter does not run with NumPy 2.4
 NUMPY = {"2.7": "numpy==1.26.*", "newest": "numpy"}
 NEEDS = ("pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "setuptools")
-CPU = [f"tests/test_{name}.py" for name in ("backend", "decorator", "flow", "mlp", "operators", "philox", "reference")]
+CPU = [f"tests/test_{name}.py" for name in ("backend", "chain", "flow", "networks", "operators", "philox", "reference")]
 GROUPS = {
     "CPU": [*CPU, "fdkernels", "-k", "not compile"],
     "torch.compile": [*CPU, "-k", "compile"],

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from fdkernels import cpu_layers
-from fdkernels.cpu_layers import gelu_tanh
+from fdkernels.cpu import layers as cpu_layers
+from fdkernels.cpu.layers import gelu_tanh
 
 
 class TwinCritic(nn.Module):

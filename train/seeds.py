@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from fdkernels import cpu_layers
+from fdkernels.cpu import layers as cpu_layers
 from train.agents import Agent, Draws, Learner, Parts
 from train.dataset import Batch, OfflineDataset
 

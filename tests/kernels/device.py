@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -43,6 +42,15 @@ def strided(tensor: Tensor, layout: str) -> Tensor:
     return guarded(wide)[..., 1:-2]
 
 
+def leaves(arguments: Iterable[Any]) -> Iterator[Any]:
+    """A kernel's arguments without the records that they come in."""
+    for argument in arguments:
+        if isinstance(argument, tuple):
+            yield from leaves(argument)
+        else:
+            yield argument
+
+
 @contextlib.contextmanager
 def guarded_memory() -> Iterator[None]:
     """Under the interpreter, every element that a kernel reads or writes lies in one of its arguments.
@@ -57,10 +65,7 @@ def guarded_memory() -> Iterator[None]:
 
     def noted(self: Any, args: Any, kwargs: Any) -> Any:
         host = to_host(self, args, kwargs)
-        given = itertools.chain.from_iterable(
-            arg if isinstance(arg, tuple) else (arg,) for arg in (*host[0], *host[1].values())
-        )
-        tensors = [arg for arg in given if isinstance(arg, Tensor)]
+        tensors = [arg for arg in leaves((*host[0], *host[1].values())) if isinstance(arg, Tensor)]
         spans[:] = [(arg.data_ptr(), arg.data_ptr() + arg.numel() * arg.element_size()) for arg in tensors]
         return host
 

@@ -17,9 +17,14 @@ from torch import Tensor, nn
 
 import fdkernels
 import fdkernels_ref
-from fdkernels.kernels.architecture import device_table
-from fdkernels.mlp import PackedMLP
+from fdkernels.kernels.flow import timetable
+from fdkernels.layers import encode
+from fdkernels.networks import PackedMLP
+from fdkernels.ops import integrate as integrate_op
+from fdkernels.ops.register import flat
 from fdkernels.philox import philox_normal
+from fdkernels.records import Chain, Noise, PenaltyRule, TimedAffine, Way
+from fdkernels.solvers import Solver
 from tests.judge import BARS, assert_agree
 from tests.kernels.device import COMPILERS, DEVICE, INTERPRETED, guarded, on_gpu
 from tests.kernels.together import programs_together
@@ -592,21 +597,19 @@ def test_replayed_products_follow_their_inputs() -> None:
 
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_opcheck(requires_grad: bool) -> None:
-    from fdkernels.fused import architecture_and_parameters
-
     torch.use_deterministic_algorithms(False)  # NaN in fresh memory is not equal to itself
-    architecture, parameters = architecture_and_parameters(network(5, 3, (16, 16)))
+    packed = network(5, 3, (16, 16))
+    encoded = encode([layer.read() for layer in packed.layers], packed.order)
     x0, cond, displacement = draw(1, 8, 3).to(DEVICE), draw(1, 8, 5).to(DEVICE), draw(1, 2, 3).to(DEVICE)
-    times, bounds = [0.0, 0.5, 1.0], (-1.0, 1.0, "end")
+    solver, way = Solver([0.0, 0.5, 1.0], "heun", -1.0, 1.0, "end"), Way("highest", "streamed")
     for want_path in (False, True):
-        arguments = (x0, cond, parameters, architecture, times, "heun", *bounds, want_path, "highest", "streamed")
-        torch.library.opcheck(torch.ops.fdkernels.integrate_flow.default, arguments)
-    settings = (4, 0.5, 1.0, -2.0, True, 1e-3, True, 1e-6, True, "highest", "streamed")
-    arguments = (
-        x0, x0, cond[:, :2].contiguous(), displacement.requires_grad_(requires_grad), None, parameters, None,
-        architecture, times, "euler", *bounds, *settings,
+        call = integrate_op.Call(x0, cond, encoded, solver, want_path, way)
+        torch.library.opcheck(torch.ops.fdkernels.integrate_flow.default, tuple(flat(call)))
+    chain = Chain(
+        Noise(x0, x0, None, 4), cond[:, :2].contiguous(), displacement.requires_grad_(requires_grad),
+        TimedAffine(None, 0.5, 1.0, -2.0, True), encoded, solver, PenaltyRule(1e-3, True, 1e-6), True, way,
     )  # fmt: skip
-    torch.library.opcheck(torch.ops.fdkernels.flow_fisher_penalty.default, arguments)
+    torch.library.opcheck(torch.ops.fdkernels.flow_fisher_penalty.default, tuple(flat(chain)))
 
 
 @on_gpu
@@ -650,10 +653,10 @@ def test_compiled_whole(compiler: str, dynamic: bool) -> None:
     tables: list[int] = []
 
     def backend(graph: Any, _: object) -> Any:
-        tables.append(device_table.cache_info().misses)
+        tables.append(timetable._on_device.cache_info().misses)
         return graph
 
-    device_table.cache_clear()
+    timetable._on_device.cache_clear()
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*lru_cache")
         torch.compile(chain, fullgraph=True, dynamic=dynamic, backend=backend)(cond, displacement, noise)

@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fdkernels.kernels.networks import activate, operand
+from fdkernels.kernels.activate import activate
+from fdkernels.kernels.flow.layers import operand
 from tests.kernels.device import DEVICE
 
 
@@ -57,7 +58,7 @@ def activate_kernel(x_ptr, out_ptr, ACTIVATION: tl.constexpr):
 
 def test_an_unknown_activation_is_no_identity() -> None:
     x = torch.linspace(-2, 2, 8, device=DEVICE)
-    with pytest.raises(Exception) as error:  # noqa: PT011 - the compiler says where, and its cause says what
+    with pytest.raises(Exception) as error:
         activate_kernel[(1,)](x, torch.empty_like(x), ACTIVATION="mish")
     said = [str(error.value), str(error.value.__cause__)]
     assert any("no kernel knows this activation" in text for text in said), said

@@ -45,7 +45,7 @@ def test_opcheck(backend: str, requires_grad: bool) -> None:
         check(OPERATORS.velocity_fisher_penalty.default, (displacement, *constants, *numbers, *settings, False))
         upstream = draw(3, 2)
         rows = upstream, displacement.detach(), score.detach(), upstream, upstream
-        check(OPERATORS.fisher_penalty_score_gradient.default, (*rows, True, 1e-6))
+        check(OPERATORS.fisher_penalty_score_gradient.default, (*rows, *settings))
 
 
 @pytest.mark.parametrize("normalize", ["trace", "none"])

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from fdkernels import tune
-from fdkernels.kernels import configs, launch_flow, table
+from fdkernels.kernels.flow import launch
+from fdkernels.kernels.tuning import plans, table
 from tests.kernels.device import DEVICE
 
 SMALL = ["--cond-dim", "0", "--action-dim", "3", "--hidden", "24", "24", "--rows", "5"]
@@ -30,28 +31,28 @@ def test_the_fastest_is_used_from_then_on(
     monkeypatch.setattr(tune, "FLOWS", CANDIDATES)
     args = tune.parse([*SMALL, "--precision", "bf16", "highest"])
     args.device = DEVICE
-    gpu, plans = table.gpu_of(DEVICE), []
-    flow_plan = configs.flow_plan
+    gpu, chosen = table.gpu_of(DEVICE), []
+    flow_plan = plans.flow_plan
 
-    def noted(*args: Any) -> configs.FlowPlan:
-        plans.append(flow_plan(*args))
-        return plans[-1]
+    def noted(*args: Any) -> plans.FlowPlan:
+        chosen.append(flow_plan(*args))
+        return chosen[-1]
 
     def timer(run: Callable[[], object]) -> float:
         """Runs the candidate, and says of the plan that was to be the fastest that it was."""
         run()
-        return 1.0 if [getattr(plans[-1], name) for name in CANDIDATES[fastest]] == fitted else 2.0
+        return 1.0 if [getattr(chosen[-1], name) for name in CANDIDATES[fastest]] == fitted else 2.0
 
     fitted = [min(value, 32) if name == "block_n" else value for name, value in CANDIDATES[fastest].items()]
-    monkeypatch.setattr(launch_flow, "flow_plan", noted)
+    monkeypatch.setattr(launch, "flow_plan", noted)
     before, setting = dict(table.TABLE), torch.get_float32_matmul_precision()
     try:
         found = [tune.tune(workload, gpu, timer) for workload in tune.flow_workloads(args)]
     finally:
         torch.set_float32_matmul_precision(setting)
     assert before == table.TABLE
-    assert len(plans) == 2 * 3  # stationary groups do not serve this width
-    assert len(set(plans)) == 3
+    assert len(chosen) == 2 * 3  # stationary groups do not serve this width
+    assert len(set(chosen)) == 3
     assert "stationary" in (printed := capsys.readouterr().out)
     assert "serves two or more hidden layers of one width, a power of two" in printed
 
@@ -60,8 +61,8 @@ def test_the_fastest_is_used_from_then_on(
     monkeypatch.setattr(table, "TABLE", table.read(file))
     named = table.Gpu("this GPU", "unknown family")
     for precision in ("half", "highest"):
-        arguments = (named, 8, (24, 24), 3, False, precision, 7, 1, 1, None, True)
-        plan = flow_plan.__wrapped__(*arguments)
+        problem = plans.Problem(named, 8, (24, 24), 3, False, precision, states=7, num_samples=1, models=1)
+        plan = flow_plan.__wrapped__(problem, None, True)
         assert plan.implementation == CANDIDATES[fastest]["implementation"]
         assert plan.rows == CANDIDATES[fastest]["rows"]
 

@@ -14,9 +14,11 @@ from torch import Tensor
 
 import fdkernels_ref
 from benchmarks.static_report import FlowCase
-from fdkernels.kernels import configs, launch_flow
-from fdkernels.kernels.architecture import Architecture
+from fdkernels.kernels.flow import launch
+from fdkernels.kernels.tuning import plans
 from fdkernels.philox import philox_normal
+from fdkernels.records import Chain, Noise, PenaltyRule, TimedAffine, Way
+from fdkernels.solvers import Solver
 from tests.ptx.run import emulate
 
 P, Q, T = 3.0, -4.0, 0.75
@@ -36,25 +38,18 @@ class Problem:
     def __init__(self, case: FlowCase, states: int, dtype: torch.dtype, steps: int = 2) -> None:
         self.case, self.states, self.steps = case, states, steps
         d, width, models = case.d, case.width, case.models
-        order = ("cond", "x", "t") if case.cond_dim else ("x", "t")
         hidden = (width,) * case.depth
-        net = Architecture(
-            case.cond_dim,
-            d,
-            order,
-            hidden,
-            ("gelu_tanh",) * case.depth,
-            (case.norm,) * case.depth,
-            (1e-6,) * case.depth,
-        )
-        self.parameters: list[Tensor | None] = []
         weights = dtype if case.half_weights else torch.float32
         lead = (models,) if models > 1 else ()
-        for out, fan_in in itertools.pairwise([case.cond_dim + d + 1, *hidden, d]):
-            out, fan_in = fan_in, out
+        parameters: list[Tensor | None] = []
+        for fan_in, out in itertools.pairwise([case.cond_dim + d + 1, *hidden, d]):
             weight, bias = draw(*lead, out, fan_in) / fan_in**0.5, draw(*lead, out) / 4
             norm = (1 + draw(*lead, out) / 4, draw(*lead, out) / 4) if case.norm != "none" else (None, None)
-            self.parameters += [None if p is None else p.to(weights) for p in (weight, bias, *norm)]
+            parameters += [None if p is None else p.to(weights) for p in (weight, bias, *norm)]
+        self.parameters = parameters
+        of_one = [(p[0] if models > 1 else p) for p in parameters if p is not None]
+        step = 2 if case.norm == "none" else 4
+        self.network = case.network(zip(of_one[::step], of_one[1::step]))._replace(parameters=parameters)
         rows = states * case.num_samples
         self.obs = draw(models, states, case.cond_dim, dtype=dtype) if case.cond_dim else None
         self.start, self.bridge = draw(models, rows, d, dtype=dtype), draw(models, rows, d, dtype=dtype)
@@ -66,9 +61,9 @@ class Problem:
             self.start, self.bridge = (
                 philox_normal(SEED, whole, "cpu", torch.float32, first=first) for first in (0, total)
             )
-        table = tuple(x for step in range(steps) for x in (step / steps, 0.0, 1 / steps, 1.0))
-        self.solver = (net.encode(), table, -100.0, 100.0, "end")  # bounds that nothing reaches
-        self.how = (case.precision, case.implementation)
+        bounds = (-100.0, 100.0, "end")  # that nothing reaches
+        self.solver = Solver([step / steps for step in range(steps + 1)], "euler", *bounds)
+        self.way = Way(case.precision, case.implementation)
 
     def velocity(self, model: int) -> Callable[[Tensor, Tensor, Any], Tensor]:
         own = [p if p is None else p.double()[model] if self.case.models > 1 else p.double() for p in self.parameters]
@@ -110,28 +105,33 @@ class Problem:
     def integrate(self, architecture: str, **options: Any) -> Tensor:
         """The samples, or all states where the case's times vary."""
         cond = None if self.obs is None else self.obs.repeat_interleave(self.case.num_samples, 1)
-        args = (self.start, cond, self.parameters, *self.solver, self.case.times, *self.how)
         with self.entry():
-            return emulate(architecture, launch_flow.integrate, *args, **options)
+            return emulate(
+                architecture, launch.integrate, self.start, cond, self.network, self.solver, self.case.times, self.way,
+                **options,
+            )  # fmt: skip
 
     def fisher(self, architecture: str, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
         noise = (None, None) if self.seed is not None else (self.start, self.bridge)
-        chain = (*noise, self.obs, self.displacement, self.triples, self.parameters, self.seed, *self.solver)
-        more = (self.case.num_samples, T, P, Q, True, 1e-3, True, 1e-6, self.case.times)
+        call = Chain(
+            Noise(*noise, self.seed, self.case.num_samples), self.obs, self.displacement,
+            TimedAffine(self.triples, T, P, Q, True), self.network, self.solver, PenaltyRule(1e-3, True, 1e-6),
+            self.case.times, self.way,
+        )  # fmt: skip
         with self.entry():
-            return emulate(architecture, launch_flow.fisher, *chain, *more, *self.how, **options)
+            return emulate(architecture, launch.fisher, call, **options)
 
     @contextlib.contextmanager
     def entry(self) -> Iterator[None]:
         """Within it, the plan is the table's for the case's number of rows."""
 
-        def plan(*args: Any) -> configs.FlowPlan:
-            return configs.flow_plan(*args[:6], self.case.rows // args[7], *args[7:])
+        def plan(problem: plans.Problem, *args: Any) -> plans.FlowPlan:
+            return plans.flow_plan(problem._replace(states=self.case.rows // problem.num_samples), *args)
 
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("high" if self.case.precision == "high" else "highest")  # as "gemm" wants it
         try:
-            with mock.patch.object(launch_flow, "flow_plan", plan):
+            with mock.patch.object(launch, "flow_plan", plan):
                 yield
         finally:
             torch.set_float32_matmul_precision(before)

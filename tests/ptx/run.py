@@ -11,7 +11,7 @@ from unittest import mock
 import torch
 
 from benchmarks.static_report import AheadOfTime, Compiler
-from fdkernels.kernels import launch_flow
+from fdkernels.kernels.flow import launch as flow_launch
 from tests.ptx.machine import launch
 from tests.ptx.program import parse
 from tests.ptx.races import Race
@@ -73,7 +73,7 @@ def emulate(
     try:
         with Compiler(architecture, Stand), contextlib.ExitStack() as patches:
             if processors is not None:
-                few = mock.patch.object(launch_flow, "multiprocessors", return_value=processors)
+                few = mock.patch.object(flow_launch, "multiprocessors", return_value=processors)
                 patches.enter_context(few)
             return launcher(*args)
     finally:

@@ -1,0 +1,59 @@
+"""The activations of a velocity MLP, a row each. Their kernels' side is ``kernels/activate.py``, a branch each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fdkernels.cpu.layers import gelu_tanh
+
+ActivationName = Literal["gelu_tanh", "gelu", "silu", "relu", "tanh"]
+
+
+class GELU(nn.GELU):
+    """``nn.GELU`` in its tanh form, in the way that suits the processor."""
+
+    def __init__(self) -> None:
+        super().__init__(approximate="tanh")
+
+    def forward(self, h: Tensor) -> Tensor:
+        return gelu_tanh(h) if self.approximate == "tanh" else super().forward(h)
+
+
+class Activation(NamedTuple):
+    module: Callable[[], nn.Module]
+    """Makes one for a network."""
+    recognises: Callable[[nn.Module], bool]
+    """Whether a module in a network of somebody's own is this activation."""
+    function: Callable[[Tensor], Tensor]
+    onednn: tuple[str, str]
+    """What oneDNN calls it, and which form, where it can be fused into a product."""
+
+
+def _is(kind: type[nn.Module]) -> Callable[[nn.Module], bool]:
+    return lambda module: type(module) is kind
+
+
+def _is_gelu(approximate: str) -> Callable[[nn.Module], bool]:
+    return lambda module: isinstance(module, nn.GELU) and module.approximate == approximate
+
+
+ACTIVATIONS: dict[str, Activation] = {
+    "gelu_tanh": Activation(GELU, _is_gelu("tanh"), gelu_tanh, ("gelu", "tanh")),
+    "gelu": Activation(nn.GELU, _is_gelu("none"), F.gelu, ("gelu", "none")),
+    "silu": Activation(nn.SiLU, _is(nn.SiLU), F.silu, ("swish", "")),
+    "relu": Activation(nn.ReLU, _is(nn.ReLU), F.relu, ("relu", "")),
+    "tanh": Activation(nn.Tanh, _is(nn.Tanh), torch.tanh, ("tanh", "")),
+}
+
+
+def name_of(module: nn.Module) -> str | None:
+    """The activation that a module is, or None."""
+    for name, row in ACTIVATIONS.items():
+        if row.recognises(module):
+            return name
+    return None

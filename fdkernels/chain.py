@@ -1,0 +1,292 @@
+"""The whole chain of the Fisher decorator: sample the behaviour flow, score the samples, weigh a displacement."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fdkernels.backend import MAX_PENALTY_D, Backend, Implementation, Precision, choose_backend, choose_fused
+from fdkernels.ops.chain import chain
+from fdkernels.ops.dtypes import accumulate_dtype
+from fdkernels.ops.integrate import prepare
+from fdkernels.ops.penalty import penalty_from_score
+from fdkernels.ops.score import score_from_velocity
+from fdkernels.ops.velocity_penalty import penalty_from_velocity
+from fdkernels.philox import check_seed, philox_normal
+from fdkernels.records import (
+    REDUCTIONS,
+    Chain,
+    Convention,
+    Noise,
+    Normalize,
+    PenaltyRule,
+    Reduction,
+    ScoreRule,
+    TimedAffine,
+    Way,
+    check_penalty_rule,
+    check_score_rule,
+    check_time,
+    reduce,
+)
+from fdkernels.solvers import Method, Solver, check_solver, integrate
+from fdkernels.torch_private import transforms_active
+from fdkernels.validation import check_choice, check_count, check_displacement, check_flag, check_floating, check_shape
+from fdkernels.velocity import BoundVelocity, Velocity, bind
+
+_MAX_SAMPLES = 64
+"""Samples of one state that a program of the kernel keeps together."""
+
+
+def flow_fisher_penalty(
+    velocity: Velocity,
+    cond: Tensor,
+    displacement: Tensor,
+    *,
+    num_samples: int = 4,
+    t: float | Tensor = 0.95,
+    num_steps: int = 10,
+    method: Method = "euler",
+    time_grid: Sequence[float] | Tensor | None = None,
+    clip: tuple[float, float] | None = (-1.0, 1.0),
+    clip_each_step: bool = False,
+    damping: float = 1e-3,
+    normalize: Normalize = "trace",
+    eps: float = 1e-6,
+    reduction: Reduction = "none",
+    convention: Convention = "exact",
+    min_sigma: float = 1e-6,
+    noise: Tensor | None = None,
+    bridge_noise: Tensor | None = None,
+    samples: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    seed: int | Tensor | None = None,
+    return_score: bool = False,
+    precision: Precision | None = None,
+    backend: Backend | None = None,
+    implementation: Implementation | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Fisher penalty of a displacement under the behaviour flow itself.
+
+    For each state, K samples a_k of the flow are brought to time t by fresh noise, x_k = (1−t)·x0_k + t·a_k; the
+    velocity there gives the score s_k (:func:`velocity_to_score`), and the scores weigh the displacement
+    (:func:`fisher_penalty`). For a packed MLP on CUDA one launch does it all (or one CUDA graph, where there are many
+    rows), and leaves behind the gradient to the displacement; from a ``seed`` it draws the noise as well.
+
+    Args:
+        velocity: as in :func:`integrate_flow`; a callable gets x (..., K, d), t (..., K, 1), cond (..., K, c).
+        cond: states (..., c).
+        displacement: δ (..., d), same leading shape and device.
+        num_samples: K. Ignored when ``noise``, ``bridge_noise`` or ``samples`` says it.
+        t: where the score is taken, a number in [0, 1) or a tensor that broadcasts to (..., K, 1); see
+            :func:`velocity_to_score`.
+        num_steps, method, time_grid, clip, clip_each_step: of the flow, as in :func:`integrate_flow`; the grid runs
+            from noise to data.
+        damping, normalize, eps, reduction: as in :func:`fisher_penalty`.
+        convention, min_sigma: as in :func:`velocity_to_score`.
+        noise: where the samples start, (..., K, d); drawn N(0, I) when None.
+        bridge_noise: x0_k of the bridge, (..., K, d); drawn when None.
+        samples: a_k, (..., K, d), where the flow has been integrated already, as by :func:`integrate_flow_groups`.
+            Nothing is integrated then, the options of the solver play no part, and ``noise`` must be None.
+        generator: draws ``noise``, then ``bridge_noise``, in the dtype of ``cond``. PyTorch's global one when None.
+        seed: draw with a counter-based generator instead: the same numbers on every device and backend, whatever was
+            drawn before. With n the number of elements of (..., K, d), ``noise`` has positions 0 ... n - 1 and
+            ``bridge_noise`` n ... 2n - 1 of :func:`fdkernels.philox.philox_normal`. An int of 64 bits, or a 0-d
+            integer tensor on the device, which is not read by the host.
+        return_score: also return the scores (..., K, d), in the dtype of the samples.
+        precision, backend, implementation: as in :func:`integrate_flow`.
+
+    Returns:
+        Penalty (...) or a scalar, and the scores when asked. Differentiable in ``displacement`` only: samples,
+        velocities and scores are constants (stop-gradient), as in the published method.
+
+    Raises:
+        TypeError: a tensor is not floating point, velocity is not callable.
+        ValueError: shapes do not fit, devices or dtypes differ, an option is out of its range, or two exclude each
+            other.
+        RuntimeError: the backend or the precision asked for cannot be had here.
+
+    Source: "Fisher Decorator" (arXiv 2604.17919).
+
+    Example:
+        >>> import torch, fdkernels
+        >>> flow = fdkernels.VelocityMLP(cond_dim=17, action_dim=6, hidden=(32, 32))
+        >>> states, displacement = torch.randn(256, 17), torch.zeros(256, 6, requires_grad=True)
+        >>> fdkernels.flow_fisher_penalty(flow, states, displacement, num_samples=4).shape
+        torch.Size([256])
+    """
+    op = "flow_fisher_penalty"
+    device = check_floating(op, cond=cond, displacement=displacement)
+    d = check_displacement(op, displacement)
+    if cond.ndim == 0 or cond.shape[:-1] != displacement.shape[:-1]:
+        raise ValueError(
+            f"{op}: cond must be (..., c) with the displacement's leading shape {tuple(displacement.shape[:-1])}, "
+            f"got {tuple(cond.shape)}"
+        )
+    given = {"samples": samples, "noise": noise, "bridge_noise": bridge_noise}
+    shape = (*displacement.shape[:-1], _check_given(op, given, num_samples, device), d)
+    for name, tensor in given.items():
+        if tensor is not None:
+            check_shape(op, name, tensor, shape, "(..., K, d)")
+    seed = _check_source(op, seed, generator, device)
+    score_rule = check_score_rule(op, "linear", convention, min_sigma)
+    t = check_time(t, score_rule, displacement, (*shape[:-1], 1))
+    rule = check_penalty_rule(op, damping, normalize, eps)
+    check_choice(op, "reduction", reduction, REDUCTIONS)
+    check_flag(op, "return_score", return_score)
+    solver = check_solver(op, num_steps, time_grid, method, clip, clip_each_step)
+    start = noise if samples is None else samples
+    bound = bind(op, velocity, cond if start is None else start, precision)
+    fused = choose_fused(op, backend, implementation, bound.packed, (displacement, cond))
+
+    # The kernel draws from a seed by itself, but cannot see which of its rows a transform has put together.
+    transformed = not torch.compiler.is_compiling() and transforms_active()
+    if not fused or seed is None or transformed:
+        with torch.no_grad():
+            start, bridge_noise = _drawn(start, bridge_noise, shape, cond, generator, seed)
+        seed = None
+    request = _Request(
+        cond, displacement, start, bridge_noise, seed, shape[-2], t,
+        solver if samples is None else solver.finished(), score_rule, rule, return_score,
+    )  # fmt: skip
+    if fused:
+        penalty, score = _fused(request, bound, bound.way(implementation))
+    else:
+        penalty, score = _step_by_step(request, bound, backend)
+    penalty = reduce(penalty, reduction)
+    if score is None:
+        return penalty
+    return penalty, score.to(cond.dtype if start is None else start.dtype)
+
+
+class _Request(NamedTuple):
+    """The checked arguments, noise drawn but for what the kernel draws from the seed."""
+
+    cond: Tensor
+    displacement: Tensor
+    start: Tensor | None
+    bridge_noise: Tensor | None
+    seed: int | Tensor | None
+    num_samples: int
+    t: Tensor | float
+    solver: Solver
+    score_rule: ScoreRule
+    rule: PenaltyRule
+    return_score: bool
+
+    def start_name(self) -> str:
+        return "noise" if self.solver.times else "samples"
+
+
+def _check_given(op: str, given: dict[str, Tensor | None], num_samples: int, device: torch.device) -> int:
+    """The number of samples: what a given tensor says, or else what was asked for."""
+    tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
+    if tensors:
+        check_floating(op, device, **tensors)
+    if given["samples"] is not None and given["noise"] is not None:
+        raise ValueError(f"{op}: samples and noise exclude each other, for given samples are not integrated again")
+    counts = [tensor.shape[-2] for tensor in tensors.values() if tensor.ndim >= 2]
+    num_samples = counts[0] if counts else num_samples
+    check_count(op, "num_samples", num_samples)
+    return num_samples
+
+
+def _check_source(
+    op: str, seed: int | Tensor | None, generator: torch.Generator | None, device: torch.device
+) -> int | Tensor | None:
+    """The seed, where noise is drawn from one."""
+    if seed is not None and generator is not None:
+        raise ValueError(f"{op}: seed and generator exclude each other")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"{op}: generator must be a torch.Generator, got {type(generator).__name__}")
+    if generator is not None and generator.device.type != device.type:
+        raise ValueError(f"{op}: generator must be on {device}, where it draws, got {generator.device}")
+    return None if seed is None else check_seed(op, seed, device)
+
+
+def _fused(request: _Request, bound: BoundVelocity, way: Way) -> tuple[Tensor, Tensor | None]:
+    """One launch, or one graph of launches. Penalty (...) and, where asked, scores (..., K, d), float32."""
+    cond, displacement, num_samples, seed = request.cond, request.displacement, request.num_samples, request.seed
+    start = cond.new_empty(0, displacement.shape[-1]) if request.start is None else request.start
+    bound.check_rows(start, cond, request.start_name(), "cond")
+    prepare(request.solver, cond.device)
+    lead, d = displacement.shape[:-1], displacement.shape[-1]
+    whole = num_samples <= _MAX_SAMPLES
+    rows = displacement.reshape(1, -1, d)
+    if not whole:  # too many samples for one program: their scores first
+        rows = rows.new_zeros((1, rows.shape[1] * num_samples, d))
+    if isinstance(seed, int):
+        seed = torch.full((), seed, dtype=torch.int64, device=cond.device)
+
+    def flat(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.detach().reshape(1, -1, tensor.shape[-1])
+
+    want_score = request.return_score or not whole
+    noise = Noise(flat(request.start), flat(request.bridge_noise), seed, num_samples if whole else 1)
+    at = _timed(request, (*lead, num_samples))
+    obs = flat(cond) if cond.shape[-1] else None
+    penalty, score = chain(Chain(noise, obs, rows, at, bound.encoded(), request.solver, request.rule, want_score, way))
+    scores = score.reshape(*lead, num_samples, d) if want_score else None
+    if scores is not None and not whole:
+        penalty = penalty_from_score(displacement, scores, request.rule, triton=True)
+    return penalty.reshape(lead), scores if request.return_score else None
+
+
+def _timed(request: _Request, rows: tuple[int, ...]) -> TimedAffine:
+    """t, p and q of the samples, numbers where all have the same."""
+    t, like = request.t, request.displacement
+    affine = request.score_rule.affine(t, like.ndim + 1, accumulate_dtype(like), like.device)
+    if affine.pairs is None:
+        assert not isinstance(t, Tensor)
+        return TimedAffine(None, t, affine.p, affine.q, affine.use_x)
+    at = t if isinstance(t, Tensor) else torch.full((), t, device=like.device)
+    columns = at.expand(*rows, 1), affine.pairs.expand(*rows, 2)
+    triples = torch.cat([column.to(torch.float32) for column in columns], -1).reshape(1, -1, 3)
+    return TimedAffine(triples, 0.0, affine.p, affine.q, affine.use_x)
+
+
+def _step_by_step(request: _Request, bound: BoundVelocity, backend: Backend | None) -> tuple[Tensor, Tensor | None]:
+    """PyTorch integrates, and each step is an operator of its own."""
+    start, bridge_noise, t, solver = request.start, request.bridge_noise, request.t, request.solver
+    displacement, score_rule, rule = request.displacement, request.score_rule, request.rule
+    assert start is not None
+    assert bridge_noise is not None
+    with torch.no_grad():
+        with bound.context(start.device):
+            field, x = bound.flow()(start, request.cond.unsqueeze(-2), request.start_name(), "cond")
+            if solver.times:
+                x = integrate(field, x, solver)
+            if isinstance(t, Tensor):
+                t = t.detach().to(x.dtype)
+            x_t = (1 - t) * bridge_noise.to(x.dtype) + t * x
+            v_t = field(x_t, t)
+        score = score_from_velocity(v_t, x_t, t, score_rule) if request.return_score else None
+    triton = choose_backend(bound.op, backend, displacement, x_t, max_d=MAX_PENALTY_D) == "triton"
+    if score is None:
+        return penalty_from_velocity(displacement, v_t, x_t, t, score_rule, rule, triton), None
+    return penalty_from_score(displacement, score, rule, triton), score
+
+
+def _drawn(
+    noise: Tensor | None,
+    bridge_noise: Tensor | None,
+    shape: tuple[int, ...],
+    like: Tensor,
+    generator: torch.Generator | None,
+    seed: int | Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Both noises, those that are None drawn."""
+
+    def draw(first: int) -> Tensor:
+        if seed is not None:
+            return philox_normal(seed, shape, like.device, like.dtype, first=first)
+        return torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
+
+    return (
+        draw(0) if noise is None else noise,
+        draw(math.prod(shape)) if bridge_noise is None else bridge_noise,
+    )

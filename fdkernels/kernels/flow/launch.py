@@ -1,0 +1,183 @@
+"""From a network, rows of noise and a solver to the launch, or launches, of a flow."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fdkernels.backend import HALF, float32_products
+from fdkernels.kernels.flow import gemm
+from fdkernels.kernels.flow.arguments import Bridge, Fisher, Rows, Scratch, Weights
+from fdkernels.kernels.flow.graphs import replayed
+from fdkernels.kernels.flow.kernel import flow_kernel
+from fdkernels.kernels.flow.timetable import Timetable, timetable
+from fdkernels.kernels.tuning.plans import PROGRAMS_PER_SM, FlowPlan, Problem, flow_plan, multiprocessors
+from fdkernels.kernels.tuning.table import gpu_of
+from fdkernels.kernels.tuning.tiles import next_power_of_two
+from fdkernels.layers import EncodedNetwork
+from fdkernels.records import Chain, Way
+from fdkernels.solvers import Solver
+
+
+class Shape(NamedTuple):
+    models: int
+    states: int
+    num_samples: int
+
+
+class Job(NamedTuple):
+    network: EncodedNetwork
+    plan: FlowPlan
+    table: Timetable
+    shape: Shape
+
+
+def integrate(
+    start: Tensor, cond: Tensor | None, network: EncodedNetwork, solver: Solver, want_path: bool, way: Way
+) -> Tensor:
+    """End of the flow (models, rows, d), or all states (steps + 1, models, rows, d)."""
+    table, shape = timetable(solver, way.precision), Shape(start.shape[0], start.shape[1], 1)
+    out = start.new_empty((table.num_steps + 1, *start.shape) if want_path else start.shape)
+    if start.numel() == 0:
+        return out
+    plan = _plan("integrate_flow", network, start.device, shape, way)
+    if plan.implementation == "gemm":
+        inputs, solve = gemm.Inputs(start, cond), gemm.Solve(network.text, plan, table, want_path)
+        with _without_autocast(start.device):
+            return replayed(gemm.integrate, inputs, network.parameters, solve)[0]
+    rows = Rows(start.contiguous(), None, _contiguous(cond), table.on(start.device))
+    job = Job(network, plan, table, shape)
+    _launch(job, rows, end=None if want_path else out, path=out if want_path else None)
+    return out
+
+
+def fisher(call: Chain) -> tuple[Tensor, Tensor, Tensor]:
+    """Penalty (models, states), its gradient to the displacement, and the scores (models, states, K, d) where wanted.
+
+    All float32.
+    """
+    displacement, noise, at, rule = call.displacement, call.noise, call.at, call.rule
+    device, shape = displacement.device, Shape(displacement.shape[0], displacement.shape[1], noise.num_samples)
+    penalty = displacement.new_empty(shape[:2], dtype=torch.float32)
+    gradient = displacement.new_empty(displacement.shape, dtype=torch.float32)
+    score = displacement.new_empty((*shape, displacement.shape[-1]) if call.want_score else 0, dtype=torch.float32)
+    if penalty.numel() == 0:
+        return penalty, gradient, score
+    table = timetable(call.solver, call.way.precision)
+    plan = _plan("flow_fisher_penalty", call.network, device, shape, call.way)
+    if plan.implementation == "gemm":
+        inputs = gemm.Inputs(noise.start, call.cond, noise.seed, noise.bridge, at.triples, displacement)
+        closing = gemm.Closing(noise.num_samples, at._replace(triples=None), rule, call.want_score)
+        solve = gemm.Solve(call.network.text, plan, table, False, closing)
+        with _without_autocast(device):
+            penalty, gradient, score = replayed(gemm.fisher, inputs, call.network.parameters, solve)
+        return penalty, gradient, score
+    closing_arguments = Fisher(
+        Bridge(_contiguous(noise.bridge), _contiguous(at.triples), at.t), at.p, at.q, rule.damping, rule.eps,
+        displacement.contiguous(), penalty, gradient, score if call.want_score else None,
+    )  # fmt: skip
+    rows = Rows(_contiguous(noise.start), noise.seed, _contiguous(call.cond), table.on(device))
+    job = Job(call.network, plan, table, shape)
+    _launch(job, rows, fisher=closing_arguments, normalize=rule.normalize, use_x=at.use_x)
+    return penalty, gradient, score
+
+
+def _plan(op: str, network: EncodedNetwork, device: torch.device, shape: Shape, way: Way) -> FlowPlan:
+    precision, net = way.precision, network.architecture
+    # cuBLAS multiplies float32 as PyTorch's global setting says, which is the caller's and is not touched here
+    library = precision in HALF or (precision == "highest") == (float32_products() == "highest")
+    if way.implementation == "gemm" and not library:
+        raise RuntimeError(
+            f"{op}: implementation='gemm' with precision={precision!r} needs torch.set_float32_matmul_precision("
+            f"{precision!r}), got {float32_products()!r}"
+        )
+    problem = Problem(
+        gpu_of(device), multiprocessors(device), net.widths, net.action_dim, net.normalised,
+        "half" if precision in HALF else precision, shape.states, shape.num_samples, shape.models,
+    )  # fmt: skip
+    try:
+        return flow_plan(problem, way.implementation, library)
+    except ValueError as error:
+        raise ValueError(f"{op}: {error}") from None
+
+
+def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """The dtypes are settled."""
+    if torch.amp.is_autocast_available(device.type):  # shapes without data have none
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def _launch(
+    job: Job,
+    rows: Rows,
+    *,
+    end: Tensor | None = None,
+    path: Tensor | None = None,
+    fisher: Fisher | None = None,
+    normalize: bool = False,
+    use_x: bool = False,
+) -> None:
+    (models, states, num_samples), plan, net = job.shape, job.plan, job.network.architecture
+    weights, biases, scales, shifts = (tuple(map(_contiguous, job.network.parameters[i::4])) for i in range(4))
+    weight = weights[0]
+    assert weight is not None
+    device = weight.device
+    block_k, block_d = next_power_of_two(num_samples), max(16, next_power_of_two(net.action_dim))
+    blocks = -(-states * block_k // plan.rows)
+    at_once = multiprocessors(device) * (1 if plan.split > 1 else PROGRAMS_PER_SM)
+    groups = max(1, min(blocks, at_once // (plan.split * models)))
+    cond = rows.cond
+    with torch.cuda.device_of(weight):
+        flow_kernel[(models * groups * plan.split,)](
+            rows,
+            end,
+            path,
+            fisher,
+            Weights(weights, biases, scales[:-1], shifts[:-1]),  # type: ignore[arg-type]
+            _scratch(job, models * groups, block_d, device),
+            num_states=states,
+            num_models=models,
+            rows_per_cond=1 if cond is None else models * states * num_samples // cond[..., 0].numel(),
+            num_evals=job.table.num_evals,
+            groups_per_model=groups,
+            low=job.table.low,
+            high=job.table.high,
+            NET=net,
+            PLAN=plan,
+            K=num_samples,
+            BLOCK_K=block_k,
+            BLOCK_D=block_d,
+            PRECISION=job.table.dot_precision,
+            CLIP=job.table.clip,
+            FISHER=fisher is not None,
+            NORMALIZE=normalize,
+            USE_X=use_x,
+            num_warps=plan.num_warps,
+            **({"launch_cooperative_grid": True} if plan.split > 1 else {}),  # the programs of a group wait for another
+        )
+
+
+def _scratch(job: Job, groups: int, block_d: int, device: torch.device) -> Scratch:
+    """For so many groups of programs, of all models together."""
+    net, plan = job.network.architecture, job.plan
+    programs = groups * plan.split
+
+    def empty(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(size, dtype=dtype, device=device)
+
+    grouped = plan.split > 1
+    return Scratch(
+        share=empty(programs, plan.rows, net.widths[0]),
+        hidden=empty(groups, 2, plan.rows, net.widest, dtype=job.table.hidden_dtype),
+        wide=empty(programs, plan.rows, net.widest) if net.normalised else None,
+        partial=empty(groups, plan.split, plan.rows, block_d) if grouped else None,
+        counter=torch.zeros(groups, dtype=torch.int32, device=device) if grouped else None,
+    )
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()

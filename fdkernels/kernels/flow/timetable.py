@@ -1,0 +1,78 @@
+"""A solver as the kernels take it: a line for each evaluation of the velocity."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fdkernels.backend import HALF
+from fdkernels.solvers import METHODS, Solver
+from fdkernels.torch_private import constant_when_compiled
+
+
+class Timetable(NamedTuple):
+    """A solver's lines, its bounds, and in what its network multiplies."""
+
+    lines: tuple[float, ...]
+    """Four numbers for each evaluation: time, reach, weight, and 1 where a step ends."""
+    low: float
+    high: float
+    clip: str
+    precision: str
+
+    @property
+    def num_evals(self) -> int:
+        return len(self.lines) // 4
+
+    @property
+    def num_steps(self) -> int:
+        return int(sum(self.lines[3::4]))
+
+    @property
+    def hidden_dtype(self) -> torch.dtype:
+        """Of the hidden layers' operands."""
+        return HALF.get(self.precision, torch.float32)
+
+    @property
+    def dot_precision(self) -> str:
+        """Of a product of float32 operands, in Triton's words."""
+        return "tf32x3" if self.precision == "highest" else "tf32"
+
+    def on(self, device: torch.device) -> Tensor:
+        return _on_device(self.lines, device)
+
+
+def timetable(solver: Solver, precision: str) -> Timetable:
+    return Timetable(_lines(tuple(solver.times), solver.method), *solver[2:], precision)
+
+
+@constant_when_compiled
+def put_on_device(times: tuple[float, ...], method: str, device: torch.device) -> None:
+    """Put a solver's lines on the device while a graph is traced, for good.
+
+    When the traced graph runs for the first time, memory may be that of a CUDA graph that is about to be recorded.
+    """
+    _on_device(_lines(times, method), device)
+
+
+@functools.lru_cache(maxsize=64)
+def _lines(times: tuple[float, ...], method: str) -> tuple[float, ...]:
+    """No times, no lines."""
+    lines: list[float] = []
+    for t, next_t in itertools.pairwise(times):
+        h, stages = next_t - t, METHODS[method]
+        for i, stage in enumerate(stages):
+            lines += [t + stage.at * h, stage.reach * h, stage.weight * h, float(i == len(stages) - 1)]
+    return tuple(lines)
+
+
+@functools.cache
+def _on_device(lines: tuple[float, ...], device: torch.device) -> Tensor:
+    """Copied there once and kept: a captured graph reads it there again."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("a solver that was never run cannot be captured in a CUDA graph: call it once before")
+    return torch.tensor(lines or (0.0,) * 4, dtype=torch.float32, device=device)

@@ -1,0 +1,119 @@
+"""What was found best for which GPU: the table that ships with the library, and the user's own beside it.
+
+Both map a GPU -> kernel -> list of entries. An entry says what problem it is for, what was best there, and in
+``source`` what that rests on. The shipped table knows GPUs by family; ``python -m fdkernels.tune`` measures the GPU at
+hand and writes it to the user's table by name, which goes first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+Entry = dict[str, Any]
+SHIPPED_FILE = Path(__file__).with_name("shipped.json")
+PROBLEM = ("row_bytes", "precision", "problem_rows", "width")
+"""The fields that say what an entry is for."""
+
+
+class Gpu(NamedTuple):
+    name: str
+    family: str
+    """sm_90, gfx942, ...; "cpu" under the interpreter."""
+
+
+@functools.cache
+def gpu_of(device: torch.device) -> Gpu:
+    if device.type == "cpu":
+        return Gpu("", "cpu")
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return Gpu(properties.name, properties.gcnArchName.split(":")[0])
+    return Gpu(properties.name, f"sm_{properties.major}{properties.minor}")
+
+
+def user_file() -> Path:
+    """$FDKERNELS_CONFIGS, or a file in the user's cache."""
+    if given := os.environ.get("FDKERNELS_CONFIGS"):
+        return Path(given)
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(cache) / "fdkernels" / "configs.json"
+
+
+def read(file: Path) -> dict[str, dict[str, list[Entry]]]:
+    """Nothing, where there is no file that this process could read."""
+    try:
+        table = json.loads(file.read_text())
+        if not isinstance(table, dict):
+            raise ValueError(f"it holds a {type(table).__name__}")
+    except OSError:
+        return {}
+    except ValueError as error:
+        raise RuntimeError(f"{file} is no table of fdkernels ({error}): delete it") from error
+    return table
+
+
+TABLE = read(SHIPPED_FILE) | read(user_file())
+
+
+def nearest(
+    gpu: Gpu, kernel: str, distance: Callable[[Entry], float], serves: Callable[[Entry], bool] = lambda entry: True
+) -> Entry | None:
+    """The entry to go by: one of this very GPU if any serves, or else of its family."""
+    for key in gpu:
+        choices = filter(serves, TABLE.get(key, {}).get(kernel, []))
+        if found := min(choices, key=distance, default=None):
+            return found
+    return None
+
+
+@contextlib.contextmanager
+def only(gpu: Gpu, kernel: str, entry: Entry) -> Iterator[None]:
+    """With this one entry, and rules for everything else."""
+    before = dict(TABLE)
+    _replace({gpu.family: {kernel: [entry]}})
+    try:
+        yield
+    finally:
+        _replace(before)
+
+
+def _replace(contents: dict[str, dict[str, list[Entry]]]) -> None:
+    TABLE.clear()
+    TABLE.update(contents)
+    for function in _read_once:
+        function.cache_clear()
+
+
+_read_once: list[Any] = []
+
+
+def remembers(function: Callable) -> Any:
+    """A function of the table that is called with every launch, and computed once for each of its arguments."""
+    cached = functools.cache(function)
+    _read_once.append(cached)
+    return cached
+
+
+def write(file: Path, key: str, found: dict[str, list[Entry]]) -> None:
+    """Add what was found for a GPU, or a family. Earlier entries for the same problems go, all others stay."""
+    table = read(file)
+    kernels = table.setdefault(key, {})
+    for kernel, new in found.items():
+        problems = [_problem(entry) for entry in new]
+        kernels[kernel] = [entry for entry in kernels.get(kernel, []) if _problem(entry) not in problems] + new
+    file.parent.mkdir(parents=True, exist_ok=True)
+    whole = file.with_suffix(".new")
+    whole.write_text(json.dumps(table, indent=2) + "\n")
+    whole.replace(file)
+
+
+def _problem(entry: Entry) -> list[Any]:
+    return [entry.get(field) for field in PROBLEM]

@@ -1,0 +1,211 @@
+"""A network's weights at one moment, and what of a network is not a tensor.
+
+``PackedMLP`` (``networks.py``) holds modules, whose weights change; a solver reads them once, into a :class:`Network`.
+The operators take the same layers as a list of tensors and a text (:class:`EncodedNetwork`).
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fdkernels.activations import ACTIVATIONS
+from fdkernels.cpu.layers import linear
+
+Input = Literal["cond", "x", "t"]
+
+
+class Norm(NamedTuple):
+    """A layer norm's scale and shift, (width,) or of many networks (models, width), and its ε."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+
+class Layer(NamedTuple):
+    """A linear map and what follows it: norm_before, activation, norm_after, as far as they are there.
+
+    Of many networks at once, every tensor has a dimension of models in front.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    norm_before: Norm | None = None
+    activation: str | None = None
+    norm_after: Norm | None = None
+
+    def to(self, dtype: torch.dtype) -> Layer:
+        """Weight and bias in another dtype; no copy where they have it already."""
+        if all(t is None or t.dtype == dtype for t in (self.weight, self.bias)):
+            return self
+        return self._replace(weight=self.weight.to(dtype), bias=None if self.bias is None else self.bias.to(dtype))
+
+    @property
+    def normalises(self) -> bool:
+        """Whether there is a layer norm, which wants more than half precision."""
+        return self.norm_before is not None or self.norm_after is not None
+
+    def finish(self, h: Tensor) -> Tensor:
+        """What follows the linear map, in h's dtype."""
+        if self.norm_before is not None:
+            h = layer_norm(h, self.norm_before)
+        if self.activation is not None:
+            h = ACTIVATIONS[self.activation].function(h)
+        return h if self.norm_after is None else layer_norm(h, self.norm_after)
+
+
+def layer_norm(h: Tensor, norm: Norm) -> Tensor:
+    """In h's dtype; of many networks, scale and shift differ by network."""
+    weight, bias = (None if p is None else p.to(h.dtype) for p in (norm.weight, norm.bias))
+    if all(p is None or p.ndim == 1 for p in (weight, bias)):
+        return F.layer_norm(h, h.shape[-1:], weight, bias, norm.eps)
+    h = F.layer_norm(h, h.shape[-1:], eps=norm.eps)
+    h = h if weight is None else h * weight.unsqueeze(-2)
+    return h if bias is None else h + bias.unsqueeze(-2)
+
+
+class Network(NamedTuple):
+    """A packed MLP's weights at one moment: the first weight by inputs, the layers in the dtypes they work in."""
+
+    columns: dict[Input, Tensor]
+    first: Layer
+    middle: tuple[Layer, ...]
+    last: Layer | None
+    """None where the first layer is the only one."""
+    operands: torch.dtype
+    """What the hidden layers' operands are rounded to."""
+
+    def operand(self, h: Tensor, layer: Layer) -> Tensor:
+        """h as a hidden layer multiplies it."""
+        return h.to(self.operands).to(layer.weight.dtype)
+
+    def cond_share(self, cond: Tensor | None) -> Tensor | None:
+        """What the condition and the bias put into the first layer at every step, (..., H) in cond's leading shape."""
+        if cond is None:
+            return self.first.bias
+        weight = self.columns["cond"]
+        return F.linear(cond.to(weight.dtype), weight, self.first.bias)
+
+    def field(self, cond: Tensor | None) -> Callable[[Tensor, float | Tensor], Tensor]:
+        """v(x, t) for a fixed condition, whose share of the first layer is computed once and not at every step.
+
+        ``cond`` broadcasts against x, so that one row can serve many samples; t is a number or a tensor (..., 1).
+        For autograd, ``torch.func`` and ``torch.compile``.
+        """
+        offset = self.cond_share(cond)
+        of_x, of_t = self.columns["x"], self.columns["t"].squeeze(1)
+
+        def velocity(x: Tensor, t: float | Tensor) -> Tensor:
+            h = F.linear(x, of_x) + t * of_t
+            if offset is not None:
+                h = h + offset
+            h = self.first.finish(h)
+            for layer in self.middle:
+                h = layer.finish(linear(self.operand(h, layer), layer.weight, layer.bias).to(of_x.dtype))
+            return h if self.last is None else F.linear(h, self.last.weight, self.last.bias)
+
+        return velocity
+
+
+class Architecture(NamedTuple):
+    """What of a velocity MLP is not a tensor, as the kernels know it; lists are per hidden layer."""
+
+    cond_dim: int
+    action_dim: int
+    at_cond: int
+    """Where the condition's columns begin in the first layer's weight, and so on."""
+    at_x: int
+    at_t: int
+    widest: int
+    widths: tuple[int, ...]
+    activations: tuple[str, ...]
+    norms: tuple[str, ...]
+    """ "none", "before" or "after" the activation."""
+    norm_eps: tuple[float, ...]
+
+    @property
+    def normalised(self) -> bool:
+        return any(norm != "none" for norm in self.norms)
+
+
+class EncodedNetwork(NamedTuple):
+    """A network as operators take it."""
+
+    parameters: list[Tensor | None]
+    """For each layer weight, bias, and scale and shift of its layer norm."""
+    text: str
+    """Its :class:`Architecture`."""
+
+    @property
+    def architecture(self) -> Architecture:
+        return _decode(self.text)
+
+    def layers(self) -> list[Layer]:
+        """All but the last have what follows the product; tensors of many networks that are stacked more than once
+        become (models, ...). Contiguous."""
+        net = self.architecture
+        layers = []
+        for i in range(len(net.widths) + 1):
+            weight, bias, scale, shift = self.parameters[4 * i : 4 * i + 4]
+            assert weight is not None
+            layer = Layer(_stacked_once(weight, 2), None if bias is None else _stacked_once(bias, 1))
+            if i < len(net.widths):
+                scale, shift = (None if part is None else _stacked_once(part, 1) for part in (scale, shift))
+                norm = Norm(scale, shift, net.norm_eps[i])
+                layer = layer._replace(
+                    norm_before=norm if net.norms[i] == "before" else None,
+                    activation=None if net.activations[i] == "none" else net.activations[i],
+                    norm_after=norm if net.norms[i] == "after" else None,
+                )
+            layers.append(layer)
+        return layers
+
+
+def encode(layers: Sequence[Layer], order: Sequence[Input]) -> EncodedNetwork:
+    """The layers of one network, whose inputs have this order; a layer has one norm at most."""
+    parameters: list[Tensor | None] = []
+    norms: list[Norm | None] = []
+    for layer in layers:
+        norm = layer.norm_before or layer.norm_after
+        norms.append(norm)
+        parameters += [layer.weight, layer.bias, *((None, None) if norm is None else (norm.weight, norm.bias))]
+    hidden = layers[:-1]
+    widths = tuple(layer.weight.shape[0] for layer in hidden)
+    action_dim = layers[-1].weight.shape[0]
+    sizes = {"x": action_dim, "t": 1, "cond": layers[0].weight.shape[1] - action_dim - 1}
+    begins = {name: sum(sizes[other] for other in order[:i]) for i, name in enumerate(order)}
+    architecture = Architecture(
+        cond_dim=sizes["cond"],
+        action_dim=action_dim,
+        at_cond=begins.get("cond", 0),
+        at_x=begins["x"],
+        at_t=begins["t"],
+        widest=max(widths),
+        widths=widths,
+        activations=tuple(layer.activation or "none" for layer in hidden),
+        norms=tuple("before" if layer.norm_before else "after" if layer.norm_after else "none" for layer in hidden),
+        norm_eps=tuple(norm.eps if norm else 0.0 for norm in norms[:-1]),
+    )
+    text = repr(tuple(architecture)) if torch.compiler.is_compiling() else _encode(architecture)
+    return EncodedNetwork([None if parameter is None else parameter.detach() for parameter in parameters], text)
+
+
+@functools.cache
+def _encode(architecture: Architecture) -> str:
+    return repr(tuple(architecture))
+
+
+@functools.cache
+def _decode(text: str) -> Architecture:
+    return Architecture(*ast.literal_eval(text))
+
+
+def _stacked_once(parameter: Tensor, ndim: int) -> Tensor:
+    return (parameter.flatten(0, -ndim - 1) if parameter.ndim > ndim else parameter).contiguous()

@@ -1,0 +1,312 @@
+"""Velocity fields that are multi-layer perceptrons, in a form whose weights the operators can read in place."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fdkernels.activations import ACTIVATIONS, ActivationName, name_of
+from fdkernels.cpu.layers import linear
+from fdkernels.layers import Input, Layer, Network, Norm
+from fdkernels.validation import check_at_least, check_choice, check_count, check_flag
+
+
+class Linear(nn.Linear):
+    """``nn.Linear``, in the way that suits the processor."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+class VelocityMLP(nn.Module):
+    """Velocity field v(x, t, cond) as an MLP on the concatenation [cond, x, t].
+
+    A hidden layer is linear, activation, then (with ``layer_norm``) layer normalisation; the output layer is linear.
+    Weights start Glorot-uniform and biases zero, as in the published flow policies.
+
+    Args:
+        cond_dim: width of the condition (the observation); 0 for an unconditional flow.
+        action_dim: d, width of x and of the velocity.
+        hidden: widths of the hidden layers.
+        activation: a name in ``fdkernels.activations.ACTIVATIONS``, such as ``"gelu_tanh"`` or ``"silu"``.
+        layer_norm: normalise after each activation.
+        layer_norm_eps: its ε.
+
+    Raises:
+        TypeError, ValueError: an argument is not of its kind, or out of its range.
+    """
+
+    def __init__(
+        self,
+        cond_dim: int,
+        action_dim: int,
+        hidden: Sequence[int] = (512,) * 4,
+        activation: ActivationName = "gelu_tanh",
+        layer_norm: bool = False,
+        layer_norm_eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        op = "VelocityMLP"
+        check_count(op, "cond_dim", cond_dim, least=0)
+        check_count(op, "action_dim", action_dim)
+        _check_stack(op, hidden, activation, layer_norm, layer_norm_eps)
+        self.net = build_mlp(cond_dim + action_dim + 1, hidden, action_dim, activation, layer_norm, layer_norm_eps)
+        self.order: Sequence[Input] = ("cond", "x", "t") if cond_dim else ("x", "t")
+
+    def forward(self, x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
+        """Velocity (..., d) at points x (..., d), times t (..., 1) and conditions (..., c). Differentiable."""
+        return self.net(_concatenate(self.order, x, t, cond))
+
+
+def _concatenate(order: Sequence[Input], x: Tensor, t: Tensor, cond: Tensor | None) -> Tensor:
+    lead = x.shape[:-1]
+    inputs = {"x": x, "t": t.expand(*lead, 1)}
+    if cond is not None:
+        inputs["cond"] = cond.expand(*lead, cond.shape[-1])
+    return torch.cat([inputs[name] for name in order], dim=-1)
+
+
+def build_mlp(
+    inputs: int,
+    hidden: Sequence[int],
+    outputs: int,
+    activation: ActivationName = "gelu_tanh",
+    layer_norm: bool = False,
+    layer_norm_eps: float = 1e-6,
+) -> nn.Sequential:
+    """The stack inside a :class:`VelocityMLP`: linear, activation, optional layer norm, ...; a last linear.
+
+    Glorot-uniform weights, zero biases. Policies and critics around a flow use the same.
+    """
+    op = "build_mlp"
+    check_count(op, "inputs", inputs)
+    check_count(op, "outputs", outputs)
+    _check_stack(op, hidden, activation, layer_norm, layer_norm_eps)
+    modules: list[nn.Module] = []
+    width = inputs
+    for next_width in hidden:
+        modules += [Linear(width, next_width), ACTIVATIONS[activation].module()]
+        if layer_norm:
+            modules.append(nn.LayerNorm(next_width, eps=layer_norm_eps))
+        width = next_width
+    modules.append(Linear(width, outputs))
+    for module in modules:
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    return nn.Sequential(*modules)
+
+
+def _check_stack(op: str, hidden: Sequence[int], activation: str, layer_norm: bool, layer_norm_eps: float) -> None:
+    if not isinstance(hidden, Sequence) or isinstance(hidden, str):
+        raise TypeError(f"{op}: hidden must be a sequence of widths, got {type(hidden).__name__}")
+    for width in hidden:
+        check_count(op, "every width in hidden", width)
+    check_choice(op, "activation", activation, ACTIVATIONS)
+    check_flag(op, "layer_norm", layer_norm)
+    check_at_least(op, "layer_norm_eps", layer_norm_eps, 0.0)
+
+
+class LayerModules(NamedTuple):
+    """Where a :class:`Layer` is read from.
+
+    A solver reads it once and not at every step: under ``torch.func.functional_call`` the modules hold the given
+    tensors for the time of the call only, and a checkpointed step is computed again later.
+    """
+
+    linear: nn.Linear
+    norm_before: nn.LayerNorm | None = None
+    activation: str | None = None
+    norm_after: nn.LayerNorm | None = None
+
+    def read(self) -> Layer:
+        norms = _read_norm(self.norm_before), _read_norm(self.norm_after)
+        return Layer(self.linear.weight, self.linear.bias, norms[0], self.activation, norms[1])
+
+
+def _read_norm(norm: nn.LayerNorm | None) -> Norm | None:
+    return None if norm is None else Norm(norm.weight, norm.bias, norm.eps)
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedMLP:
+    """A stack of layers that are read, never copied. Made by :func:`pack_mlp`; callable as v(x, t, cond)."""
+
+    layers: tuple[LayerModules, ...]
+    order: tuple[Input, ...]
+
+    @property
+    def action_dim(self) -> int:
+        return self.layers[-1].linear.out_features
+
+    @property
+    def cond_dim(self) -> int:
+        return self.layers[0].linear.in_features - self.action_dim - 1
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.layers[0].linear.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.layers[0].linear.weight.device
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
+        return self.run(_concatenate(self.order, x, t, cond))
+
+    def run(self, h: Tensor) -> Tensor:
+        """The output (..., d) for the concatenated inputs."""
+        for layer in self.layers:
+            h = layer.read().finish(layer.linear(h))
+        return h
+
+    def read(self, outer: torch.dtype, hidden: torch.dtype, products: torch.dtype | None = None) -> Network:
+        """The weights as they are now, the hidden layers' in ``hidden`` and the first and last in ``outer``.
+
+        ``products`` is the dtype in which the hidden layers are multiplied, on operands rounded to ``hidden``, where
+        that is another one.
+        """
+        first, *rest = [layer.read() for layer in self.layers]
+        widths = {"x": self.action_dim, "t": 1, "cond": self.cond_dim}
+        columns = first.weight.to(outer).split([widths[name] for name in self.order], dim=1)
+        middle = tuple(layer.to(hidden).to(products or hidden) for layer in rest[:-1])
+        last = rest[-1].to(outer) if rest else None
+        return Network(dict(zip(self.order, columns)), first.to(outer), middle, last, hidden)
+
+
+def pack_mlp(module: nn.Module, order: Sequence[Input] = ("cond", "x", "t")) -> PackedMLP:
+    """Read an existing stack of Linear / activation / LayerNorm as a velocity field, in place.
+
+    Nothing is copied: an optimiser step on ``module`` is seen by the next call. Activations are GELU (either form),
+    SiLU, ReLU and Tanh; a LayerNorm stands after or before the activation. Nested ``nn.Sequential`` and modules that
+    wrap exactly one child are looked through, ``nn.Identity`` and ``nn.Dropout`` in eval mode are passed over. What a
+    ``forward`` of your own does beside calling its children cannot be seen, so it is tried out on two rows.
+
+    Args:
+        module: a :class:`VelocityMLP`, an ``nn.Sequential``, or a module that wraps one.
+        order: how the inputs are concatenated; leave ``"cond"`` out for an unconditional flow. Ignored for a
+            :class:`VelocityMLP`, which knows its own.
+
+    Returns:
+        The packed MLP, callable as v(x, t, cond) and accepted wherever a velocity is.
+
+    Raises:
+        TypeError: the module holds something else than the above, or computes something else than its stack.
+        ValueError: widths do not chain, or ``order`` is not a permutation of its names.
+
+    Example:
+        >>> import torch, fdkernels
+        >>> net = torch.nn.Sequential(torch.nn.Linear(3 + 2 + 1, 16), torch.nn.SiLU(), torch.nn.Linear(16, 2))
+        >>> velocity = fdkernels.pack_mlp(net)
+        >>> velocity(torch.zeros(5, 2), torch.zeros(5, 1), torch.zeros(5, 3)).shape
+        torch.Size([5, 2])
+    """
+    if isinstance(module, PackedMLP):
+        return module
+    if isinstance(module, VelocityMLP) and type(module).forward is VelocityMLP.forward:
+        return _pack_known(module)
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"pack_mlp: module must be a torch.nn.Module, got {type(module).__name__}")
+    if not isinstance(order, Sequence) or tuple(map(str, order)) not in _ORDERS:
+        raise ValueError(
+            f"pack_mlp: order must name 'x', 't' and, unless unconditional, 'cond' once, got {order!r:.80}"
+        )
+    packed = _pack(module, order)
+    _try_out(module, packed)
+    return packed
+
+
+_ORDERS = (*itertools.permutations(("cond", "x", "t")), *itertools.permutations(("x", "t")))
+
+
+_known: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[object, ...], PackedMLP]] = weakref.WeakKeyDictionary()
+
+
+def _pack_known(module: VelocityMLP) -> PackedMLP:
+    """Packing takes as long as half a launch, so what was made is kept for as long as it is what would be made."""
+    stack = module.net
+    if torch.compiler.is_compiling() or not isinstance(stack, nn.Sequential):
+        return _pack(stack, module.order)
+    settings = ((layer.training, getattr(layer, "approximate", None)) for layer in stack)
+    made_of = (*module.order, *stack, *settings)
+    before, packed = _known.get(module, ((), None))
+    if packed is None or made_of != before:
+        packed = _pack(stack, module.order)
+        if all(next(layer.children(), None) is None for layer in stack):  # further down nothing would be noticed
+            _known[module] = made_of, packed
+    return packed
+
+
+def _pack(module: nn.Module, order: Sequence[Input]) -> PackedMLP:
+    layers = tuple(_layers(list(_leaves(module))))
+    packed = PackedMLP(layers, tuple(order))
+    for layer in layers:
+        for norm in (layer.norm_before, layer.norm_after):
+            if norm is not None and norm.normalized_shape != (layer.linear.out_features,):
+                raise ValueError(f"pack_mlp: {norm} must normalise the {layer.linear.out_features} outputs before it")
+    for before, after in itertools.pairwise(layers):
+        if before.linear.out_features != after.linear.in_features:
+            raise ValueError(f"pack_mlp: widths do not chain: {before.linear} is followed by {after.linear}")
+    if packed.cond_dim < 0 or ("cond" in order) != (packed.cond_dim > 0):
+        raise ValueError(
+            f"pack_mlp: with order={tuple(order)} and {packed.action_dim} outputs the first layer must take "
+            f"{'cond_dim + ' if 'cond' in order else ''}{packed.action_dim} + 1 inputs, got "
+            f"{layers[0].linear.in_features}"
+        )
+    return packed
+
+
+@torch.no_grad()
+def _try_out(module: nn.Module, packed: PackedMLP) -> None:
+    """A module must compute what the layers found in it compute."""
+    width = packed.layers[0].linear.in_features
+    rows = torch.linspace(-1, 1, 2 * width, dtype=packed.dtype, device=packed.device).view(2, width)
+    try:
+        same = torch.allclose(module(rows), packed.run(rows), rtol=1e-3, atol=1e-5)
+    except Exception as error:  # whatever a forward of somebody's own raises
+        raise TypeError(
+            f"pack_mlp: {type(module).__name__} cannot be called with the concatenated inputs alone "
+            f"({type(error).__name__}: {error}); pass the nn.Sequential inside it"
+        ) from error
+    if not same:
+        raise TypeError(f"pack_mlp: {type(module).__name__} computes something else than the layers inside it")
+
+
+def _leaves(module: nn.Module) -> Iterator[nn.Module]:
+    """The modules that compute, in order of execution, as far as that can be known."""
+    if isinstance(module, nn.Sequential):
+        for child in module:
+            yield from _leaves(child)
+    elif isinstance(module, nn.Identity) or (isinstance(module, nn.Dropout) and not module.training):
+        return
+    elif isinstance(module, (nn.Linear, nn.LayerNorm)) or name_of(module) is not None:
+        yield module
+    else:
+        children = list(module.children())
+        if len(children) != 1:
+            raise TypeError(
+                "pack_mlp: module must be a VelocityMLP, an nn.Sequential of Linear, activation (GELU, SiLU, ReLU, "
+                f"Tanh) and LayerNorm, or a module that wraps one; got {type(module).__name__}"
+            )
+        yield from _leaves(children[0])
+
+
+def _layers(leaves: list[nn.Module]) -> Iterator[LayerModules]:
+    if not leaves or not isinstance(leaves[0], nn.Linear) or not isinstance(leaves[-1], nn.Linear):
+        raise TypeError("pack_mlp: the stack must begin and end with nn.Linear")
+    starts = [i for i, leaf in enumerate(leaves) if isinstance(leaf, nn.Linear)]
+    for start, end in zip(starts, [*starts[1:], len(leaves)]):
+        linear, rest = leaves[start], leaves[start + 1 : end]
+        kinds = "".join("n" if isinstance(leaf, nn.LayerNorm) else "a" for leaf in rest)
+        if kinds not in ("", "a", "n", "na", "an", "nan"):
+            raise TypeError(f"pack_mlp: between two nn.Linear at most norm, activation, norm, got {rest}")
+        before = rest[0] if kinds.startswith("n") else None
+        after = rest[-1] if kinds.endswith("n") and len(kinds) > 1 else None
+        activation = name_of(rest[kinds.index("a")]) if "a" in kinds else None
+        yield LayerModules(linear, before, activation, after)  # type: ignore[arg-type]

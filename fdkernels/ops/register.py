@@ -1,0 +1,164 @@
+"""How an operator joins ``torch.library``: one body, its shapes without data, a vmap rule, a gradient.
+
+An operator's arguments are a record, a ``NamedTuple`` of tensors, options and records of those. Its fields, laid flat,
+are the schema; body, shapes, vmap rule and gradient all get the record back. Nobody else flattens.
+
+The operators sit on a bare ``torch.library.Library`` with an autograd function of their own, which takes less of the
+host's time than ``torch.library.custom_op``; that counts at a batch of 256. Under autocast they run as they are: every
+floating dtype is read as it comes, and computed in float32 at least.
+"""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fdkernels.backend import any_requires_grad
+from fdkernels.torch_private import transforms_active
+
+_LIBRARY = torch.library.Library("fdkernels", "DEF")
+_TYPES: dict[Any, str] = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    list[Tensor | None]: "Tensor?[]",
+    list[float]: "float[]",
+    float: "float",
+    int: "int",
+    bool: "bool",
+    str: "str",
+    str | None: "str?",
+}
+
+
+class Gradient:
+    """An operator's forward and backward pass, where a gradient is wanted."""
+
+    twice = True
+    """Whether the backward pass can be differentiated in turn."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Any, needs: Any, values: Callable[[Any], Any]) -> Any:
+        """What the operator returns.
+
+        Args:
+            call: the operator's arguments.
+            needs: the same record with True where a gradient is wanted.
+            values: the same operator without a gradient.
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def backward(ctx: Any, needs: Any, *upstream: Tensor | None) -> dict[str, Tensor | None]:
+        """The gradients, by the names of the arguments."""
+        raise NotImplementedError
+
+
+class Layout:
+    """A record of arguments, flat and back."""
+
+    def __init__(self, record: type) -> None:
+        self.record = record
+        self.names: list[str] = []
+        self.parts: list[tuple[type | None, int, int]] = []
+        fields = []
+        for name, kind in typing.get_type_hints(record).items():
+            inner = typing.get_type_hints(kind) if hasattr(kind, "_fields") else {name: kind}
+            begin, end = len(self.names), len(self.names) + len(inner)
+            self.parts.append((kind if hasattr(kind, "_fields") else None, begin, end))
+            self.names += inner
+            fields += [f"{_TYPES[leaf]} {leaf_name}" for leaf_name, leaf in inner.items()]
+        self.schema = f"({', '.join(fields)})"
+
+    def lift(self, args: Sequence[Any]) -> Any:
+        return self.record(*[args[i] if kind is None else kind._make(args[i:j]) for kind, i, j in self.parts])  # type: ignore[attr-defined]
+
+
+def flat(call: Sequence[Any]) -> list[Any]:
+    leaves: list[Any] = []
+    for part in call:
+        if isinstance(part, tuple):
+            leaves.extend(part)
+        else:
+            leaves.append(part)
+    return leaves
+
+
+def register(
+    name: str,
+    record: type,
+    returns: str,
+    body: Callable[[Any], Any],
+    fake: Callable[[Any], Any],
+    vmap: Callable[[Any, Any, Any], Any] | None = None,
+    gradient: type[Gradient] | None = None,
+) -> Callable[[Any], Any]:
+    """Define fdkernels::name, and return it as a function of its record.
+
+    Args:
+        returns: of the schema.
+        fake: outputs of the body's shapes, without data.
+        vmap: from ``info``, the record of mapped dimensions and the record of arguments to outputs and their
+            dimensions. None for an operator that takes any leading shape: the mapped dimension becomes the first.
+        gradient: its ``values`` are registered too, as fdkernels::name_values, and are what a compiler finds below
+            autograd.
+    """
+    layout = Layout(record)
+    operator = _define(name, layout, returns, body, fake)
+
+    def any_leading_shape(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        out = operator(*(_leading(arg, dim, info.batch_size) for arg, dim in zip(args, in_dims)))
+        if isinstance(out, Tensor):
+            return out, 0
+        return out, tuple(None if part.shape == (0,) else 0 for part in out)  # what was not wanted is empty
+
+    def own(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        assert vmap is not None
+        return vmap(info, layout.lift(in_dims), layout.lift(args))
+
+    torch.library.register_vmap(f"fdkernels::{name}", own if vmap else any_leading_shape, lib=_LIBRARY)
+    if gradient is not None:
+        _give(name, layout, gradient, _define(f"{name}_values", layout, returns, body, fake))
+    return lambda call: operator(*flat(call))
+
+
+def _define(name: str, layout: Layout, returns: str, body: Callable, fake: Callable) -> Callable[..., Any]:
+    _LIBRARY.define(f"{name}{layout.schema} -> {returns}", tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, lambda *args: body(layout.lift(args)), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fdkernels::{name}", lambda *args: fake(layout.lift(args)), lib=_LIBRARY)
+    return getattr(torch.ops.fdkernels, name).default
+
+
+def _give(name: str, layout: Layout, gradient: type[Gradient], operator: Callable[..., Any]) -> None:
+    def values(call: Any) -> Any:
+        return operator(*flat(call))
+
+    def run_backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        found = gradient.backward(ctx, layout.lift(ctx.needs_input_grad), *upstream)
+        return tuple(map(found.get, layout.names))
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            return gradient.forward(ctx, layout.lift(args), layout.lift(ctx.needs_input_grad), values)
+
+        backward: Any = staticmethod(run_backward if gradient.twice else once_differentiable(run_backward))
+
+    def dispatch(*args: Any) -> Any:
+        if torch.is_grad_enabled() and any_requires_grad(*args):
+            if transforms_active():
+                raise RuntimeError(f"{name}: torch.func gradients need backend='torch'")
+            return Function.apply(*args)
+        return operator(*args)
+
+    _LIBRARY.impl(name, dispatch, "Autograd")
+
+
+def _leading(arg: Any, dim: int | None, batch_size: int) -> Any:
+    if not isinstance(arg, Tensor):
+        return arg
+    return arg.expand(batch_size, *arg.shape) if dim is None else arg.movedim(dim, 0)

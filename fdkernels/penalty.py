@@ -1,0 +1,186 @@
+"""The Fisher trust region: how far a displacement moves, measured by the scores of the behaviour density."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fdkernels.backend import MAX_PENALTY_D, Backend, choose_backend
+from fdkernels.ops.penalty import penalty_from_score
+from fdkernels.ops.velocity_penalty import penalty_from_velocity
+from fdkernels.paths import AffinePath, PathName
+from fdkernels.records import (
+    REDUCTIONS,
+    Convention,
+    Normalize,
+    Reduction,
+    check_penalty_rule,
+    check_score_rule,
+    check_time,
+    reduce,
+)
+from fdkernels.validation import (
+    check_at_least,
+    check_choice,
+    check_floating,
+    check_samples,
+    check_shape,
+)
+
+
+def fisher_penalty(
+    displacement: Tensor,
+    score: Tensor,
+    *,
+    damping: float = 1e-3,
+    normalize: Normalize = "trace",
+    eps: float = 1e-6,
+    reduction: Reduction = "none",
+    backend: Backend | None = None,
+) -> Tensor:
+    r"""Fisher-weighted size δᵀF̂δ / d of a displacement, without forming the d×d matrix.
+
+    With F = (1/K) Σ_k s_k s_kᵀ + λI and F̂ = F / max(tr F / d, ε), computed in O(K·d) as
+
+        [ (1/K) Σ_k (s_k·δ)² + λ‖δ‖² ] / max( (1/K) Σ_k ‖s_k‖² + λd, εd ).
+
+    ½δᵀFδ is the second-order expansion of KL(p(·−δ) ‖ p). An isotropic F gives mean(δ²).
+
+    Args:
+        displacement: δ, shape (..., d); float32, bfloat16, float16 or float64.
+        score: s, scores ∇ₓ log p at K samples, shape (..., K, d), same leading shape and device.
+        damping: λ ≥ 0.
+        normalize: ``"trace"`` for F̂; ``"none"`` for δᵀFδ / d.
+        eps: ε > 0, lower bound of tr F / d.
+        reduction: ``"none"`` keeps the leading shape; ``"mean"`` and ``"sum"`` give a scalar.
+        backend: ``None`` takes Triton for CUDA tensors in float32, bfloat16 or float16, PyTorch otherwise; ``"torch"``
+            or ``"triton"`` insist. The kernels read contiguous tensors; others are copied first.
+
+    Returns:
+        Penalty (...), or a scalar; float64 for float64 inputs, float32 otherwise. Differentiable in ``displacement``
+        and in ``score`` (the true derivative, normaliser included, and none through the normaliser where ε bounds
+        it), to any order. An agent that treats the trust region as given passes ``score.detach()``. NaN and infinite
+        values propagate to their own row only. Zero scores with ``damping=0`` give zero.
+
+    Raises:
+        TypeError: a tensor is missing or not floating point.
+        ValueError: shapes do not fit, d or K is zero, devices differ, or an option is out of its range.
+        RuntimeError: the backend asked for cannot serve these tensors.
+
+    Source: "Fisher Decorator" (arXiv 2604.17919); the trace normalisation follows its published implementation.
+
+    Example:
+        >>> import torch, fdkernels
+        >>> score = torch.tensor([[[3.0, 0.0], [-3.0, 0.0]]])  # the data vary little along the first axis
+        >>> step = torch.tensor([[0.1, 0.0]]), torch.tensor([[0.0, 0.1]])
+        >>> [round(fdkernels.fisher_penalty(s, score).item(), 7) for s in step]
+        [0.0099989, 1.1e-06]
+    """
+    op = "fisher_penalty"
+    check_floating(op, displacement=displacement, score=score)
+    check_samples(op, displacement, "score", score)
+    rule = check_penalty_rule(op, damping, normalize, eps)
+    check_choice(op, "reduction", reduction, REDUCTIONS)
+    triton = choose_backend(op, backend, displacement, score, max_d=MAX_PENALTY_D) == "triton"
+    return reduce(penalty_from_score(displacement, score, rule, triton), reduction)
+
+
+def velocity_fisher_penalty(
+    displacement: Tensor,
+    velocity: Tensor,
+    x: Tensor,
+    t: Tensor | float,
+    *,
+    path: PathName | AffinePath = "linear",
+    convention: Convention = "exact",
+    min_sigma: float = 1e-6,
+    damping: float = 1e-3,
+    normalize: Normalize = "trace",
+    eps: float = 1e-6,
+    reduction: Reduction = "none",
+    backend: Backend | None = None,
+) -> Tensor:
+    r"""Fisher penalty δᵀF̂δ / d of a displacement, from the velocities of a flow at K samples.
+
+    The same as ``fisher_penalty(displacement, velocity_to_score(velocity, x, t))``, with
+
+        s_k = (α_t·v_k − α̇_t·x_k) / (σ_t·(α̇_t·σ_t − α_t·σ̇_t)),    F = (1/K) Σ_k s_k s_kᵀ + λI,
+
+    but one Triton kernel reads velocities and samples once and writes no scores. The PyTorch path, and a call that
+    wants gradients to ``velocity``, ``x`` or ``t``, does compose the two functions.
+
+    Args:
+        displacement: δ, shape (..., d); float32, bfloat16, float16 or float64.
+        velocity: v(x_k, t), shape (..., K, d), same leading shape and device.
+        x: the K samples brought to time t, (..., K, d).
+        t: time, a number in [0, 1] at which σ_t > 0, or a tensor that broadcasts to (..., K, 1).
+        path, convention, min_sigma: as in :func:`velocity_to_score`.
+        damping, normalize, eps, reduction: as in :func:`fisher_penalty`.
+        backend: as in :func:`fisher_penalty`.
+
+    Returns:
+        Penalty (...), or a scalar; float64 where an input is, float32 otherwise. Differentiable in ``displacement``,
+        and in ``velocity``, ``x`` and a tensor ``t`` where they require it. The scores are not rounded to half
+        precision on the way.
+
+    Raises:
+        TypeError: a tensor is missing or not floating point.
+        ValueError: shapes do not fit, d or K is zero, devices differ, or an option is out of its range.
+        RuntimeError: the backend asked for cannot serve these tensors.
+
+    Source: "Fisher Decorator" (arXiv 2604.17919).
+
+    Example:
+        >>> import torch, fdkernels
+        >>> velocity, x_t = torch.zeros(1, 2, 2), torch.tensor([[[3.0, 0.0], [-3.0, 0.0]]])
+        >>> step = torch.tensor([[0.1, 0.0]]), torch.tensor([[0.0, 0.1]])
+        >>> [round(fdkernels.velocity_fisher_penalty(s, velocity, x_t, 0.5).item(), 7) for s in step]
+        [0.0099997, 3e-07]
+    """
+    op = "velocity_fisher_penalty"
+    check_floating(op, displacement=displacement, velocity=velocity, x=x)
+    check_samples(op, displacement, "velocity", velocity)
+    check_shape(op, "x", x, velocity.shape, "velocity's shape (..., K, d)")
+    score_rule = check_score_rule(op, path, convention, min_sigma)
+    t = check_time(t, score_rule, velocity, (*velocity.shape[:-1], 1))
+    rule = check_penalty_rule(op, damping, normalize, eps)
+    check_choice(op, "reduction", reduction, REDUCTIONS)
+    triton = choose_backend(op, backend, displacement, velocity, x, max_d=MAX_PENALTY_D) == "triton"
+    return reduce(penalty_from_velocity(displacement, velocity, x, t, score_rule, rule, triton), reduction)
+
+
+def fisher_spectrum(score: Tensor, *, damping: float = 1e-3) -> Tensor:
+    """Eigenvalues of F = (1/K) Σ_k s_k s_kᵀ + λI, largest first: how anisotropic the behaviour density is.
+
+    A diagnostic, not for hot paths. ``spectrum[..., 0] / spectrum.sum(-1)`` is the share of the stiffest direction
+    (1/d when isotropic); few samples exaggerate it, K = 1 gives almost 1 whatever the density.
+
+    Args:
+        score: scores at K samples, (..., K, d); float32, bfloat16, float16 or float64.
+        damping: λ ≥ 0.
+
+    Returns:
+        Eigenvalues (..., d), descending; float64 for a float64 input, float32 otherwise; NaN where a score of the row
+        is NaN or infinite. Differentiable where they are distinct.
+
+    Raises:
+        TypeError: ``score`` is not a floating-point tensor.
+        ValueError: d or K is zero, or ``damping`` is negative.
+
+    Example:
+        >>> import torch, fdkernels
+        >>> fdkernels.fisher_spectrum(torch.tensor([[3.0, 0.0], [0.0, 1.0]]), damping=0.0)
+        tensor([4.5000, 0.5000])
+    """
+    op = "fisher_spectrum"
+    check_floating(op, score=score)
+    if score.ndim < 2 or 0 in score.shape[-2:]:
+        raise ValueError(f"{op}: score must be (..., K, d) with K and d of at least 1, got {tuple(score.shape)}")
+    damping = check_at_least(op, "damping", damping, 0.0)
+    score = score.to(torch.promote_types(score.dtype, torch.float32))
+    with torch.autocast(score.device.type, enabled=False):  # in half precision small eigenvalues come out negative
+        fisher = score.mT @ score / score.shape[-2]
+        # a solver would refuse the whole batch
+        finite = fisher.isfinite().all(-1).all(-1)[..., None]
+        spectrum = torch.linalg.eigvalsh(torch.where(finite[..., None], fisher, 0)).flip(-1) + damping
+        return torch.where(finite, spectrum, torch.nan)

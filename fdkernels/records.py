@@ -1,0 +1,169 @@
+"""What the options of the public functions become, checked once, and what an operator's schema is made of.
+
+A record is built at the public boundary, from there on travels whole, and is laid flat in one place: where a registered
+operator is called (``ops/register.py``). Solvers have theirs in ``solvers.py``, networks in ``layers.py``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fdkernels.layers import EncodedNetwork
+from fdkernels.paths import PATHS, AffinePath, PathName, Time, resolve_path, takes_numbers
+from fdkernels.solvers import Solver
+from fdkernels.validation import check_at_least, check_broadcast, check_choice, check_floating, is_number
+
+Convention = Literal["exact", "velocity"]
+Normalize = Literal["trace", "none"]
+Reduction = Literal["none", "mean", "sum"]
+REDUCTIONS = ("none", "mean", "sum")
+
+
+class PenaltyRule(NamedTuple):
+    """Of F = (1/K) Σ_k s_k s_kᵀ + λI, the damping λ, whether F̂ = F / max(tr F / d, ε) takes its place, and that ε."""
+
+    damping: float
+    normalize: bool
+    eps: float
+
+
+def check_penalty_rule(op: str, damping: float, normalize: Normalize, eps: float) -> PenaltyRule:
+    damping = check_at_least(op, "damping", damping, 0.0)
+    eps = check_at_least(op, "eps", eps, 0.0, exclusive=True)
+    check_choice(op, "normalize", normalize, ("trace", "none"))
+    return PenaltyRule(damping, normalize == "trace", eps)
+
+
+def reduce(penalty: Tensor, reduction: Reduction) -> Tensor:
+    if reduction == "none":
+        return penalty
+    return penalty.mean() if reduction == "mean" else penalty.sum()
+
+
+class Affine(NamedTuple):
+    """p and q of score = p·v + q·x: two numbers, or a tensor (..., 2) of pairs in their place."""
+
+    pairs: Tensor | None
+    p: float
+    q: float
+    use_x: bool
+    """Whether there is a q at all."""
+
+    def of_rows(self, rows: tuple[int, ...]) -> tuple[Tensor | None, str]:
+        """The pairs as a kernel reads them, and how it finds a row's: "scalar" (none), "one" for all, or by "rows"."""
+        if self.pairs is None:
+            return None, "scalar"
+        if self.pairs.numel() == 2:
+            return self.pairs.contiguous(), "one"
+        return self.pairs.expand(*rows, 2).contiguous(), "rows"
+
+
+class ScoreRule(NamedTuple):
+    """How a velocity becomes a score, but for the time."""
+
+    op: str
+    """The public function, for messages."""
+    path: AffinePath
+    exact: bool
+    """False: v / σ_t, the published implementation's."""
+    min_sigma: float
+
+    def affine(self, t: Tensor | float, ndim: int, dtype: torch.dtype, device: torch.device) -> Affine:
+        """p and q at time t for velocities of so many dimensions. A number stays one on a built-in path, and costs the
+        device nothing."""
+        if not isinstance(t, Tensor) and takes_numbers(self.path):
+            return Affine(None, *self._coefficients(t), self.exact)
+        if isinstance(t, Tensor):
+            t = t.to(dtype)
+            t = torch.where((t >= 0) & (t <= 1), t, torch.nan)
+            t = t.reshape((1,) * (ndim - t.ndim) + t.shape)
+        else:
+            t = torch.full((1,) * ndim, t, dtype=dtype, device=device)
+        return Affine(torch.cat(self._coefficients(t), -1), 1.0, 0.0, self.exact)
+
+    def _coefficients(self, t: Time) -> tuple[Time, Time]:
+        alpha, sigma, d_alpha, d_sigma = self.path.at(self.op, t)
+        bounded: Any = sigma.clamp(min=self.min_sigma) if isinstance(sigma, Tensor) else max(sigma, self.min_sigma)
+        if not self.exact:
+            return 1 / bounded, 0 * bounded
+        denominator = bounded * (d_alpha * sigma - alpha * d_sigma)
+        return alpha / denominator, -d_alpha / denominator
+
+
+def check_score_rule(op: str, path: PathName | AffinePath, convention: Convention, min_sigma: float) -> ScoreRule:
+    check_choice(op, "convention", convention, ("exact", "velocity"))
+    min_sigma = check_at_least(op, "min_sigma", min_sigma, 0.0)
+    resolved = resolve_path(op, path)
+    if convention == "velocity" and resolved is not PATHS["linear"]:
+        raise ValueError(f"{op}: convention='velocity' is v / (1 − t), defined for path='linear' only, got {path!r}")
+    return ScoreRule(op, resolved, convention == "exact", min_sigma)
+
+
+def check_time(t: Tensor | float, rule: ScoreRule, like: Tensor, shape: tuple[int, ...]) -> Tensor | float:
+    """A tensor of times fits ``shape``; a number, which becomes a float, lies in [0, 1], where there is noise left."""
+    op, path = rule.op, rule.path
+    if isinstance(t, Tensor):
+        check_floating(op, like.device, t=t)
+        check_broadcast(op, "t", t, shape, "(..., 1)")
+        return t
+    if not is_number(t):
+        raise TypeError(f"{op}: t must be a number or a torch.Tensor, got {type(t).__name__}")
+    if not 0 <= t <= 1:
+        raise ValueError(f"{op}: t must lie in [0, 1], got {t!r}")
+    t = float(t)
+    if takes_numbers(path):
+        _, sigma, _, _ = path.at(op, t)
+    else:
+        sigma = float(path.at(op, torch.tensor(t, dtype=torch.float64))[1])
+    if not sigma > 0:
+        raise ValueError(f"{op}: t must leave some noise (σ_t > 0) for a score to exist, got t={t!r} with σ_t = 0")
+    return t
+
+
+class Way(NamedTuple):
+    """How the kernels integrate: decided in ``backend.py``."""
+
+    precision: str
+    """"highest", "high", "bf16" or "fp16"."""
+    implementation: str | None
+    """The one that the caller insists on."""
+
+
+class Noise(NamedTuple):
+    """Where K samples of every state come from, rows (models, states·K, d)."""
+
+    start: Tensor | None
+    """Noise that the flow is integrated from, or, where the solver has no times, its ends."""
+    bridge: Tensor | None
+    """What brings the samples back to time t."""
+    seed: Tensor | None
+    """What is None above is drawn from it."""
+    num_samples: int
+
+
+class TimedAffine(NamedTuple):
+    """Time, p and q of every sample: numbers, or a tensor (models, states·K, 3) in their place."""
+
+    triples: Tensor | None
+    t: float
+    p: float
+    q: float
+    use_x: bool
+    """Whether there is a q at all."""
+
+
+class Chain(NamedTuple):
+    """The arguments of the operator flow_fisher_penalty; rows come as (models, ...)."""
+
+    noise: Noise
+    cond: Tensor | None
+    displacement: Tensor
+    at: TimedAffine
+    network: EncodedNetwork
+    solver: Solver
+    rule: PenaltyRule
+    want_score: bool
+    way: Way

@@ -1,0 +1,150 @@
+"""A velocity that somebody gives, tied to the dtypes and the precision of one call."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from fdkernels.backend import HALF, Precision, check_float32_products, check_precision, settle_precision
+from fdkernels.cpu import field as cpu_field
+from fdkernels.cpu import processor
+from fdkernels.layers import EncodedNetwork, encode
+from fdkernels.networks import PackedMLP, VelocityMLP, pack_mlp
+from fdkernels.records import Way
+from fdkernels.solvers import Field
+from fdkernels.validation import check_broadcast, check_floating
+
+Velocity: TypeAlias = PackedMLP | nn.Module | Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+Flow: TypeAlias = Callable[[Tensor, "Tensor | None", str, str], "tuple[Field, Tensor]"]
+"""From x0, cond and what to call them to v(x, t) and x0 as its state is carried."""
+
+
+class BoundVelocity(NamedTuple):
+    """A velocity, and the precision of one call."""
+
+    op: str
+    velocity: Any
+    """v(x, t, cond)."""
+    packed: PackedMLP | None
+    """The velocity where it is an MLP whose layers are known."""
+    asked: Precision | None
+    """The precision that the caller asks for."""
+    settled: str
+    """What that stands for: "highest", "high", "bf16" or "fp16"."""
+    autocast: bool
+
+    def way(self, implementation: str | None) -> Way:
+        """How the kernels integrate."""
+        return Way(self.settled, implementation)
+
+    def encoded(self) -> EncodedNetwork:
+        """The weights of an MLP for the kernels."""
+        assert self.packed is not None
+        return encode([layer.read() for layer in self.packed.layers], self.packed.order)
+
+    def context(self, device: torch.device) -> contextlib.AbstractContextManager:
+        """In which PyTorch integrates."""
+        check_float32_products(self.op, self.asked, device)
+        if self.autocast and (self.packed is not None or self.asked in ("highest", "high")):
+            return torch.autocast(device.type, enabled=False)  # an MLP's dtypes are settled
+        if self.packed is None and self.asked == "bf16":
+            return torch.autocast(device.type, dtype=torch.bfloat16)
+        return contextlib.nullcontext()
+
+    def flow(self) -> Flow:
+        """The flow on the PyTorch path, with the weights as they are now."""
+        return self._flow_of_callable() if self.packed is None else self._flow_of_mlp(self.packed)
+
+    def _flow_of_mlp(self, packed: PackedMLP) -> Flow:
+        outer = torch.promote_types(packed.dtype, torch.float32)
+        hidden = HALF.get(self.settled, outer)
+        emulated = packed.device.type == "cpu" and not processor.multiplies(hidden)
+        network = packed.read(outer, hidden, torch.float32 if emulated else None)
+
+        def flow(x0: Tensor, cond: Tensor | None, x0_name: str, cond_name: str) -> tuple[Field, Tensor]:
+            self.check_rows(x0, cond, x0_name, cond_name)
+            x = x0.to(outer)
+            if cpu_field.serves(x):
+                return cpu_field.CpuField(network, cond, x.shape[:-1]), x
+            return network.field(cond), x
+
+        return flow
+
+    def _flow_of_callable(self) -> Flow:
+        op, velocity = self.op, self.velocity
+
+        def flow(x0: Tensor, cond: Tensor | None, x0_name: str, cond_name: str) -> tuple[Field, Tensor]:
+            lead = x0.shape[:-1]
+            spread = cond if cond is None or cond.shape[:-1] == lead else cond.expand(*lead, cond.shape[-1])
+
+            def field(x: Tensor, t: float | Tensor) -> Tensor:
+                if not isinstance(t, Tensor):
+                    t = torch.full((), t, dtype=x.dtype, device=x.device)
+                v = velocity(x, t.expand(*lead, 1), spread)
+                if not isinstance(v, Tensor):
+                    raise TypeError(f"{op}: velocity must return a torch.Tensor, got {type(v).__name__}")
+                if v.shape != x.shape:
+                    raise ValueError(f"{op}: velocity must return x's shape {tuple(x.shape)}, got {tuple(v.shape)}")
+                return v.to(x.dtype)
+
+            return field, x0
+
+        return flow
+
+    def check_rows(self, x: Tensor, cond: Tensor | None, x_name: str, cond_name: str) -> None:
+        """x and cond have the widths that a packed MLP wants, and without autocast the dtype of its weights."""
+        op, packed = self.op, self.packed
+        if packed is None:
+            return
+        if x.shape[-1] != packed.action_dim:
+            raise ValueError(f"{op}: velocity moves {packed.action_dim} dimensions, got {x_name} with d={x.shape[-1]}")
+        if x.device != packed.device:
+            raise ValueError(f"{op}: velocity's weights are on {packed.device}, got {x_name} on {x.device}")
+        given = 0 if cond is None else cond.shape[-1]
+        if given != packed.cond_dim:
+            raise ValueError(
+                f"{op}: velocity wants a condition of width {packed.cond_dim}, got {cond_name} of width {given}"
+            )
+        for name, tensor in ((x_name, x), (cond_name, cond)):
+            if not self.autocast and tensor is not None and tensor.dtype != packed.dtype:
+                raise ValueError(
+                    f"{op}: velocity's weights are {packed.dtype}, got {name} of {tensor.dtype}; convert one, or use "
+                    "autocast"
+                )
+
+
+def bind(op: str, velocity: Velocity, like: Tensor, precision: Precision | None) -> BoundVelocity:
+    """The velocity for starts of ``like``'s dtype and device; a :class:`VelocityMLP` is packed."""
+    if isinstance(velocity, VelocityMLP) and type(velocity).forward is VelocityMLP.forward:
+        velocity = pack_mlp(velocity)
+    if not callable(velocity):
+        raise TypeError(
+            f"{op}: velocity must be a VelocityMLP, a packed MLP or a callable v(x, t, cond), "
+            f"got {type(velocity).__name__}"
+        )
+    packed = velocity if isinstance(velocity, PackedMLP) else None
+    dtype = like.dtype if packed is None else packed.dtype
+    check_precision(op, precision, dtype, like.dtype)
+    device = like.device.type
+    settled = settle_precision(precision, dtype, device)
+    return BoundVelocity(op, velocity, packed, precision, settled, torch.is_autocast_enabled(device))
+
+
+def check_start(op: str, x0: Tensor, cond: Tensor | None, x0_name: str, cond_name: str) -> None:
+    """x0 is (..., d), and cond (..., c) has a leading shape that broadcasts to x0's."""
+    device = check_floating(op, None, **{x0_name: x0})
+    if x0.ndim == 0:
+        raise ValueError(f"{op}: {x0_name} must be (..., d), got a scalar")
+    if cond is None:
+        return
+    check_floating(op, device, **{cond_name: cond})
+    if cond.ndim == 0:
+        raise ValueError(f"{op}: {cond_name} must be (..., c), got a scalar")
+    shape = (*x0.shape[:-1], cond.shape[-1])
+    check_broadcast(op, cond_name, cond, shape, f"(..., c) with {x0_name}'s leading shape")
