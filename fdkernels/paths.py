@@ -12,6 +12,7 @@ from torch import Tensor
 
 Time = TypeVar("Time", float, Tensor)
 PathName = Literal["linear", "linear_reversed", "vp", "cosine"]
+FUNCTIONS = ("alpha", "sigma", "d_alpha", "d_sigma")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,13 +31,13 @@ class AffinePath:
 
     def at(self, op: str, t: Time) -> tuple[Time, Time, Time, Time]:
         """α, σ, α̇ and σ̇ of a time, or of a tensor of them."""
-        functions: Any = {"alpha": self.alpha, "sigma": self.sigma, "d_alpha": self.d_alpha, "d_sigma": self.d_sigma}
-        found = {name: function(t) for name, function in functions.items()}
+        path: Any = self
+        found = path.alpha(t), path.sigma(t), path.d_alpha(t), path.d_sigma(t)
         if isinstance(t, Tensor):
-            for name, value in found.items():
+            for name, value in zip(FUNCTIONS, found):
                 if not isinstance(value, Tensor) or value.shape != t.shape:
                     raise TypeError(f"{op}: path.{name} must give a tensor of its times' shape {tuple(t.shape)}")
-        return found["alpha"], found["sigma"], found["d_alpha"], found["d_sigma"]
+        return found
 
 
 # The built-in paths also take a Python float, and give one: a constant time then costs no tensor at all.
@@ -105,7 +106,7 @@ def resolve_path(op: str, path: PathName | AffinePath) -> AffinePath:
         return PATHS[path]
     if not isinstance(path, AffinePath):
         raise ValueError(f"{op}: path must be an AffinePath or one of {', '.join(map(repr, PATHS))}, got {path!r:.80}")
-    for name in ("alpha", "sigma", "d_alpha", "d_sigma"):
+    for name in FUNCTIONS:
         function = getattr(path, name)
         if not callable(function):
             raise TypeError(f"{op}: path.{name} must be a function, got {type(function).__name__}")

@@ -70,11 +70,13 @@ class ScoreRule(NamedTuple):
     exact: bool
     """False: v / σ_t, the published implementation's."""
     min_sigma: float
+    of_numbers: bool
+    """Whether the path also takes a Python float, and gives one."""
 
     def affine(self, t: Tensor | float, ndim: int, dtype: torch.dtype, device: torch.device) -> Affine:
         """p and q at time t for velocities of so many dimensions. A number stays one on a built-in path, and costs the
         device nothing."""
-        if not isinstance(t, Tensor) and takes_numbers(self.path):
+        if self.of_numbers and not isinstance(t, Tensor):
             return Affine(None, *self._coefficients(t), self.exact)
         if isinstance(t, Tensor):
             t = t.to(dtype)
@@ -99,7 +101,7 @@ def check_score_rule(op: str, path: PathName | AffinePath, convention: Conventio
     resolved = resolve_path(op, path)
     if convention == "velocity" and resolved is not PATHS["linear"]:
         raise ValueError(f"{op}: convention='velocity' is v / (1 − t), defined for path='linear' only, got {path!r}")
-    return ScoreRule(op, resolved, convention == "exact", min_sigma)
+    return ScoreRule(op, resolved, convention == "exact", min_sigma, takes_numbers(resolved))
 
 
 def check_time(t: Tensor | float, rule: ScoreRule, like: Tensor, shape: tuple[int, ...]) -> Tensor | float:
@@ -114,11 +116,8 @@ def check_time(t: Tensor | float, rule: ScoreRule, like: Tensor, shape: tuple[in
     if not 0 <= t <= 1:
         raise ValueError(f"{op}: t must lie in [0, 1], got {t!r}")
     t = float(t)
-    if takes_numbers(path):
-        _, sigma, _, _ = path.at(op, t)
-    else:
-        sigma = float(path.at(op, torch.tensor(t, dtype=torch.float64))[1])
-    if not sigma > 0:
+    sigma: Any = path.sigma if rule.of_numbers else lambda t: path.at(op, torch.tensor(t, dtype=torch.float64))[1]
+    if not sigma(t) > 0:
         raise ValueError(f"{op}: t must leave some noise (σ_t > 0) for a score to exist, got t={t!r} with σ_t = 0")
     return t
 

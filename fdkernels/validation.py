@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_LARGEST = sys.float_info.max
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_COUNT = 2**16
 """Steps, samples and widths beyond this are taken for a mistake, and not for a patient user."""
@@ -56,7 +57,7 @@ def check_at_least(op: str, name: str, value: float, least: float, *, exclusive:
     """The number as a float."""
     if not is_number(value):
         raise TypeError(f"{op}: {name} must be a number, got {_brief(value)}")
-    if not least <= value <= sys.float_info.max or (exclusive and value == least):  # NaN is in no interval
+    if not least <= value <= _LARGEST or (exclusive and value == least):  # NaN is in no interval
         raise ValueError(f"{op}: {name} must be finite and {'>' if exclusive else '>='} {least:g}, got {_brief(value)}")
     return float(value)
 

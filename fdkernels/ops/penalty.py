@@ -80,10 +80,8 @@ class _Gradient(Gradient):
 
     @staticmethod
     def forward(ctx: Any, call: Call, needs: Any, values: Callable[[Call], Any]) -> tuple[Tensor, Tensor, Tensor]:
-        wanted = call._replace(
-            want_gradient=call.want_gradient or needs.displacement, want_trace=call.want_trace or needs.score
-        )
-        penalty, gradient, trace = values(wanted)
+        wanted = call.want_gradient or needs.displacement, call.want_trace or needs.score
+        penalty, gradient, trace = values(Call(call.displacement, call.score, call.rule, *wanted, call.triton))
         ctx.mark_non_differentiable(gradient, trace)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(call.displacement, call.score, penalty, gradient, trace)

@@ -62,30 +62,26 @@ class Layout:
     """A record of arguments, flat and back."""
 
     def __init__(self, record: type) -> None:
-        self.record = record
         self.names: list[str] = []
-        self.parts: list[tuple[type | None, int, int]] = []
-        fields = []
-        for name, kind in typing.get_type_hints(record).items():
+        schema, lift, flat = [], [], []
+        classes: dict[str, type] = {"record": record}
+        for i, (name, kind) in enumerate(typing.get_type_hints(record).items()):
             inner = typing.get_type_hints(kind) if hasattr(kind, "_fields") else {name: kind}
-            begin, end = len(self.names), len(self.names) + len(inner)
-            self.parts.append((kind if hasattr(kind, "_fields") else None, begin, end))
+            at = [f"args[{j}]" for j in range(len(self.names), len(self.names) + len(inner))]
+            if hasattr(kind, "_fields"):
+                classes[f"part{i}"] = kind
+                lift.append(f"new(part{i}, ({', '.join(at)},))")
+                flat.append(f"*call[{i}]")
+            else:
+                lift += at
+                flat.append(f"call[{i}]")
             self.names += inner
-            fields += [f"{_TYPES[leaf]} {leaf_name}" for leaf_name, leaf in inner.items()]
-        self.schema = f"({', '.join(fields)})"
-
-    def lift(self, args: Sequence[Any]) -> Any:
-        return self.record(*[args[i] if kind is None else kind._make(args[i:j]) for kind, i, j in self.parts])  # type: ignore[attr-defined]
-
-
-def flat(call: Sequence[Any]) -> list[Any]:
-    leaves: list[Any] = []
-    for part in call:
-        if isinstance(part, tuple):
-            leaves.extend(part)
-        else:
-            leaves.append(part)
-    return leaves
+            schema += [f"{_TYPES[leaf]} {leaf_name}" for leaf_name, leaf in inner.items()]
+        self.schema = f"({', '.join(schema)})"
+        # Written out, as the constructors of named tuples are, because they run several times in every call.
+        names = classes | {"new": tuple.__new__}
+        self.lift: Callable[[Sequence[Any]], Any] = eval(f"lambda args: new(record, ({', '.join(lift)},))", names)
+        self.flat: Callable[[Any], tuple[Any, ...]] = eval(f"lambda call: ({', '.join(flat)},)", names)
 
 
 def register(
@@ -123,28 +119,32 @@ def register(
     torch.library.register_vmap(f"fdkernels::{name}", own if vmap else any_leading_shape, lib=_LIBRARY)
     if gradient is not None:
         _give(name, layout, gradient, _define(f"{name}_values", layout, returns, body, fake))
+    flat = layout.flat
     return lambda call: operator(*flat(call))
 
 
 def _define(name: str, layout: Layout, returns: str, body: Callable, fake: Callable) -> Callable[..., Any]:
     _LIBRARY.define(f"{name}{layout.schema} -> {returns}", tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, lambda *args: body(layout.lift(args)), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fdkernels::{name}", lambda *args: fake(layout.lift(args)), lib=_LIBRARY)
+    lift = layout.lift
+    _LIBRARY.impl(name, lambda *args: body(lift(args)), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fdkernels::{name}", lambda *args: fake(lift(args)), lib=_LIBRARY)
     return getattr(torch.ops.fdkernels, name).default
 
 
 def _give(name: str, layout: Layout, gradient: type[Gradient], operator: Callable[..., Any]) -> None:
+    lift, flat = layout.lift, layout.flat
+
     def values(call: Any) -> Any:
         return operator(*flat(call))
 
     def run_backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        found = gradient.backward(ctx, layout.lift(ctx.needs_input_grad), *upstream)
+        found = gradient.backward(ctx, lift(ctx.needs_input_grad), *upstream)
         return tuple(map(found.get, layout.names))
 
     class Function(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
-            return gradient.forward(ctx, layout.lift(args), layout.lift(ctx.needs_input_grad), values)
+            return gradient.forward(ctx, lift(args), lift(ctx.needs_input_grad), values)
 
         backward: Any = staticmethod(run_backward if gradient.twice else once_differentiable(run_backward))
 

@@ -21,7 +21,7 @@ from fdkernels.kernels.flow import timetable
 from fdkernels.layers import encode
 from fdkernels.networks import PackedMLP
 from fdkernels.ops import integrate as integrate_op
-from fdkernels.ops.register import flat
+from fdkernels.ops.register import Layout
 from fdkernels.philox import philox_normal
 from fdkernels.records import Chain, Noise, PenaltyRule, TimedAffine, Way
 from fdkernels.solvers import Solver
@@ -604,12 +604,12 @@ def test_opcheck(requires_grad: bool) -> None:
     solver, way = Solver([0.0, 0.5, 1.0], "heun", -1.0, 1.0, "end"), Way("highest", "streamed")
     for want_path in (False, True):
         call = integrate_op.Call(x0, cond, encoded, solver, want_path, way)
-        torch.library.opcheck(torch.ops.fdkernels.integrate_flow.default, tuple(flat(call)))
+        torch.library.opcheck(torch.ops.fdkernels.integrate_flow.default, Layout(integrate_op.Call).flat(call))
     chain = Chain(
         Noise(x0, x0, None, 4), cond[:, :2].contiguous(), displacement.requires_grad_(requires_grad),
         TimedAffine(None, 0.5, 1.0, -2.0, True), encoded, solver, PenaltyRule(1e-3, True, 1e-6), True, way,
     )  # fmt: skip
-    torch.library.opcheck(torch.ops.fdkernels.flow_fisher_penalty.default, tuple(flat(chain)))
+    torch.library.opcheck(torch.ops.fdkernels.flow_fisher_penalty.default, Layout(Chain).flat(chain))
 
 
 @on_gpu
