@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 import weakref
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -113,7 +112,8 @@ def _check_stack(op: str, hidden: Sequence[int], activation: str, layer_norm: bo
     check_at_least(op, "layer_norm_eps", layer_norm_eps, 0.0)
 
 
-class LayerModules(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class LayerModules:
     """Where a :class:`Layer` is read from.
 
     A solver reads it once and not at every step: under ``torch.func.functional_call`` the modules hold the given
