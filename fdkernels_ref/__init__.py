@@ -8,17 +8,17 @@ behaviour density, KL(p(·−δ) ‖ p) ≈ ½·δᵀFδ. One file per step of t
     paths       α_t and σ_t
     score       ∇ log p_t from the velocity
     flow        noise to action, one Python step after another
-    fisher      F from outer products of scores, the d×d matrix written out, and the penalty δᵀF̂δ/d
-    decorator   the whole chain, from a state and a δ to the penalty
+    penalty     F from outer products of scores, the d×d matrix written out, and the penalty δᵀF̂δ/d
+    chain       the whole chain, from a state and a δ to the penalty
 
 Each function runs in the dtype and on the device of its input, so that a float64 call is the truth and a bf16 call
 shows what that precision costs. Inputs are not validated: a wrong shape fails where PyTorch notices it.
 """
 
-from fdkernels_ref.decorator import flow_fisher_penalty
-from fdkernels_ref.fisher import fisher_matrix, fisher_penalty, fisher_spectrum, normalize_fisher
+from fdkernels_ref.chain import flow_fisher_penalty
 from fdkernels_ref.flow import integrate_flow
 from fdkernels_ref.paths import PATHS, AffinePath
+from fdkernels_ref.penalty import fisher_matrix, fisher_penalty, fisher_spectrum, normalize_fisher
 from fdkernels_ref.score import velocity_to_score
 
 __all__ = [

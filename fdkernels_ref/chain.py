@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fdkernels_ref.fisher import fisher_penalty
 from fdkernels_ref.flow import Velocity, integrate_flow
+from fdkernels_ref.penalty import fisher_penalty
 from fdkernels_ref.score import velocity_to_score
 
 
