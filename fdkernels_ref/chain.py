@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from einops import repeat
 from torch import Tensor
 
 from fdkernels_ref.flow import Velocity, integrate_flow
@@ -66,7 +67,7 @@ def flow_fisher_penalty(
     with torch.no_grad():
         noise = normal() if noise is None else noise
         bridge_noise = normal() if bridge_noise is None else bridge_noise
-        cond = cond.unsqueeze(-2).expand(*batch, num_samples, cond.shape[-1])
+        cond = repeat(cond, "... c -> ... k c", k=num_samples).expand(*batch, -1, -1)
         samples = integrate_flow(
             velocity,
             noise,

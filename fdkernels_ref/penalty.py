@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from einops import einsum, rearrange, reduce
 from torch import Tensor
 
 _REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -26,8 +27,10 @@ def fisher_matrix(score: Tensor, *, damping: float = 1e-3) -> Tensor:
     Returns:
         (..., d, d), symmetric, in the dtype of score. Differentiable in score.
     """
-    outer = score.unsqueeze(-1) * score.unsqueeze(-2)
-    return outer.mean(-3) + damping * torch.eye(score.shape[-1], dtype=score.dtype, device=score.device)
+    # The outer products are written out, since a sum over k inside the einsum would overflow in float16.
+    outer = einsum(score, score, "... k i, ... k j -> ... k i j")
+    identity = torch.eye(score.shape[-1], dtype=score.dtype, device=score.device)
+    return reduce(outer, "... k i j -> ... i j", "mean") + damping * identity
 
 
 def normalize_fisher(fisher: Tensor, *, eps: float = 1e-6) -> Tensor:
@@ -40,8 +43,9 @@ def normalize_fisher(fisher: Tensor, *, eps: float = 1e-6) -> Tensor:
     Returns:
         (..., d, d). Differentiable in fisher, through the trace too; where ε takes over, the divisor is a constant.
     """
-    trace_per_dim = fisher.diagonal(dim1=-2, dim2=-1).mean(-1)
-    return fisher / trace_per_dim.clamp(min=eps)[..., None, None]
+    diagonal = einsum(fisher, "... i i -> ... i")
+    mean_eigenvalue = reduce(diagonal, "... i -> ... 1 1", "mean")
+    return fisher / mean_eigenvalue.clamp(min=eps)
 
 
 def fisher_penalty(
@@ -72,9 +76,9 @@ def fisher_penalty(
         fisher = normalize_fisher(fisher, eps=eps)
     elif normalize != "none":
         raise ValueError(f"fisher_penalty: normalize must be 'trace' or 'none', got {normalize!r}")
-    delta = displacement.unsqueeze(-1)
-    penalty = (delta.mT @ fisher @ delta).squeeze(-1).squeeze(-1) / displacement.shape[-1]
-    return _REDUCTIONS[reduction](penalty)
+    delta = rearrange(displacement, "... i -> ... i 1")
+    quadratic = rearrange(delta.mT @ fisher @ delta, "... 1 1 -> ...")
+    return _REDUCTIONS[reduction](quadratic / displacement.shape[-1])
 
 
 def fisher_spectrum(score: Tensor, *, damping: float = 1e-3) -> Tensor:
