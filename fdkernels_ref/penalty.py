@@ -18,7 +18,8 @@ _REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 def fisher_matrix(score: Tensor, *, damping: float = 1e-3) -> Tensor:
     """F = (1/K)·Σ_k s_k·s_kᵀ + λ·I: the paper's Fisher matrix E[s·sᵀ], s = ∇ log p, estimated from K scores.
 
-    It is the information of location: KL(p(·−δ) ‖ p) = ½·δᵀ·E[s·sᵀ]·δ + O(‖δ‖³). The damping λ is the published code's.
+    This is the Fisher information about location: KL(p(·−δ) ‖ p) = ½·δᵀ·E[s·sᵀ]·δ + O(‖δ‖³). The damping λ comes from
+    the published code.
 
     Args:
         score: s_k, (..., K, d).
@@ -38,10 +39,10 @@ def normalize_fisher(fisher: Tensor, *, eps: float = 1e-6) -> Tensor:
 
     Args:
         fisher: F, (..., d, d).
-        eps: ε, the least mean eigenvalue that is divided by.
+        eps: ε, a lower bound on the divisor tr F/d, the mean eigenvalue of F.
 
     Returns:
-        (..., d, d). Differentiable in fisher, through the trace too; where ε takes over, the divisor is a constant.
+        (..., d, d). Differentiable in fisher, through the trace as well; where tr F/d < ε the divisor is a constant.
     """
     diagonal = einsum(fisher, "... i i -> ... i")
     mean_eigenvalue = reduce(diagonal, "... i -> ... 1 1", "mean")
@@ -57,19 +58,19 @@ def fisher_penalty(
     eps: float = 1e-6,
     reduction: str = "none",
 ) -> Tensor:
-    """The paper's trust-region penalty δᵀF̂δ/d: mean(δ²) where F ∝ I, more along directions that p resists.
+    """The paper's trust-region penalty δᵀF̂δ/d. It is mean(δ²) where F ∝ I, and more along directions that p resists.
 
     Args:
         displacement: δ, (..., d).
-        score: s_k, (..., K, d), the K scores behind F.
+        score: s_k, (..., K, d), the K scores that F is estimated from.
         damping: λ of `fisher_matrix`.
         normalize: "trace" for F̂, "none" for F itself.
         eps: ε of `normalize_fisher`.
         reduction: "none", or "mean" or "sum" over all leading dimensions.
 
     Returns:
-        (...), a scalar after a reduction. Differentiable in displacement and in score, the normaliser included; an
-        agent that holds its behaviour fixed detaches the score, and the gradient is then 2·F̂δ/d.
+        (...), or a scalar after a reduction. Differentiable in displacement and in score, through the normaliser too.
+        An agent that holds its behaviour policy fixed detaches the score; the gradient is then 2·F̂δ/d.
     """
     fisher = fisher_matrix(score, damping=damping)
     if normalize == "trace":
