@@ -45,7 +45,7 @@ bench-compare: $(STAMP)
 # `make gpu-check` and so on are its parts. WHEELS names a folder of packages that are not there and cannot be downloaded;
 # `make gpu-wheels` fills it, by a Python of that machine's version, with what is seldom there.
 GPU := $(PYTHON) benchmarks/gpu.py $(if $(WHEELS),--wheels $(WHEELS))
-SELDOM := docstring-parser farama-notifications glfw gymnasium minari mujoco mujoco-core pyopengl typeguard tyro
+SELDOM := docstring-parser einops farama-notifications glfw gymnasium minari mujoco mujoco-core pyopengl typeguard tyro
 gpu:
 	$(GPU)
 gpu-check gpu-tune gpu-bench gpu-train:

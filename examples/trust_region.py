@@ -15,6 +15,7 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
+from einops import rearrange, repeat
 from torch import Tensor
 
 import fdkernels
@@ -60,9 +61,9 @@ def main() -> None:
 
     # the boundary: turn a unit circle of displacements until each has penalty SIZE
     turn = torch.linspace(0, 2 * math.pi, 200)
-    circle = torch.stack([turn.cos(), turn.sin()], dim=-1).expand(STATES, -1, -1)
-    penalty = fdkernels.fisher_penalty(circle, score.unsqueeze(1).expand(-1, 200, -1, -1))
-    fisher_boundary = circle * (SIZE / penalty).sqrt().unsqueeze(-1)
+    circle = repeat(torch.stack([turn.cos(), turn.sin()]), "d turn -> state turn d", state=STATES)
+    penalty = fdkernels.fisher_penalty(circle, repeat(score, "state k d -> state turn k d", turn=len(turn)))
+    fisher_boundary = circle * rearrange((SIZE / penalty).sqrt(), "state turn -> state turn 1")
     isotropic_boundary = circle * (2 * SIZE) ** 0.5
 
     figure, ax = plt.subplots(figsize=(5.6, 5.6), layout="constrained")

@@ -1,4 +1,4 @@
-"""Noise to action: the flow's ordinary differential equation, one explicit step after another."""
+"""From noise to action: the flow's ordinary differential equation dx/dt = v(x, t, s), solved by explicit steps."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 Velocity = Callable[[Tensor, Tensor, Any], Tensor]  # v(x, t, cond): x (..., d), t (..., 1), cond as given -> (..., d)
-Field = Callable[[Tensor, float], Tensor]  # the same, with cond fixed and t a number
+Field = Callable[[Tensor, float], Tensor]  # the same with cond fixed and t a number
 
 
 def _euler(v: Field, x: Tensor, t: float, h: float) -> Tensor:
@@ -50,34 +50,34 @@ def integrate_flow(
     clip_each_step: bool = False,
     return_path: bool = False,
 ) -> Tensor:
-    """Behaviour action a = clip(x_S) from x_{i+1} = x_i + h_i·v(x_i, t_i, s), h_i = t_{i+1} − t_i.
+    """The behaviour action a = clip(x_S), where x_{i+1} = x_i + h_i·v(x_i, t_i, s) and h_i = t_{i+1} − t_i.
 
-    The paper's sampler is "euler" with t_i = i/S, S = 10; "midpoint", "heun" (order 2) and "rk4" (order 4) are the
-    explicit Runge-Kutta steps of the textbooks. Only the end is clipped, unless every step is asked for.
+    This is the paper's sampler, "euler" with t_i = i/S and S = 10. "midpoint" and "heun" (both of order 2) and "rk4"
+    (order 4) are the textbook Runge-Kutta methods.
 
     Args:
-        velocity: any v(x, t, cond) -> (..., d), called with t of shape (..., 1) in the dtype of x0 and cond as given.
-        x0: base noise, (..., d).
-        cond: the state s, (..., c), handed to the velocity untouched.
+        velocity: any v(x, t, cond) -> (..., d); t has shape (..., 1) and the dtype of x0, cond is passed on as given.
+        x0: noise, (..., d).
+        cond: the state s, (..., c).
         num_steps: S.
         method: "euler", "midpoint", "heun" or "rk4".
-        time_grid: the S + 1 node times, in either direction, in place of i/S; `num_steps` then plays no part.
-        clip: bounds of the result, None for none.
-        clip_each_step: clip after every step.
-        return_path: also return how it came there.
+        time_grid: the S + 1 times t_i in place of i/S, rising or falling; `num_steps` is then ignored.
+        clip: lower and upper bound of a, or None for no clipping.
+        clip_each_step: clip after every step, not only the last.
+        return_path: return every x_i instead of a alone.
 
     Returns:
-        (..., d) in the dtype of x0; with `return_path` (S + 1, ..., d), the states at the nodes, x0 first, the last one
-        clipped. Differentiable in x0, cond and the velocity's parameters, through every step.
+        a, (..., d), in the dtype of x0; with `return_path` x_0 to x_S, (S + 1, ..., d), the last one clipped.
+        Differentiable in x0, cond and the velocity's parameters, through every step.
     """
-    nodes = [i / num_steps for i in range(num_steps + 1)] if time_grid is None else [float(t) for t in time_grid]
+    times = [i / num_steps for i in range(num_steps + 1)] if time_grid is None else [float(t) for t in time_grid]
 
     def field(x: Tensor, t: float) -> Tensor:
         return velocity(x, torch.full_like(x[..., :1], t), cond)
 
     path = [x0]
-    for t, t_next in itertools.pairwise(nodes):
+    for t, t_next in itertools.pairwise(times):
         path.append(_METHODS[method](field, path[-1], t, t_next - t))
-        if clip is not None and (clip_each_step or len(path) == len(nodes)):
+        if clip is not None and (clip_each_step or len(path) == len(times)):
             path[-1] = path[-1].clamp(*clip)
     return torch.stack(path) if return_path else path[-1]

@@ -11,13 +11,13 @@ from torch import Tensor
 
 
 class AffinePath(Protocol):
-    """What a path is: any object with these four functions, each from times (...) to coefficients (...)."""
+    """A path: any object with these four functions of time, each from (...) to (...)."""
 
     def alpha(self, t: Tensor, /) -> Tensor:
-        """α_t, the share of the data."""
+        """α_t, the weight of the data."""
 
     def sigma(self, t: Tensor, /) -> Tensor:
-        """σ_t, the share of the noise."""
+        """σ_t, the weight of the noise."""
 
     def d_alpha(self, t: Tensor, /) -> Tensor:
         """α̇_t = dα_t/dt."""
@@ -33,14 +33,14 @@ class _Path(NamedTuple):
     d_sigma: Callable[[Tensor], Tensor]
 
 
-# Variance preserving, with noise at t = 0 and data at t = 1, so its own time is s = 1 − t: α = exp(−½∫₀ˢβ),
-# β(s) = β0 + s·(β1 − β0), α² + σ² = 1 (Song et al., 2021).
+# Variance preserving: α² + σ² = 1, α = exp(−½∫₀^τ β), β(τ) = β0 + τ·(β1 − β0) (Song et al., 2021). There τ runs from
+# data to noise; here t runs from noise to data, so τ = 1 − t.
 _BETA0, _BETA1 = 0.1, 20.0
 
 
 def _vp_log_alpha(t: Tensor) -> Tensor:
-    s = 1 - t
-    return -0.25 * s**2 * (_BETA1 - _BETA0) - 0.5 * s * _BETA0
+    tau = 1 - t
+    return -0.25 * tau**2 * (_BETA1 - _BETA0) - 0.5 * tau * _BETA0
 
 
 def _vp_alpha(t: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ def _vp_alpha(t: Tensor) -> Tensor:
 
 
 def _vp_sigma(t: Tensor) -> Tensor:
-    return torch.sqrt(-torch.expm1(2 * _vp_log_alpha(t)))  # √(1 − α²) without the cancellation near t = 1
+    return torch.sqrt(-torch.expm1(2 * _vp_log_alpha(t)))  # √(1 − α²) without cancellation near t = 1
 
 
 def _vp_d_alpha(t: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ PATHS: dict[str, AffinePath] = {
         d_alpha=lambda t: torch.ones_like(t),
         d_sigma=lambda t: -torch.ones_like(t),
     ),
-    # Data at t = 0 and noise at t = 1, the time of robot policies.
+    # Data at t = 0 and noise at t = 1, the convention of robot policies.
     "linear_reversed": _Path(
         alpha=lambda t: 1 - t,
         sigma=lambda t: t,

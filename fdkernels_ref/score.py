@@ -1,4 +1,4 @@
-"""The score of the path's density from the velocity field."""
+"""The score ∇ log p_t of the density of x_t, from the velocity."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ def velocity_to_score(
     convention: str = "exact",
     min_sigma: float = 1e-6,
 ) -> Tensor:
-    """Score ∇_x log p_t(x) of x_t = α_t·a + σ_t·x0, x0 ~ N(0, I), from v(x, t) = E[α̇_t·a + σ̇_t·x0 | x_t = x].
+    """The score ∇_x log p_t(x) of x_t = α_t·a + σ_t·x0, x0 ~ N(0, I), from v(x, t) = E[α̇_t·a + σ̇_t·x0 | x_t = x].
 
-    Standard result (Tweedie): ∇ log p_t(x) = −E[x0 | x]/σ. The two equations x = α·E[a | x] + σ·E[x0 | x] and
-    v = α̇·E[a | x] + σ̇·E[x0 | x] give E[x0 | x], and with it
+    By Tweedie's formula ∇ log p_t(x) = −E[x0 | x]/σ. Solving x = α·E[a | x] + σ·E[x0 | x] and
+    v = α̇·E[a | x] + σ̇·E[x0 | x] for E[x0 | x] gives
 
         score = (α·v − α̇·x) / (σ·(α̇·σ − α·σ̇)),
 
-    on the linear path (t·v − x)/(1 − t). The outer σ is bounded below by `min_sigma`; the bracket keeps the true σ, for
-    it has a meaning of its own (it is 1 on the linear path, at every t).
+    which is (t·v − x)/(1 − t) on the linear path. Only the first σ of the denominator is bounded below by `min_sigma`.
+    The bracket keeps the true σ: on the linear path it is 1 at every t.
 
     Args:
         velocity: v, (..., d).
         x: x_t, (..., d).
-        t: a float, or times that broadcast against x, as (..., 1).
+        t: a float, or a tensor that broadcasts against x, such as (..., 1).
         path: a name in `PATHS` or an object with alpha, sigma, d_alpha, d_sigma.
-        convention: "exact", or "velocity" for v/σ on the linear path: what the published code computes. It is not the
-            score of any density and serves to compare with that code.
-        min_sigma: lower bound of the outer σ. On the "vp" path the bracket is infinite at t = 1, the score there 0.
+        convention: "exact", or "velocity" for v/σ on the linear path. That is what the published code computes; it is
+            not the score of any density, and is here to compare with that code.
+        min_sigma: lower bound of the first σ. At t = 1 on the "vp" path the bracket is infinite and the score is 0.
 
     Returns:
         (..., d) in the dtype of velocity and x. Differentiable in velocity, x and t.

@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable
 
 import torch
+from einops import einsum
 from torch import Tensor
 
 
@@ -135,12 +136,12 @@ class Mixture:
     def velocity(self, x: Tensor, t: Tensor | float, cond: Tensor | None = None) -> Tensor:
         """v = Σ_m r_m·v_m; `cond` plays no part."""
         fields = torch.stack([mode.velocity(x, t) for mode in self.modes], dim=-1)
-        return (fields * self.responsibilities(x, t).unsqueeze(-2)).sum(-1)
+        return einsum(self.responsibilities(x, t), fields, "... m, ... i m -> ... i")
 
     def score(self, x: Tensor, t: Tensor | float) -> Tensor:
         """∇ log p_t(x) = Σ_m r_m·∇ log p_m(x)."""
         scores = torch.stack([mode.score(x, t) for mode in self.modes], dim=-1)
-        return (scores * self.responsibilities(x, t).unsqueeze(-2)).sum(-1)
+        return einsum(self.responsibilities(x, t), scores, "... m, ... i m -> ... i")
 
     def log_prob_t(self, x: Tensor, t: Tensor | float) -> Tensor:
         """log p_t(x), (...)."""

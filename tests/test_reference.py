@@ -264,6 +264,12 @@ def test_eps_takes_over_where_the_trace_is_small():
     assert (nothing == 0).all(), f"zero scores without damping: {nothing}"
 
 
+def test_many_scores_in_float16():
+    """512 scores whose mean of s·sᵀ fits float16, and whose sum does not."""
+    score = torch.full((512, 2), 20.0, dtype=torch.float16)
+    assert (ref.fisher_matrix(score, damping=0.0) == 400).all()
+
+
 def test_reductions():
     delta, score = normal(2, 3, 4, seed=1), normal(2, 3, 5, 4, seed=2)
     rows = ref.fisher_penalty(delta, score)

@@ -24,7 +24,7 @@ VERSIONS = ("2.7", "2.9", "2.11", "newest")
 OLDEST_PYTHON = os.environ.get("OLDEST_PYTHON", "python3.10")
 # before Triton 3.7 the interpreter does not run with NumPy 2.4
 NUMPY = {"2.7": "numpy==1.26.*", "newest": "numpy"}
-NEEDS = ("pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "setuptools")
+NEEDS = ("einops", "pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "setuptools")
 CPU = [f"tests/test_{name}.py" for name in ("backend", "chain", "flow", "networks", "operators", "philox", "reference")]
 GROUPS = {
     "CPU": [*CPU, "fdkernels", "-k", "not compile"],

@@ -1,14 +1,15 @@
-"""The whole chain of the paper's penalty: sample the flow, step back to time t, take scores, measure δ by their F."""
+"""The paper's penalty from end to end: sample the flow, bring the samples to time t, take their scores, weigh δ."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
+from einops import repeat
 from torch import Tensor
 
-from fdkernels_ref.fisher import fisher_penalty
 from fdkernels_ref.flow import Velocity, integrate_flow
+from fdkernels_ref.penalty import fisher_penalty
 from fdkernels_ref.score import velocity_to_score
 
 
@@ -35,27 +36,29 @@ def flow_fisher_penalty(
     generator: torch.Generator | None = None,
     return_score: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Penalty δᵀF̂δ/d, with F from K fresh samples of the behaviour flow at each state (the paper; linear path).
+    """The paper's penalty δᵀF̂δ/d, with F from K fresh samples of the behaviour flow at each state (linear path).
 
-        a_k = clip(flow(s, ε_k)),   x_k = (1 − t)·ε′_k + t·a_k,   s_k = score(v(x_k, t, s), x_k, t)
+        a_k = clip(flow(ε_k, s)),   x_k = (1 − t)·ε′_k + t·a_k,   s_k = score(v(x_k, t, s), x_k, t)
+
+    Here s is the state and s_k a score. Tensors hold the K samples in the dimension before the last.
 
     Args:
         velocity: v(x, t, cond) as in `integrate_flow`; here x is (..., K, d), t (..., K, 1) and cond (..., K, c).
-        cond: the states, (..., c).
-        displacement: δ, (..., d), as the policy proposes it, before any clipping of the action.
+        cond: the states s, (..., c).
+        displacement: δ, (..., d), as the policy proposes it, before the refined action is clipped.
         num_samples: K.
-        t: Fisher time; a float or a tensor that broadcasts to (..., K, 1).
-        num_steps, method, time_grid, clip, clip_each_step: of the flow, as in `integrate_flow`.
+        t: the time at which the scores are taken, a float or a tensor that broadcasts to (..., K, 1).
+        num_steps, method, time_grid, clip, clip_each_step: as in `integrate_flow`.
         damping, normalize, eps, reduction: as in `fisher_penalty`.
         convention, min_sigma: as in `velocity_to_score`.
-        noise: ε, (..., K, d), start of the flow; N(0, I) in the dtype of displacement when None.
-        bridge_noise: ε′, (..., K, d), noise end of the path; the same, drawn after `noise`.
-        generator: source of both.
+        noise: ε_k, (..., K, d), where the flow starts; drawn from N(0, I) in the dtype of displacement when None.
+        bridge_noise: ε′_k, (..., K, d), the noise in x_k; likewise, drawn after `noise`.
+        generator: draws both.
         return_score: return (penalty, score).
 
     Returns:
-        (...), a scalar after a reduction; with `return_score` also s_k, (..., K, d). Samples, velocity and score are
-        constants: the gradient, 2·F̂δ/d, reaches displacement only.
+        (...), or a scalar after a reduction; with `return_score` also s_k, (..., K, d). Samples, velocities and scores
+        are constants: the gradient, 2·F̂δ/d, reaches displacement alone.
     """
     *batch, d = displacement.shape
 
@@ -66,8 +69,8 @@ def flow_fisher_penalty(
     with torch.no_grad():
         noise = normal() if noise is None else noise
         bridge_noise = normal() if bridge_noise is None else bridge_noise
-        cond = cond.unsqueeze(-2).expand(*batch, num_samples, cond.shape[-1])
-        samples = integrate_flow(
+        cond = repeat(cond, "... c -> ... k c", k=num_samples).expand(*batch, -1, -1)
+        a = integrate_flow(
             velocity,
             noise,
             cond,
@@ -77,9 +80,8 @@ def flow_fisher_penalty(
             clip=clip,
             clip_each_step=clip_each_step,
         )
-        t = torch.as_tensor(t, dtype=samples.dtype, device=samples.device).expand(*batch, num_samples, 1)
-        x_t = (1 - t) * bridge_noise + t * samples
-        v_t = velocity(x_t, t, cond)
-        score = velocity_to_score(v_t, x_t, t, convention=convention, min_sigma=min_sigma)
+        t = torch.as_tensor(t, dtype=a.dtype, device=a.device).expand(*batch, num_samples, 1)
+        x = (1 - t) * bridge_noise + t * a
+        score = velocity_to_score(velocity(x, t, cond), x, t, convention=convention, min_sigma=min_sigma)
     penalty = fisher_penalty(displacement, score, damping=damping, normalize=normalize, eps=eps, reduction=reduction)
     return (penalty, score) if return_score else penalty

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from einops import einsum, rearrange, reduce
 from torch import Tensor
 
 _REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -17,7 +18,8 @@ _REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 def fisher_matrix(score: Tensor, *, damping: float = 1e-3) -> Tensor:
     """F = (1/K)·Σ_k s_k·s_kᵀ + λ·I: the paper's Fisher matrix E[s·sᵀ], s = ∇ log p, estimated from K scores.
 
-    It is the information of location: KL(p(·−δ) ‖ p) = ½·δᵀ·E[s·sᵀ]·δ + O(‖δ‖³). The damping λ is the published code's.
+    This is the Fisher information about location: KL(p(·−δ) ‖ p) = ½·δᵀ·E[s·sᵀ]·δ + O(‖δ‖³). The damping λ comes from
+    the published code.
 
     Args:
         score: s_k, (..., K, d).
@@ -26,8 +28,10 @@ def fisher_matrix(score: Tensor, *, damping: float = 1e-3) -> Tensor:
     Returns:
         (..., d, d), symmetric, in the dtype of score. Differentiable in score.
     """
-    outer = score.unsqueeze(-1) * score.unsqueeze(-2)
-    return outer.mean(-3) + damping * torch.eye(score.shape[-1], dtype=score.dtype, device=score.device)
+    # The outer products are written out, since a sum over k inside the einsum would overflow in float16.
+    outer = einsum(score, score, "... k i, ... k j -> ... k i j")
+    identity = torch.eye(score.shape[-1], dtype=score.dtype, device=score.device)
+    return reduce(outer, "... k i j -> ... i j", "mean") + damping * identity
 
 
 def normalize_fisher(fisher: Tensor, *, eps: float = 1e-6) -> Tensor:
@@ -35,13 +39,14 @@ def normalize_fisher(fisher: Tensor, *, eps: float = 1e-6) -> Tensor:
 
     Args:
         fisher: F, (..., d, d).
-        eps: ε, the least mean eigenvalue that is divided by.
+        eps: ε, a lower bound on the divisor tr F/d, the mean eigenvalue of F.
 
     Returns:
-        (..., d, d). Differentiable in fisher, through the trace too; where ε takes over, the divisor is a constant.
+        (..., d, d). Differentiable in fisher, through the trace as well; where tr F/d < ε the divisor is a constant.
     """
-    trace_per_dim = fisher.diagonal(dim1=-2, dim2=-1).mean(-1)
-    return fisher / trace_per_dim.clamp(min=eps)[..., None, None]
+    diagonal = einsum(fisher, "... i i -> ... i")
+    mean_eigenvalue = reduce(diagonal, "... i -> ... 1 1", "mean")
+    return fisher / mean_eigenvalue.clamp(min=eps)
 
 
 def fisher_penalty(
@@ -53,28 +58,28 @@ def fisher_penalty(
     eps: float = 1e-6,
     reduction: str = "none",
 ) -> Tensor:
-    """The paper's trust-region penalty δᵀF̂δ/d: mean(δ²) where F ∝ I, more along directions that p resists.
+    """The paper's trust-region penalty δᵀF̂δ/d. It is mean(δ²) where F ∝ I, and more along directions that p resists.
 
     Args:
         displacement: δ, (..., d).
-        score: s_k, (..., K, d), the K scores behind F.
+        score: s_k, (..., K, d), the K scores that F is estimated from.
         damping: λ of `fisher_matrix`.
         normalize: "trace" for F̂, "none" for F itself.
         eps: ε of `normalize_fisher`.
         reduction: "none", or "mean" or "sum" over all leading dimensions.
 
     Returns:
-        (...), a scalar after a reduction. Differentiable in displacement and in score, the normaliser included; an
-        agent that holds its behaviour fixed detaches the score, and the gradient is then 2·F̂δ/d.
+        (...), or a scalar after a reduction. Differentiable in displacement and in score, through the normaliser too.
+        An agent that holds its behaviour policy fixed detaches the score; the gradient is then 2·F̂δ/d.
     """
     fisher = fisher_matrix(score, damping=damping)
     if normalize == "trace":
         fisher = normalize_fisher(fisher, eps=eps)
     elif normalize != "none":
         raise ValueError(f"fisher_penalty: normalize must be 'trace' or 'none', got {normalize!r}")
-    delta = displacement.unsqueeze(-1)
-    penalty = (delta.mT @ fisher @ delta).squeeze(-1).squeeze(-1) / displacement.shape[-1]
-    return _REDUCTIONS[reduction](penalty)
+    delta = rearrange(displacement, "... i -> ... i 1")
+    quadratic = rearrange(delta.mT @ fisher @ delta, "... 1 1 -> ...")
+    return _REDUCTIONS[reduction](quadratic / displacement.shape[-1])
 
 
 def fisher_spectrum(score: Tensor, *, damping: float = 1e-3) -> Tensor:
