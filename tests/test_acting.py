@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from train.acting import FOR_REFINING_AGENTS, RULES, Acting, flow_alone
-from train.agents import AGENTS, Agent
-from train.hyperparameters import AgentConfig
+from train.agents import AGENTS
+from train.agents.base import Agent
+from train.agents.hyperparameters import AgentConfig
 
 OBS = torch.zeros(3, 5)
 

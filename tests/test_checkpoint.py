@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from train.agents import AGENTS, Agent
+from train.agents import AGENTS
+from train.agents.base import Agent
+from train.agents.hyperparameters import AgentConfig
 from train.checkpoint import DamagedCheckpoint, newest_checkpoints, read_checkpoint, save_checkpoint
 from train.dataset import Batch
-from train.hyperparameters import AgentConfig
 
 CONFIG = AgentConfig(actor_hidden=(8,), critic_hidden=(8,), flow_steps=2, num_fisher_samples=2)
 

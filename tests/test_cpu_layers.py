@@ -16,7 +16,7 @@ import fdkernels
 from fdkernels import cpu_layers, torch_private
 from tests.judge import assert_close, with_gradients
 from tests.processors import PROCESSORS, run_as
-from train.networks import TwinCritic
+from train.agents.critic import TwinCritic
 
 F64 = torch.float64
 gelu = functools.partial(F.gelu, approximate="tanh")

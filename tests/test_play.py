@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from train import play
 from train.acting import Acting
 from train.agents import AGENTS
-from train.config import RunConfig
+from train.agents.hyperparameters import AgentConfig
 from train.environments import resolve
 from train.evaluate import evaluate
-from train.hyperparameters import AgentConfig
 from train.member import Member
+from train.settings import RunConfig
 
 HYPER = AgentConfig(actor_hidden=(16, 16), critic_hidden=(16,), flow_steps=2)
 

@@ -24,10 +24,11 @@ from safetensors.torch import load_file
 
 import train.run
 from train import curve
-from train.agents import AGENTS, METRICS
-from train.config import preset_config
+from train.agents import AGENTS
+from train.agents.base import METRICS
 from train.data import load_dataset
 from train.evaluate import ROLES, run_episodes
+from train.presets import preset_config
 from train.run import main, parse
 
 pytestmark = pytest.mark.usefixtures("datasets")

@@ -14,11 +14,12 @@ from torch import Tensor
 
 import fdkernels
 from fdkernels import cpu_layers
-from train.agents import AGENTS, ALL_PARTS, Agent, Learner, Parts
+from train.agents import AGENTS
+from train.agents.base import ALL_PARTS, Agent, Learner, Parts
+from train.agents.hyperparameters import AgentConfig
+from train.agents.seeds import SeedGroup
 from train.checkpoint import read_checkpoint, save_checkpoint
 from train.dataset import Batch, OfflineDataset
-from train.hyperparameters import AgentConfig
-from train.seeds import SeedGroup
 
 OBS, ACTIONS, BATCH = 5, 3, 32
 HIDDEN = {"actor_hidden": (16, 16), "critic_hidden": (16, 16)}
@@ -133,7 +134,7 @@ def test_flow_precision_is_that_of_the_integration_alone() -> None:
 def test_importable_with_torch_alone() -> None:
     """A GPU machine for tests and benchmarks has little more."""
     hidden = ("tyro", "gymnasium", "minari", "mujoco", "safetensors", "matplotlib", "scipy", "tensorboard", "tqdm")
-    code = f"import sys; sys.modules.update(dict.fromkeys({hidden}))\nimport train.agents, train.capture, train.seeds"
+    code = f"import sys; sys.modules.update(dict.fromkeys({hidden}))\nimport train.agents.seeds, train.capture"
     code += "\nimport train.profiling, tests.published"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[1]

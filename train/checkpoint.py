@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from train.agents import Agent
+from train.agents.base import Agent
 
 KEPT = 2
 """Checkpoints that stay on disk: one could be damaged."""

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from train.acting import Acting, Policy, flow_alone
-from train.agents import Agent
+from train.agents.base import Agent
 from train.environments import make_vector_env
 
 ROLES = ("policy", "sample", "flow")

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from train.agents import Agent
+from train.agents.base import Agent
 from train.checkpoint import Checkpoint, save_checkpoint, write_safetensors, write_whole
-from train.config import RunConfig, role_names
 from train.curve import draw_curve
 from train.dataset import OfflineDataset
 from train.environments import EnvSpec, normalized_score
 from train.evaluate import ROLES, evaluate
 from train.record import Record
+from train.settings import RunConfig, role_names
 
 
 class RunError(RuntimeError):

@@ -19,10 +19,11 @@ import tyro
 from safetensors import SafetensorError, safe_open
 
 from train.acting import FOR_REFINING_AGENTS, Acting, RuleName
-from train.agents import AGENTS, Agent, DecoratorAgent
+from train.agents import AGENTS
+from train.agents.base import Agent
+from train.agents.hyperparameters import require
 from train.environments import UnknownEnvironment, normalized_score, resolve
 from train.evaluate import player, run_episodes
-from train.hyperparameters import AgentConfig, require
 
 WIDTH, HEIGHT, CAMERA = 480, 320, "track"  # which runs beside the body; the default stays where it is
 
@@ -87,8 +88,8 @@ def load_policy(folder: Path) -> Policy:
             header, weights = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         hyper = json.loads(header["hyper"])
         hyper |= {name: tuple(value) for name, value in hyper.items() if isinstance(value, list)}
-        obs_dim = len(weights["obs_mean"])
-        agent = AGENTS[header["agent"]](AgentConfig(**hyper), obs_dim, weights["critic.weights.0"].shape[1] - obs_dim)
+        obs_dim, kind = len(weights["obs_mean"]), AGENTS[header["agent"]]
+        agent = kind(kind.hyperparameters(**hyper), obs_dim, weights["critic.weights.0"].shape[1] - obs_dim)
         agent.load_state_dict(weights)
         return Policy(agent, header["env"], Acting(**json.loads(header["acting"])))
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -133,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         policy = load_policy(config.run)
         spec = resolve(policy.env)
         acting = config.acts(policy.acting)
-        if acting.rule in FOR_REFINING_AGENTS and not isinstance(policy.agent, DecoratorAgent):
+        if acting.rule in FOR_REFINING_AGENTS and not policy.agent.refines:
             raise PlayError(f"--acting {acting.rule} refines an action, and this agent has nothing that does")
 
         def act() -> Callable[[np.ndarray], np.ndarray]:

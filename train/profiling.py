@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from train.agents import Parts
+from train.agents.base import Parts
 
 Output = TypeVar("Output")
 FIRST, LAST = 10, 15

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
-from train.agents import METRICS
+from train.agents.base import METRICS
 from train.checkpoint import write_whole
 
 METRIC_COLUMNS = ("step", "stage", "updates_per_second", *METRICS)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from train.config import RunConfig, role_names
 from train.curve import group_curve_path, interquartile_mean
 from train.environments import EnvSpec
 from train.evaluate import ROLES
 from train.member import Member, score_label
+from train.settings import RunConfig, role_names
 
 
 def title(config: RunConfig, spec: EnvSpec) -> str:

@@ -21,19 +21,21 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
-from train.agents import AGENTS, Agent, Learner, Parts
+from train.agents import AGENTS
+from train.agents.base import Agent, Learner, Parts
+from train.agents.seeds import SeedGroup
 from train.capture import CapturedUpdate, CaptureError
 from train.checkpoint import newest_checkpoints, write_whole
-from train.config import MAY_CHANGE_ON_RESUME, RunConfig, choose_preset, preset_config
 from train.curve import draw_group_curve
 from train.data import DatasetUnavailable, load_dataset
 from train.dataset import Batch, OfflineDataset
 from train.environments import EnvSpec, UnknownEnvironment, resolve
 from train.member import Member, RunError, score_label
 from train.memory import keep_freed_memory
+from train.presets import choose_preset, preset_config
 from train.profiling import ProfiledUpdate
 from train.report import evaluation_line, final_table, group_table
-from train.seeds import SeedGroup
+from train.settings import MAY_CHANGE_ON_RESUME, RunConfig
 
 Update: TypeAlias = Callable[[Parts, bool], tuple[Batch, dict[str, Tensor]]]
 

@@ -2,10 +2,10 @@
 
 Every parameter of the agents is stacked on a leading axis of N; the agents keep theirs as views of the stack, so that
 whoever evaluates, saves or restores one of them sees and writes the weights that are being trained. An update is the
-update of a single agent (`train.agents.Learner`), its own losses under ``torch.func.vmap``, where each linear layer
-becomes one grouped product: gradients of one seed's loss reach that seed's weights only, and Adam treats every number
-by itself. The norm that clips gradients is taken seed by seed. On CUDA the flows of all seeds are integrated in one
-call; on the CPU one after another, and the losses too on a processor that multiplies faster that way.
+single agent's (`train.agents.base.Learner`) with its losses under ``torch.func.vmap``, where each linear layer becomes
+one grouped product: gradients of one seed's loss reach only that seed's weights, and Adam treats every number by
+itself. The norm that clips gradients is taken seed by seed. On CUDA the flows of all seeds are integrated in one call;
+on the CPU one after another, and so are the losses on a processor that multiplies faster that way.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from fdkernels import cpu_layers
-from train.agents import Agent, Draws, Learner, Parts
+from train.agents.base import Agent, Draws, Learner, Parts
 from train.dataset import Batch, OfflineDataset
 
 
@@ -133,7 +133,7 @@ def _given(columns: Batch | Draws) -> dict[str, Tensor]:
 
 
 def _unbound(tensors: dict[str, Tensor], n: int) -> list[dict[str, Tensor]]:
-    """What each agent has of them. Their gradients are put together once, not agent by agent."""
+    """Each agent's share of them. Unbound together, so that their gradients are stacked once and not agent by agent."""
     columns = {name: tensor.unbind() for name, tensor in tensors.items()}
     return [{name: column[i] for name, column in columns.items()} for i in range(n)]
 
