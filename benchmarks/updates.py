@@ -24,7 +24,7 @@ from benchmarks.peers.parameters import parameters
 from train.agents import AGENTS
 from train.agents.base import ALL_PARTS, Agent, Draws
 from train.agents.hyperparameters import AgentConfig
-from train.dataset import Batch, OfflineDataset
+from train.data.transitions import Batch, OfflineDataset
 
 BATCH, WIDTH, HIDDEN, STEPS = 256, 512, 4, 10
 TRANSITIONS = 2**20 if ON_GPU else 2**17

@@ -24,7 +24,7 @@ from train.agents.decorator import DecoratorAgent
 from train.agents.fidec import FiDec
 from train.agents.hyperparameters import AgentConfig
 from train.capture import PLAIN_UPDATES, CapturedUpdate
-from train.dataset import Batch
+from train.data.transitions import Batch
 
 Arrays = Mapping[str, np.ndarray]
 Made: TypeAlias = tuple[dict[str, Tensor], dict[str, Tensor]]  # intermediate tensors and gradients of an update

@@ -12,7 +12,7 @@ from train.agents.base import METRICS, Agent, Part
 from train.agents.decorator import DecoratorAgent
 from train.agents.fidec import FiDec
 from train.agents.hyperparameters import AgentConfig
-from train.dataset import Batch
+from train.data.transitions import Batch
 
 CONFIG = AgentConfig(actor_hidden=(16, 16), critic_hidden=(16,), flow_steps=3, num_fisher_samples=3)
 

@@ -11,7 +11,7 @@ from train.agents import AGENTS
 from train.agents.base import Agent
 from train.agents.hyperparameters import AgentConfig
 from train.checkpoint import DamagedCheckpoint, newest_checkpoints, read_checkpoint, save_checkpoint
-from train.dataset import Batch
+from train.data.transitions import Batch
 
 CONFIG = AgentConfig(actor_hidden=(8,), critic_hidden=(8,), flow_steps=2, num_fisher_samples=2)
 

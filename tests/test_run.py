@@ -26,7 +26,7 @@ import train.run
 from train import curve
 from train.agents import AGENTS
 from train.agents.base import METRICS
-from train.data import load_dataset
+from train.data.load import load_dataset
 from train.evaluate import ROLES, run_episodes
 from train.presets import preset_config
 from train.run import main, parse
@@ -183,7 +183,10 @@ def test_a_run_is_not_lost_or_mixed(finished: tuple[Path, str], capsys: pytest.C
     assert main([*TINY, "--out", str(out)]) == 2
     assert "already holds a run: --resume continues it" in capsys.readouterr().err
     assert main([*TINY, "--out", str(out), "--resume", "--lr", "0.5"]) == 2
-    assert f"was started with --lr {preset_config('quick', 'fidec').hyper.lr}" in capsys.readouterr().err
+    assert (
+        f"was started with --lr {preset_config('quick', 'fidec', 'halfcheetah-medium').hyper.lr}"
+        in capsys.readouterr().err
+    )
     assert main([*TINY, "--out", str(out.parent), "--overwrite"]) == 2
     assert "no run made it" in capsys.readouterr().err
     stranger = out.parent / "stranger"
@@ -406,7 +409,7 @@ def test_flags_beat_the_preset() -> None:
     def steps(*flags: str) -> int:
         return parse(["--env", "halfcheetah-medium", *flags]).steps
 
-    quick, full = preset_config("quick", "fidec").steps, preset_config("full", "fidec").steps
+    quick, full = (preset_config(name, "fidec", "halfcheetah-medium").steps for name in ("quick", "full"))
     assert steps("--preset", "full") == full == 1_000_000
     assert steps("--preset", "quick") == steps("--device", "cpu") == quick
     assert steps("--device", "cuda") == full
@@ -416,7 +419,7 @@ def test_flags_beat_the_preset() -> None:
 @pytest.mark.parametrize("preset", ["quick", "standard"])
 @pytest.mark.parametrize("agent", AGENTS)
 def test_presets_evaluate_where_the_agent_begins(preset: str, agent: str) -> None:
-    config = preset_config(preset, agent)
+    config = preset_config(preset, agent, "halfcheetah-medium")
     assert config.critic_warmup % config.eval_every == 0
     assert config.steps % config.eval_every == 0
 

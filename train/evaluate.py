@@ -9,7 +9,7 @@ import torch
 
 from train.acting import Acting, Policy, flow_alone
 from train.agents.base import Agent
-from train.environments import make_vector_env
+from train.simulator import make_vector_env
 
 ROLES = ("policy", "sample", "flow")
 """The policy by the rule that a run is judged by; one sample of it; the behaviour flow alone (δ = 0)."""

@@ -15,8 +15,8 @@ from torch import Tensor
 from train.agents.base import Agent
 from train.checkpoint import Checkpoint, save_checkpoint, write_safetensors, write_whole
 from train.curve import draw_curve
-from train.dataset import OfflineDataset
-from train.environments import EnvSpec, normalized_score
+from train.data.spec import EnvSpec, normalized_score
+from train.data.transitions import OfflineDataset
 from train.evaluate import ROLES, evaluate
 from train.record import Record
 from train.settings import RunConfig, role_names
@@ -85,7 +85,7 @@ class Member:
             }
             self.evaluations.append(row)
             self.record.add_evaluation(row)
-        draw_curve(config.folder, config, self.dataset_score, score_label(self.spec))
+        draw_curve(config.folder, config, self.dataset_score, self.spec.score_label)
         return rows
 
     # -- what it leaves behind -----------------------------------------------------------------------------------
@@ -139,7 +139,7 @@ class Member:
         summary = {
             "config": config.as_json(),
             "env_id": self.spec.env_id,
-            "label": score_label(self.spec),
+            "label": self.spec.score_label,
             "role_names": role_names(config),
             "dataset_ids": self.dataset.dataset_ids,
             "dataset_return": float(self.dataset.episode_returns.mean()),
@@ -150,7 +150,3 @@ class Member:
             "results": self.results,
         }
         write_whole(config.folder / "result.json", json.dumps(summary, indent=2) + "\n")
-
-
-def score_label(spec: EnvSpec) -> str:
-    return f"D4RL-normalised score ({spec.env_id})"

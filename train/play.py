@@ -22,10 +22,11 @@ from train.acting import FOR_REFINING_AGENTS, Acting, RuleName
 from train.agents import AGENTS
 from train.agents.base import Agent
 from train.agents.hyperparameters import require
-from train.environments import UnknownEnvironment, normalized_score, resolve
+from train.data.spec import EnvSpec, normalized_score
+from train.environments import UnknownEnvironment, resolve
 from train.evaluate import player, run_episodes
 
-WIDTH, HEIGHT, CAMERA = 480, 320, "track"  # which runs beside the body; the default stays where it is
+WIDTH, HEIGHT = 480, 320
 
 
 class PlayError(RuntimeError):
@@ -96,14 +97,15 @@ def load_policy(folder: Path) -> Policy:
         raise PlayError(f"{path} is no policy of this version ({type(error).__name__}: {error})") from error
 
 
-def film(env_id: str, act: Callable[[np.ndarray], np.ndarray], path: Path, seed: int, seconds: float) -> str:
+def film(spec: EnvSpec, act: Callable[[np.ndarray], np.ndarray], path: Path, seed: int, seconds: float) -> str:
     """The first seconds of an episode, in real time."""
     if sys.platform == "linux" and "DISPLAY" not in os.environ:
         os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen
     import gymnasium as gym
     import imageio.v3 as imageio
 
-    env = gym.make(env_id, render_mode="rgb_array", width=WIDTH, height=HEIGHT, camera_name=CAMERA)
+    view: dict[str, Any] = {} if spec.camera is None else {"width": WIDTH, "height": HEIGHT, "camera_name": spec.camera}
+    env = gym.make(spec.env_id, render_mode="rgb_array", **view)
     frames: list[Any] = []
     over = False
     try:
@@ -148,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sem = score.std(ddof=1) / len(score) ** 0.5 if len(score) > 1 else 0.0
         print(f"{acting} in {spec.env_id}: score {score.mean():.1f} ± {sem:.1f}")
         if config.record is not None:
-            print(film(spec.env_id, act(), config.record, config.seed, config.seconds))
+            print(film(spec, act(), config.record, config.seed, config.seconds))
     except (PlayError, UnknownEnvironment, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

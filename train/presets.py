@@ -1,6 +1,7 @@
 """What stands behind ``--preset``: settings that were measured to go together.
 
-A preset's settings are `PRESETS`, then what the agent changes in it (`Agent.presets`).
+A preset's settings are those in `PRESETS`, then what the agent changes in them (`Agent.presets`), then what the
+environment does (`EnvSpec.preset_changes`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import tyro
 
 from train.agents import AGENTS
 from train.agents.base import Agent
+from train.environments import ENVIRONMENTS
 from train.settings import RunConfig
 
 # Measured on two CPU cores. The flow is trained first and then left alone: everything rests on how faithful it is. Next
@@ -60,10 +62,12 @@ def choose_preset(name: str, device: str) -> str:
     return "full" if on_gpu else "quick"
 
 
-def preset_config(name: str, agent: str) -> RunConfig:
+def preset_config(name: str, agent: str, env: str | None) -> RunConfig:
     """The settings behind ``--preset quick``, ``standard`` and ``full``; names that are unknown change nothing."""
     kind = AGENTS.get(agent, Agent)
     settings = {**PRESETS.get(name, {}), **kind.presets.get(name, {})}
+    if env in ENVIRONMENTS:
+        settings |= ENVIRONMENTS[env].preset_changes(name, agent)
     of_run = {field.name for field in dataclasses.fields(RunConfig)} & settings.keys()
     hyper = kind.published_config(**{name: value for name, value in settings.items() if name not in of_run})
     return RunConfig(env=tyro.MISSING, hyper=hyper, **{name: settings[name] for name in of_run})

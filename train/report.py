@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from train.curve import group_curve_path, interquartile_mean
-from train.environments import EnvSpec
+from train.data.spec import EnvSpec
 from train.evaluate import ROLES
-from train.member import Member, score_label
+from train.member import Member
 from train.settings import RunConfig, role_names
 
 
 def title(config: RunConfig, spec: EnvSpec) -> str:
     return (
-        f"{score_label(spec)}: 0 = random ({spec.random_return:,.0f}), 100 = expert "
+        f"{spec.score_label}: 0 = random ({spec.random_return:,.0f}), 100 = expert "
         f"({spec.expert_return:,.0f}); {config.eval_episodes} episodes, ± standard error"
     )
 

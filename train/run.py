@@ -27,10 +27,11 @@ from train.agents.seeds import SeedGroup
 from train.capture import CapturedUpdate, CaptureError
 from train.checkpoint import newest_checkpoints, write_whole
 from train.curve import draw_group_curve
-from train.data import DatasetUnavailable, load_dataset
-from train.dataset import Batch, OfflineDataset
-from train.environments import EnvSpec, UnknownEnvironment, resolve
-from train.member import Member, RunError, score_label
+from train.data.load import load_dataset
+from train.data.spec import DatasetUnavailable, EnvSpec
+from train.data.transitions import Batch, OfflineDataset
+from train.environments import UnknownEnvironment, resolve
+from train.member import Member, RunError
 from train.memory import keep_freed_memory
 from train.presets import choose_preset, preset_config
 from train.profiling import ProfiledUpdate
@@ -220,7 +221,7 @@ class Run:
             tqdm.write(evaluation_line(self.step, seed, rows, member.config, self.seconds / 60))
         if len(self.members) > 1:
             evaluations = [member.evaluations for member in self.members]
-            draw_group_curve(self.config, evaluations, self.members[0].dataset_score, score_label(self.spec))
+            draw_group_curve(self.config, evaluations, self.members[0].dataset_score, self.spec.score_label)
 
     def save(self) -> None:
         self.seconds = time.perf_counter() - self.clock
@@ -283,12 +284,13 @@ def postfix(numbers: list[dict[str, float]]) -> str:
 def parse(argv: Sequence[str]) -> RunConfig:
     """The command line, on top of the preset that it asks for."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--env", nargs="?", help=argparse.SUPPRESS)
     first.add_argument("--preset", default="auto")
     first.add_argument("--agent", default="fidec")
     first.add_argument("--device", default="auto")
     known, _ = first.parse_known_args(argv)
-    # a misspelt preset or agent is left to tyro, which names the choices
-    default = preset_config(choose_preset(known.preset, known.device), known.agent)
+    # a misspelt preset or agent is left to tyro, which names the choices, and a misspelt environment to `resolve`
+    default = preset_config(choose_preset(known.preset, known.device), known.agent, known.env)
     return tyro.cli(RunConfig, args=argv, default=default, config=(tyro.conf.OmitArgPrefixes,))
 
 

@@ -12,6 +12,7 @@ import tyro
 from train.acting import FOR_REFINING_AGENTS, Acting, RuleName
 from train.agents import AGENTS, AgentName
 from train.agents.hyperparameters import AgentConfig, require, require_finite
+from train.data.spec import Size
 
 PresetName = Literal["auto", "quick", "standard", "full"]
 _AGENTS_HELP = "; ".join(f"{name}: {agent.summary}" for name, agent in AGENTS.items()) + "."
@@ -85,7 +86,7 @@ class RunConfig:
     """Updates between rows of metrics."""
     checkpoint_every: int = 50_000
     """Updates between checkpoints; also written at the end and on Ctrl-C."""
-    dataset_size: Literal["default", "full"] = "default"
+    dataset_size: Size = "default"
     """Size of generated data: 100 or 1,000 episodes per behaviour policy. Downloaded data is always whole."""
     standardize_observations: bool = False
     """Shift and scale observations by the dataset's mean and standard deviation."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import fdkernels
 from train.agents.critic import TwinCritic, follow
 from train.agents.hyperparameters import AgentConfig
-from train.dataset import Batch, OfflineDataset
+from train.data.transitions import Batch, OfflineDataset
 
 METRICS = {
     "flow_loss": "flow-matching loss",

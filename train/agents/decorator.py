@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from train.agents.base import Agent, Draws, Panel, Parts
 from train.agents.hyperparameters import AgentConfig
-from train.dataset import Batch
+from train.data.transitions import Batch
 
 
 class DecoratorAgent(Agent):

@@ -9,7 +9,7 @@ import fdkernels
 from train.agents.base import Draws, Panel, Parts
 from train.agents.decorator import DecoratorAgent
 from train.agents.hyperparameters import AgentConfig
-from train.dataset import Batch
+from train.data.transitions import Batch
 
 
 class FiDec(DecoratorAgent):

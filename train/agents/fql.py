@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from train.agents.base import Agent, Draws
-from train.dataset import Batch
+from train.data.transitions import Batch
 
 
 class FQL(Agent):

@@ -19,7 +19,7 @@ from torch.func import functional_call, vmap
 
 from fdkernels import cpu_layers
 from train.agents.base import Agent, Draws, Learner, Parts
-from train.dataset import Batch, OfflineDataset
+from train.data.transitions import Batch, OfflineDataset
 
 
 class SeedGroup(Learner):
