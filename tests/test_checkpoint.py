@@ -10,8 +10,8 @@ import torch
 from train.agents import AGENTS
 from train.agents.base import Agent
 from train.agents.hyperparameters import AgentConfig
-from train.checkpoint import DamagedCheckpoint, newest_checkpoints, read_checkpoint, save_checkpoint
 from train.data.transitions import Batch
+from train.outputs.checkpoint import DamagedCheckpoint, newest_checkpoints, read_checkpoint, save_checkpoint
 
 CONFIG = AgentConfig(actor_hidden=(8,), critic_hidden=(8,), flow_steps=2, num_fisher_samples=2)
 

@@ -15,9 +15,8 @@ from train import play
 from train.acting import Acting
 from train.agents import AGENTS
 from train.agents.hyperparameters import AgentConfig
-from train.environments import resolve
 from train.evaluate import evaluate
-from train.member import Member
+from train.outputs.policy import save_policy
 from train.settings import RunConfig
 
 HYPER = AgentConfig(actor_hidden=(16, 16), critic_hidden=(16,), flow_steps=2)
@@ -29,7 +28,7 @@ def finished(folder: Path, agent: str = "fidec", **acting: object) -> Path:
     learner = AGENTS[agent](HYPER, 11, 3)
     torch.nn.init.normal_(learner.obs_mean)
     folder.mkdir()
-    Member(config, resolve(config.env), None, learner, None, None).save_policy()  # type: ignore[arg-type]
+    save_policy(config, learner)
     return folder
 
 

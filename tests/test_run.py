@@ -23,11 +23,12 @@ import torch
 from safetensors.torch import load_file
 
 import train.run
-from train import curve
 from train.agents import AGENTS
 from train.agents.base import METRICS
 from train.data.load import load_dataset
+from train.environments import ENVIRONMENTS
 from train.evaluate import ROLES, run_episodes
+from train.outputs import curve
 from train.presets import preset_config
 from train.run import main, parse
 
@@ -183,10 +184,8 @@ def test_a_run_is_not_lost_or_mixed(finished: tuple[Path, str], capsys: pytest.C
     assert main([*TINY, "--out", str(out)]) == 2
     assert "already holds a run: --resume continues it" in capsys.readouterr().err
     assert main([*TINY, "--out", str(out), "--resume", "--lr", "0.5"]) == 2
-    assert (
-        f"was started with --lr {preset_config('quick', 'fidec', 'halfcheetah-medium').hyper.lr}"
-        in capsys.readouterr().err
-    )
+    lr = preset_config("quick", "fidec", "halfcheetah-medium").hyper.lr
+    assert f"was started with --lr {lr}" in capsys.readouterr().err
     assert main([*TINY, "--out", str(out.parent), "--overwrite"]) == 2
     assert "no run made it" in capsys.readouterr().err
     stranger = out.parent / "stranger"
@@ -419,9 +418,10 @@ def test_flags_beat_the_preset() -> None:
 @pytest.mark.parametrize("preset", ["quick", "standard"])
 @pytest.mark.parametrize("agent", AGENTS)
 def test_presets_evaluate_where_the_agent_begins(preset: str, agent: str) -> None:
-    config = preset_config(preset, agent, "halfcheetah-medium")
-    assert config.critic_warmup % config.eval_every == 0
-    assert config.steps % config.eval_every == 0
+    for env in ENVIRONMENTS:
+        config = preset_config(preset, agent, env)
+        assert config.critic_warmup % config.eval_every == 0, env
+        assert config.steps % config.eval_every == 0, env
 
 
 def test_returns_are_those_of_whole_episodes() -> None:

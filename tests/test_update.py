@@ -18,8 +18,8 @@ from train.agents import AGENTS
 from train.agents.base import ALL_PARTS, Agent, Learner, Parts
 from train.agents.hyperparameters import AgentConfig
 from train.agents.seeds import SeedGroup
-from train.checkpoint import read_checkpoint, save_checkpoint
 from train.data.transitions import Batch, OfflineDataset
+from train.outputs.checkpoint import read_checkpoint, save_checkpoint
 
 OBS, ACTIONS, BATCH = 5, 3, 32
 HIDDEN = {"actor_hidden": (16, 16), "critic_hidden": (16, 16)}

@@ -21,9 +21,9 @@ import tyro
 
 from train import run
 from train.agents import AGENTS, AgentName
-from train.checkpoint import write_whole
-from train.curve import draw_comparison, interquartile_mean
 from train.environments import resolve
+from train.outputs.curve import draw_comparison, interquartile_mean
+from train.outputs.files import write_whole
 from train.settings import PresetName
 
 

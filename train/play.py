@@ -7,24 +7,21 @@ python train/play.py RUN --acting best-of-n --acting-samples 16 --record cheetah
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import numpy as np
 import tyro
-from safetensors import SafetensorError, safe_open
 
 from train.acting import FOR_REFINING_AGENTS, Acting, RuleName
-from train.agents import AGENTS
-from train.agents.base import Agent
 from train.agents.hyperparameters import require
 from train.data.spec import EnvSpec, normalized_score
 from train.environments import UnknownEnvironment, resolve
 from train.evaluate import player, run_episodes
+from train.outputs.policy import PolicyError, load_policy
 
 WIDTH, HEIGHT = 480, 320
 
@@ -67,34 +64,6 @@ class PlayConfig:
             "temperature": self.acting_temperature,
         }
         return dataclasses.replace(judged_by, **{name: value for name, value in asked.items() if value is not None})
-
-
-class Policy(NamedTuple):
-    agent: Agent
-    env: str
-    acting: Acting
-
-
-def load_policy(folder: Path) -> Policy:
-    """The agent that a run left in ``folder``, with its environment and the rule that it was judged by.
-
-    Raises:
-        PlayError: there is none, or it cannot be read.
-    """
-    path = folder / "policy.safetensors"
-    if not path.exists():
-        raise PlayError(f"{path} is not there: a run writes it when it has finished")
-    try:
-        with safe_open(path, framework="pt") as file:
-            header, weights = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        hyper = json.loads(header["hyper"])
-        hyper |= {name: tuple(value) for name, value in hyper.items() if isinstance(value, list)}
-        obs_dim, kind = len(weights["obs_mean"]), AGENTS[header["agent"]]
-        agent = kind(kind.hyperparameters(**hyper), obs_dim, weights["critic.weights.0"].shape[1] - obs_dim)
-        agent.load_state_dict(weights)
-        return Policy(agent, header["env"], Acting(**json.loads(header["acting"])))
-    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise PlayError(f"{path} is no policy of this version ({type(error).__name__}: {error})") from error
 
 
 def film(spec: EnvSpec, act: Callable[[np.ndarray], np.ndarray], path: Path, seed: int, seconds: float) -> str:
@@ -151,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{acting} in {spec.env_id}: score {score.mean():.1f} ± {sem:.1f}")
         if config.record is not None:
             print(film(spec, act(), config.record, config.seed, config.seconds))
-    except (PlayError, UnknownEnvironment, OSError) as error:
+    except (PlayError, PolicyError, UnknownEnvironment, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

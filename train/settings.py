@@ -22,6 +22,10 @@ MAY_CHANGE_ON_RESUME = {
 }
 
 
+class RunError(RuntimeError):
+    """Something the user can mend; shown without a traceback."""
+
+
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
     """Train an offline RL agent on Minari data and evaluate it in MuJoCo."""

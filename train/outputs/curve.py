@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from train.agents import AGENTS
-from train.record import read_table
+from train.outputs.record import read_table
 from train.settings import RunConfig, role_names
 
 BLUE, GREEN, ORANGE, GREY = "#1f5fa8", "#3a8f5c", "#d9822b", "#8a8f98"
