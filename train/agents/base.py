@@ -42,7 +42,7 @@ class Panel(NamedTuple):
 
     title: str
     lines: Mapping[str, str]
-    """Columns of metrics.csv, and their names in the legend; at most two."""
+    """Columns of metrics.csv, and their names in the legend; at most three."""
     log_scale: bool = False
     target: str | None = None
     """A hyper-parameter that is drawn as the target."""

@@ -49,9 +49,10 @@ def draw_curve(folder: Path, config: RunConfig, dataset_score: float, label: str
         _draw_score(axes["score"], evaluations, config, dataset_score, label)
         for ax, panel in zip((axes["left"], axes["middle"], axes["right"]), AGENTS[config.agent].panels):
             ax.set_title(panel.title, loc="left")
-            for (column, text), colour in zip(panel.lines.items(), (BLUE, ORANGE)):
+            for (column, text), colour in zip(panel.lines.items(), (BLUE, ORANGE, GREEN)):
                 points = [(int(row["step"]) - warmups(config), float(row[column])) for row in metrics if row[column]]
-                ax.plot(*zip(*points), color=colour, label=text, linewidth=1.6) if points else None
+                if points:
+                    ax.plot(*zip(*points), color=colour, label=text, linewidth=1.6)
             if panel.target is not None:
                 target = getattr(config.hyper, panel.target)
                 ax.axhline(target, color=GREY, linestyle="--", linewidth=1, label="target")
