@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from train.acting import FOR_REFINING_AGENTS, RULES, Acting, flow_alone
 from train.agents import AGENTS
 from train.agents.base import Agent
-from train.agents.hyperparameters import AgentConfig
 
 OBS = torch.zeros(3, 5)
 
@@ -29,7 +28,8 @@ def shift(action: Tensor) -> Tensor:
 
 def make(name: str = "fidec", monkeypatch: pytest.MonkeyPatch | None = None) -> Agent:
     """With a patch, the flow's actions are its noise, clipped, and `shift` refines them."""
-    agent = AGENTS[name](AgentConfig(actor_hidden=(16, 16), critic_hidden=(16,), flow_steps=2), 5, 2)
+    kind = AGENTS[name]
+    agent = kind(kind.hyperparameters(actor_hidden=(16, 16), critic_hidden=(16,), flow_steps=2), 5, 2)
     if monkeypatch is not None:
         agent.critic = Value()  # type: ignore[assignment]
         monkeypatch.setattr(agent, "flow_action", lambda obs, noise: noise.clamp(-1, 1))

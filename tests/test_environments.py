@@ -53,7 +53,7 @@ def test_unknown_name_suggests_the_nearest(typed: str, meant: str) -> None:
 
 
 def test_unknown_name_says_how_to_list_all() -> None:
-    with pytest.raises(ValueError, match=r"`python train/environments.py` lists all 12") as error:
+    with pytest.raises(ValueError, match=f"`python train/environments.py` lists all {len(ENVIRONMENTS)}") as error:
         resolve("zzz")
     assert "Nearest" not in str(error.value)
     listing = subprocess.run([sys.executable, environments.__file__], capture_output=True, text=True, check=True)

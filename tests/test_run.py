@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 import train.run
 from train.agents import AGENTS
 from train.agents.base import METRICS
+from train.agents.hyperparameters import AgentConfig
 from train.data.load import load_dataset
 from train.environments import ENVIRONMENTS
 from train.evaluate import ROLES, run_episodes
@@ -422,6 +423,37 @@ def test_presets_evaluate_where_the_agent_begins(preset: str, agent: str) -> Non
         config = preset_config(preset, agent, env)
         assert config.critic_warmup % config.eval_every == 0, env
         assert config.steps % config.eval_every == 0, env
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnConfig(AgentConfig):
+    boldness: float = 1.0
+    """Of this agent alone."""
+
+
+def test_an_agent_may_have_flags_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(AGENTS["fql"], "hyperparameters", OwnConfig)
+    config = parse(["--env", "halfcheetah-medium", "--agent", "fql", "--preset", "quick", "--boldness", "0.5"])
+    assert (config.agent, config.hyper.boldness, config.hyper.grad_clip) == ("fql", 0.5, None)
+    assert config.as_json()["hyper"]["boldness"] == 0.5
+    with pytest.raises(SystemExit):
+        parse(["--env", "halfcheetah-medium", "--agent", "fidec", "--boldness", "0.5"])
+    assert "Unrecognized options: --boldness" in capsys.readouterr().err
+
+
+def test_an_environment_may_change_a_preset(monkeypatch: pytest.MonkeyPatch) -> None:
+    def changes(preset: str, agent: str) -> dict[str, object]:
+        return {"eval_every": 123, "alpha": 7.0} if (preset, agent) == ("standard", "fql") else {}
+
+    spec = dataclasses.replace(ENVIRONMENTS["halfcheetah-medium"], preset_changes=changes)
+    monkeypatch.setitem(ENVIRONMENTS, spec.name, spec)
+    asked = ["--env", spec.name, "--preset", "standard", "--device", "cpu"]
+    config = parse([*asked, "--agent", "fql"])
+    assert (config.steps, config.eval_every, config.hyper.alpha) == (30_000, 123, 7.0)
+    assert parse([*asked, "--agent", "fql", "--alpha", "3"]).hyper.alpha == 3, "flags win"
+    assert parse(asked).eval_every == preset_config("standard", "fidec", "hopper-medium").eval_every
 
 
 def test_returns_are_those_of_whole_episodes() -> None:

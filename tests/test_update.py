@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,19 +16,19 @@ import fdkernels
 from fdkernels import cpu_layers
 from train.agents import AGENTS
 from train.agents.base import ALL_PARTS, Agent, Learner, Parts
-from train.agents.hyperparameters import AgentConfig
 from train.agents.seeds import SeedGroup
 from train.data.transitions import Batch, OfflineDataset
 from train.outputs.checkpoint import read_checkpoint, save_checkpoint
 
 OBS, ACTIONS, BATCH = 5, 3, 32
 HIDDEN = {"actor_hidden": (16, 16), "critic_hidden": (16, 16)}
-CONFIG = AgentConfig(**HIDDEN, flow_steps=3, num_fisher_samples=2, grad_clip=0.5, freeze_flow_after=4)
+SMALL: dict[str, Any] = {**HIDDEN, "flow_steps": 3, "num_fisher_samples": 2, "grad_clip": 0.5, "freeze_flow_after": 4}
 
 
 def make(name: str, seed: int = 0, **changes: object) -> Agent:
     torch.manual_seed(seed)
-    return AGENTS[name](dataclasses.replace(CONFIG, **changes), OBS, ACTIONS)  # type: ignore[arg-type]
+    kind = AGENTS[name]
+    return kind(kind.hyperparameters(**{**SMALL, **changes}), OBS, ACTIONS)
 
 
 def dataset(dtype: torch.dtype = torch.float32) -> OfflineDataset:

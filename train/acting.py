@@ -37,7 +37,7 @@ class Acting:
     num_samples: int = 10
     """N."""
     temperature: float = 0.004
-    """Of the means, as a share of |Q|."""
+    """Of the weighted means, as a share of |Q|."""
 
     def __post_init__(self) -> None:
         if self.rule not in RULES:
@@ -51,7 +51,7 @@ class Acting:
         return self.rule.replace("-n", f"-{self.num_samples}")
 
     def draw(self, agent: Agent, rows: int, generator: torch.Generator) -> Tensor:
-        """Noise for so many states."""
+        """Noise for that many states."""
         count = self.num_samples if self.rule.endswith("-n") else 1
         device, dtype = agent.obs_mean.device, agent.obs_mean.dtype
         return torch.randn(rows, count, agent.action_dim, generator=generator, device=device, dtype=dtype)
@@ -117,7 +117,7 @@ FOR_REFINING_AGENTS: tuple[RuleName, ...] = ("best-of-n", "iterated")
 
 
 def each(obs: Tensor, noise: Tensor) -> Tensor:
-    """The observation of each noise."""
+    """Each state's observation, repeated for every noise of that state."""
     return obs.unsqueeze(1).expand(-1, noise.shape[1], -1)
 
 

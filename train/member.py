@@ -44,7 +44,7 @@ class Member:
         return numbers
 
     def evaluate(self, step: int, *, last: bool) -> dict[str, dict[str, Any]]:
-        """Play, write a row for each of `ROLES`, and draw the curve anew."""
+        """Play, write a row for each of `ROLES`, and redraw the curve."""
         config, spec = self.config, self.result.spec
         returns = evaluate(
             self.agent,

@@ -168,13 +168,13 @@ class Agent(Learner):
     summary: ClassVar[str]
     """A few words on it for ``--help``."""
     hyperparameters: ClassVar[type[AgentConfig]] = AgentConfig
-    """A subclass where the agent has hyper-parameters that no other has: they become flags of its runs."""
+    """A subclass if the agent has hyper-parameters that no other has; they become flags of its runs."""
     published: ClassVar[Mapping[str, Any]] = {}
     """Hyper-parameters whose published values are not the defaults of ``hyperparameters``."""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
-    """Settings, of the run or hyper-parameters, in which a preset differs for this agent; by the preset's name."""
+    """By a preset's name, the settings and hyper-parameters in which it differs for this agent."""
     refines: ClassVar[bool] = False
-    """Whether it can improve a given action: some rules of acting ask for `refine`."""
+    """Whether it has `refine`, which some rules of acting call."""
     metric_names: ClassVar[Mapping[str, str]] = METRICS
     """Columns of metrics.csv, and what they are. An agent that logs more adds to these."""
     panels: ClassVar[tuple[Panel, Panel, Panel]] = (
@@ -283,8 +283,10 @@ class Agent(Learner):
         return dict(zip(starts, ends))
 
     def starts(self, batch: Batch, draws: Draws, parts: Parts) -> dict[str, tuple[Tensor, Tensor]]:
-        """By name: noise (..., d) to integrate the flow from, and observations that broadcast to it. The actor loss
-        needs ``base``."""
+        """Where `integrate` begins: noise (..., d) and observations that broadcast to it, by the names that losses use.
+
+        Here ``base``, the action that the actor loss starts from; an agent adds what else it needs.
+        """
         return {"base": (draws.base_noise, batch.observations)} if "actor" in parts else {}
 
     @abc.abstractmethod
@@ -356,11 +358,4 @@ class Agent(Learner):
         if "policy_q" in seen:
             figures["q_policy"] = seen["policy_q"].mean()
             figures["action_error"] = F.mse_loss(seen["policy_actions"], batch.actions)
-        if "displacement" in seen:
-            figures["displacement_norm"] = seen["displacement"].norm(dim=-1).mean()
-            figures["displacement_mean_square"] = seen["displacement"].square().mean()
-        if "score" in seen:
-            spectrum = fdkernels.fisher_spectrum(seen["score"], damping=self.config.fisher_damping)
-            figures["fisher_trace_per_dim"] = spectrum.mean()
-            figures["top_eigenvalue_share"] = (spectrum[..., 0] / spectrum.sum(-1)).mean()
         return figures

@@ -95,3 +95,11 @@ class DecoratorAgent(Agent):
     def refine(self, obs: Tensor, action: Tensor) -> Tensor:
         """clip(a + δ(s, a))."""
         return (action + self.displacement(obs, action)).clamp(-1, 1)
+
+    @torch.no_grad()
+    def metrics(self, batch: Batch, seen: dict[str, Tensor]) -> dict[str, Tensor]:
+        figures = super().metrics(batch, seen)
+        if "displacement" in seen:
+            figures["displacement_norm"] = seen["displacement"].norm(dim=-1).mean()
+            figures["displacement_mean_square"] = seen["displacement"].square().mean()
+        return figures

@@ -72,3 +72,12 @@ class FiDec(DecoratorAgent):
             return found, {}
         penalty, score = found
         return penalty, {"score": score}
+
+    @torch.no_grad()
+    def metrics(self, batch: Batch, seen: dict[str, Tensor]) -> dict[str, Tensor]:
+        figures = super().metrics(batch, seen)
+        if "score" in seen:
+            spectrum = fdkernels.fisher_spectrum(seen["score"], damping=self.config.fisher_damping)
+            figures["fisher_trace_per_dim"] = spectrum.mean()
+            figures["top_eigenvalue_share"] = (spectrum[..., 0] / spectrum.sum(-1)).mean()
+        return figures

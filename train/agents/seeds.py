@@ -1,4 +1,4 @@
-"""Several agents that differ in their seed alone, trained side by side with batched weights.
+"""Several agents that differ only in their seed, trained side by side with batched weights.
 
 Every parameter of the agents is stacked on a leading axis of N; the agents keep theirs as views of the stack, so that
 whoever evaluates, saves or restores one of them sees and writes the weights that are being trained. An update is the
@@ -43,9 +43,9 @@ class SeedGroup(Learner):
             self.register_parameter(name, parameter)
 
     def optimizer_of(self, i: int, optimizer: torch.optim.Adam) -> torch.optim.Adam:
-        """The optimiser of agent i, for its checkpoints: its state is a view of that of the group's ``optimizer``.
+        """The optimiser of agent i, for its checkpoints: its state is a view of the group's ``optimizer``'s.
 
-        Adam's count of steps is one for all.
+        All agents share Adam's count of steps.
         """
         own = self.agents[i].make_optimizer()
         learning = [p for p in self.parameters() if p.requires_grad]
@@ -53,6 +53,9 @@ class SeedGroup(Learner):
             state = optimizer.state[whole]
             own.state[mine] = {name: tensor[i] if tensor.ndim else tensor for name, tensor in state.items()}
         return own
+
+    def agent_parts(self, updates: int) -> Parts:
+        return self.agents[0].agent_parts(updates)
 
     def integrate(self, batch: Batch, draws: Draws, parts: Parts) -> dict[str, Tensor]:
         if self.flow.net[0].weight.is_cuda:

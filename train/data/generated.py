@@ -46,7 +46,7 @@ class Rollouts(Source):
         return [_read_or_generate(dataset_id, spec, file, EPISODES[wanted.size]) for dataset_id, file in named]
 
     def dataset_ids(self, wanted: Wanted) -> list[str]:
-        # -v0 is to be raised when the policies or the way they are played change
+        # raise -v0 when the policies change, or the way they are played
         return [f"fdkernels/{policy.replace('-', '/', 1)}-{EPISODES[wanted.size]}ep-v0" for policy in self.policies]
 
     def can_generate(self, wanted: Wanted) -> bool:

@@ -30,7 +30,7 @@ class EnvSpec:
     name: str
     """What people type for ``--env``."""
     env_id: str
-    """Gymnasium id, for evaluation. It must have a time limit. A family may register its own."""
+    """Gymnasium id, for evaluation, with a time limit and actions in [-1, 1]. A family may register its own."""
     sources: tuple[Source, ...]
     """Where its data can come from, the preferred one first."""
     random_return: float
@@ -40,7 +40,7 @@ class EnvSpec:
     score_name: str = "D4RL-normalised score"
     """What tables and pictures call that score."""
     preset_changes: PresetChanges = no_changes
-    """Settings, of the run or hyper-parameters, in which a preset differs here, given its name and the agent's."""
+    """Given a preset's and an agent's name, the settings and hyper-parameters in which that preset differs here."""
     camera: str | None = None
     """MuJoCo's camera for films; None: size and camera are the environment's own."""
 

@@ -22,7 +22,7 @@ from train.agents.base import Agent
 from train.outputs.files import write_safetensors
 
 KEPT = 2
-"""Checkpoints that stay on disk: one could be damaged."""
+"""Checkpoints that stay on disk: more than one, because the newest could be damaged."""
 
 
 class DamagedCheckpoint(RuntimeError):
@@ -97,10 +97,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def newest_checkpoints(folders: Sequence[Path]) -> tuple[list[Checkpoint], list[str]]:
-    """The checkpoints of the newest step that every folder has whole, one each; none if there is no such step.
+    """One checkpoint from each folder, of the newest step that all have whole; none if there is no such step.
 
-    Also what is wrong with damaged ones, which are renamed to ``*.damaged``. Where some folders had got further, those
-    checkpoints are dropped: training comes there again.
+    The second list says what is wrong with damaged ones, which are renamed to ``*.damaged``. Where a folder had got
+    further, its later checkpoints are deleted: training will reach those steps again.
     """
     problems: list[str] = []
     paths = [dict(_newest_first(folder)) for folder in folders]
