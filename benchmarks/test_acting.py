@@ -21,7 +21,7 @@ from benchmarks.harness import DEVICE, ON_GPU, Entry, Outputs, Race, gate, norma
 from benchmarks.peers.eager_agent import EagerAgent
 from benchmarks.peers.parameters import parameters
 from benchmarks.updates import CASES, Case
-from train.agents import Agent
+from train.agents.base import Agent
 
 Act = Callable[[Tensor, Tensor], Tensor]
 VARIANTS = ["eager", "eager, torch.compile", "ours"]
@@ -74,9 +74,9 @@ def test_acting(race: Race, variant: str, case: Case) -> None:
     def judge(i: int, outputs: Outputs) -> float:
         obs, noise = torch.from_numpy(inputs[i][0]).to(DEVICE).double(), inputs[i][1].double()
         start = noise
-        if case.agent != "fql":
+        if agent.refines:
             start = fdkernels_ref.integrate_flow(exact.flow, noise, obs, num_steps=case.config.flow_steps)
-        action = exact.actor(torch.cat([obs, start], dim=-1)) + (start if case.agent != "fql" else 0)
+        action = exact.actor(torch.cat([obs, start], dim=-1)) + (start if agent.refines else 0)
         return gate(entry, outputs, {"action": action.clamp(-1, 1).cpu()})
 
     run, baseline = (robot(contestant(name, case, agent), inputs) for name in (variant, "eager"))

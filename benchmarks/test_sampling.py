@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 from benchmarks.harness import DEVICE, Entry, Race, WrongResult
 from benchmarks.peers.eager_agent import ReplayBuffer
 from benchmarks.updates import COLUMNS, TRANSITIONS, dataset
-from train.dataset import OfflineDataset
+from train.data.transitions import OfflineDataset
 
 Sample = Callable[[], dict[str, Tensor]]
 OBS, D = 17, 6

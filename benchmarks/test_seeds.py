@@ -13,8 +13,8 @@ import pytest
 
 from benchmarks.harness import ON_GPU, Entry, Race, precision
 from benchmarks.updates import BATCH, CASES, JUDGED_UPDATES, Case, Ours, dataset, generator, judge, outcome_of
-from train.agents import ALL_PARTS
-from train.seeds import SeedGroup
+from train.agents.base import ALL_PARTS
+from train.agents.seeds import SeedGroup
 
 SEEDS = 8
 CASE = CASES[0]

@@ -21,9 +21,10 @@ from torch import Tensor
 from benchmarks.harness import DEVICE, ON_GPU, Entry, WrongResult, gate
 from benchmarks.peers.eager_agent import EagerAgent, ReplayBuffer
 from benchmarks.peers.parameters import parameters
-from train.agents import AGENTS, ALL_PARTS, Agent, Draws
-from train.dataset import Batch, OfflineDataset
-from train.hyperparameters import AgentConfig
+from train.agents import AGENTS
+from train.agents.base import ALL_PARTS, Agent, Draws
+from train.agents.hyperparameters import AgentConfig
+from train.data.transitions import Batch, OfflineDataset
 
 BATCH, WIDTH, HIDDEN, STEPS = 256, 512, 4, 10
 TRANSITIONS = 2**20 if ON_GPU else 2**17
@@ -40,22 +41,21 @@ class Case:
     agent: str
     obs_dim: int
     action_dim: int
-    num_samples: int = 4
+    num_samples: int | None = None
+    """K; None for agents that draw no samples."""
 
     @property
     def config(self) -> AgentConfig:
-        return AgentConfig(
-            actor_hidden=(WIDTH,) * HIDDEN,
-            critic_hidden=(WIDTH,) * HIDDEN,
-            grad_clip=None if self.agent == "fql" else 5.0,
-            num_fisher_samples=self.num_samples,
-            flow_steps=STEPS,
+        samples = {} if self.num_samples is None else {"num_fisher_samples": self.num_samples}
+        hidden = (WIDTH,) * HIDDEN
+        return AGENTS[self.agent].published_config(
+            actor_hidden=hidden, critic_hidden=hidden, flow_steps=STEPS, **samples
         )
 
     @property
     def sizes(self) -> dict[str, int]:
         sizes = {"batch": BATCH, "obs": self.obs_dim, "d": self.action_dim}
-        return sizes | ({"K": self.num_samples} if self.agent == "fidec" else {})
+        return sizes if self.num_samples is None else sizes | {"K": self.num_samples}
 
     def __str__(self) -> str:
         return "-".join([self.agent, *(f"{name}{size}" for name, size in self.sizes.items())])
@@ -71,15 +71,15 @@ class Case:
         return agent.to(DEVICE)
 
     def flops(self) -> float:
-        """Of the matrix products that an update needs: B·(20 + 11K) rows through the flow beside the trained ones."""
+        """Of the matrix products that an update needs, such as FiDec's B·(20 + 11K) rows through the flow."""
         b, d, obs = BATCH, self.action_dim, self.obs_dim
         inner = (HIDDEN - 1) * WIDTH**2
         flow, actor, critic = (
             2 * (w * WIDTH + inner + WIDTH * out) for w, out in [(obs + d + 1, d), (obs + d, d), (obs + d, 1)]
         )
-        integrated = {"fidec": 2 * STEPS + (STEPS + 1) * self.num_samples, "deflow": 2 * STEPS, "fql": STEPS}
+        integrated = AGENTS[self.agent].flow_evaluations(self.config)
         # a trained pass is forward and twice that backward; Q of the policy's actions goes back to the actions only
-        return b * (flow * (integrated[self.agent] + 3) + actor * (3 + 1) + 2 * critic * (3 + 1 + 2))
+        return b * (flow * (integrated + 3) + actor * (3 + 1) + 2 * critic * (3 + 1 + 2))
 
 
 CASES = [Case("fidec", 17, 6, 4), Case("fidec", 29, 8, 8), Case("deflow", 17, 6), Case("fql", 17, 6)]

@@ -18,10 +18,13 @@ from torch import Tensor
 
 import fdkernels_ref
 from train import acting
-from train.agents import AGENTS, Agent, DecoratorAgent, Draws, FiDec, Parts
+from train.agents import AGENTS
+from train.agents.base import Agent, Draws, Parts
+from train.agents.decorator import DecoratorAgent
+from train.agents.fidec import FiDec
+from train.agents.hyperparameters import AgentConfig
 from train.capture import PLAIN_UPDATES, CapturedUpdate
-from train.dataset import Batch
-from train.hyperparameters import AgentConfig
+from train.data.transitions import Batch
 
 Arrays = Mapping[str, np.ndarray]
 Made: TypeAlias = tuple[dict[str, Tensor], dict[str, Tensor]]  # intermediate tensors and gradients of an update

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
+from typing import Any
 
 import pytest
 import torch
 
-from train.agents import AGENTS, METRICS, Agent, DecoratorAgent, FiDec, Part
-from train.dataset import Batch
-from train.hyperparameters import AgentConfig
+from train.agents import AGENTS
+from train.agents.base import Agent, Part
+from train.agents.decorator import DecoratorAgent
+from train.agents.fidec import FiDec
+from train.data.transitions import Batch
 
-CONFIG = AgentConfig(actor_hidden=(16, 16), critic_hidden=(16,), flow_steps=3, num_fisher_samples=3)
+SMALL: dict[str, Any] = {"actor_hidden": (16, 16), "critic_hidden": (16,), "flow_steps": 3, "num_fisher_samples": 3}
 
 
 def make(name: str, **changes: object) -> tuple[Agent, torch.optim.Optimizer, Batch]:
-    agent = AGENTS[name](dataclasses.replace(CONFIG, **changes), 5, 2)  # type: ignore[arg-type]
+    kind = AGENTS[name]
+    agent = kind(kind.hyperparameters(**{**SMALL, **changes}), 5, 2)
     batch = Batch(torch.randn(32, 5), torch.rand(32, 2) * 2 - 1, torch.randn(32), torch.randn(32, 5), torch.ones(32))
     return agent, agent.make_optimizer(), batch
 
@@ -24,7 +27,7 @@ def make(name: str, **changes: object) -> tuple[Agent, torch.optim.Optimizer, Ba
 def test_metrics_are_finite_and_documented(name: str) -> None:
     agent, optimizer, batch = make(name)
     figures = agent.metrics(batch, agent.update(optimizer, batch, agent.draw(32), log=True))
-    assert set(figures) <= set(METRICS)
+    assert set(figures) <= set(agent.metric_names)
     assert all(torch.isfinite(value) for value in figures.values()), figures
     assert {"flow_loss", "critic_loss", "penalty", "q_policy", "action_error"} <= set(figures)
     if name == "fidec":

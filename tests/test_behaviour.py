@@ -11,7 +11,8 @@ import torch
 
 from train.behaviour import sac
 from train.behaviour.policy import POLICIES, BehaviourPolicy, policy_note
-from train.environments import ENVIRONMENTS
+from train.data import locomotion
+from train.data.generated import Rollouts
 
 
 def train(out: Path, **settings: float) -> None:
@@ -68,9 +69,10 @@ def test_the_numpy_policy_is_the_trained_actor() -> None:
 
 
 def test_every_environment_has_its_policies() -> None:
-    for spec in ENVIRONMENTS.values():
-        assert spec.policies, spec.name
-        for name in spec.policies:
+    for spec in locomotion.ENVIRONMENTS:
+        (rollouts,) = (source for source in spec.sources if isinstance(source, Rollouts))
+        assert rollouts.policies, spec.name
+        for name in rollouts.policies:
             assert (POLICIES / f"{name}.safetensors").exists(), name
 
 

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from train.agents import AGENTS, Agent
-from train.checkpoint import DamagedCheckpoint, newest_checkpoints, read_checkpoint, save_checkpoint
-from train.dataset import Batch
-from train.hyperparameters import AgentConfig
+from train.agents import AGENTS
+from train.agents.base import Agent
+from train.data.transitions import Batch
+from train.outputs.checkpoint import DamagedCheckpoint, newest_checkpoints, read_checkpoint, save_checkpoint
 
-CONFIG = AgentConfig(actor_hidden=(8,), critic_hidden=(8,), flow_steps=2, num_fisher_samples=2)
+SMALL: dict[str, Any] = {"actor_hidden": (8,), "critic_hidden": (8,), "flow_steps": 2, "num_fisher_samples": 2}
 
 
 class Trainer:
     def __init__(self, name: str = "fidec", seed: int = 0) -> None:
         torch.manual_seed(seed)
-        self.agent: Agent = AGENTS[name](CONFIG, 3, 2)
+        self.agent: Agent = AGENTS[name](AGENTS[name].hyperparameters(**SMALL), 3, 2)
         self.optimizer = self.agent.make_optimizer()
         self.generator = torch.Generator().manual_seed(seed)
         self.parts = (self.agent, self.optimizer, self.generator)

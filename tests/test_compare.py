@@ -11,8 +11,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from train import compare, curve
+from train import compare
 from train.compare import Line
+from train.outputs import curve
 
 
 def summary(agent: str, seed: int, policy: float, sample: float, flow: float) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from fdkernels import torch_private
 from fdkernels.cpu import layers as cpu_layers
 from tests.judge import assert_close, with_gradients
 from tests.processors import PROCESSORS, run_as
-from train.networks import TwinCritic
+from train.agents.critic import TwinCritic
 
 F64 = torch.float64
 gelu = functools.partial(F.gelu, approximate="tanh")

@@ -23,15 +23,17 @@ import torch
 from minari import EpisodeData
 from minari.data_collector import EpisodeBuffer
 
-from train import data
 from train.behaviour import rollout
 from train.behaviour.policy import BehaviourPolicy
-from train.data import DatasetUnavailable, load_dataset
-from train.dataset import Batch, OfflineDataset
+from train.data import generated, hosted, minari_cache
+from train.data.load import load_dataset
+from train.data.spec import DatasetUnavailable, normalized_score
+from train.data.transitions import Batch, OfflineDataset
 from train.environments import resolve
 
 HOPPER = resolve("hopper-medium")
 HOPPER_BOTH = resolve("hopper-medium-expert")
+MEDIUM, EXPERT = HOPPER_BOTH.sources[0].dataset_ids  # as Minari names them
 OBS, ACTIONS = 11, 3  # Hopper's
 
 
@@ -39,7 +41,7 @@ OBS, ACTIONS = 11, 3  # Hopper's
 def cache(tmp_path, monkeypatch) -> Path:
     """An empty Minari cache, tiny datasets, and a hub that refuses the connection."""
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
-    monkeypatch.setattr(data, "EPISODES", {"default": 5, "full": 9})
+    monkeypatch.setattr(generated, "EPISODES", {"default": 5, "full": 9})
     for name in ("http_proxy", "https_proxy", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
@@ -61,7 +63,7 @@ def policies(tmp_path) -> Path:
     """Randomly initialised behaviour policies for Hopper, which soon falls over: episodes of tens of steps."""
     folder = tmp_path / "policies"
     folder.mkdir()
-    for i, name in enumerate(HOPPER_BOTH.policies):
+    for i, name in enumerate(HOPPER_BOTH.sources[1].policies):
         rng = np.random.default_rng(i)
         shapes = {"trunk.0": (8, OBS), "trunk.2": (8, 8), "mean": (ACTIONS, 8), "log_std": (ACTIONS, 8)}
         weights = {f"{layer}.weight": 0.3 * rng.standard_normal(shape) for layer, shape in shapes.items()}
@@ -206,7 +208,7 @@ def forbid_generation(monkeypatch) -> None:
     def fail(*args, **kwargs):
         raise AssertionError("generated instead of read")
 
-    monkeypatch.setattr(data, "store_rollouts", fail)
+    monkeypatch.setattr(generated, "store_rollouts", fail)
 
 
 def host(monkeypatch, policies: Path, episodes: dict[str, int]) -> list[str]:
@@ -215,16 +217,16 @@ def host(monkeypatch, policies: Path, episodes: dict[str, int]) -> list[str]:
 
     def download(dataset_id: str, force_download: bool = False) -> None:
         asked.append(dataset_id)
-        folder = data.get_dataset_path(dataset_id)
+        folder = hosted.get_dataset_path(dataset_id)
         if folder.exists() and not force_download:
             return  # as Minari does
         shutil.rmtree(folder, ignore_errors=True)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        policy = policies / f"{HOPPER.policies[0]}.safetensors"
+        policy = policies / f"{HOPPER.sources[1].policies[0]}.safetensors"
         rollout.store_rollouts(folder, dataset_id, HOPPER, policy, episodes[dataset_id])
 
     monkeypatch.setattr(minari, "download_dataset", download)
-    monkeypatch.setattr(data, "_hub_problem", lambda: None)
+    monkeypatch.setattr(hosted, "_hub_problem", lambda: None)
     return asked
 
 
@@ -261,7 +263,7 @@ def test_generated_dataset_is_a_minari_dataset_with_its_history(policies) -> Non
     seeds = [e["seed"] for e in stored.storage.get_episode_metadata(range(5))]
     assert len(set(seeds)) == 5
     scores = minari.get_normalized_score(stored, dataset.episode_returns)
-    np.testing.assert_allclose(100 * scores, data.normalized_score(HOPPER, dataset.episode_returns))
+    np.testing.assert_allclose(100 * scores, normalized_score(HOPPER, dataset.episode_returns))
 
 
 def test_sizes_do_not_clash(policies) -> None:
@@ -283,18 +285,18 @@ def test_medium_expert_is_both(policies) -> None:
 
 
 def test_hosted_data_is_downloaded_then_cached(policies, monkeypatch) -> None:
-    asked = host(monkeypatch, policies, dict(zip(HOPPER_BOTH.dataset_ids, (4, 6))))
+    asked = host(monkeypatch, policies, {MEDIUM: 4, EXPERT: 6})
     both = load_dataset(HOPPER_BOTH)
-    assert asked == list(HOPPER_BOTH.dataset_ids) == list(both.dataset_ids)
+    assert asked == [MEDIUM, EXPERT] == list(both.dataset_ids)
     assert len(both.episode_returns) == 10
     assert all("downloaded now" in line for line in both.source)
     again = load_dataset(HOPPER_BOTH)
-    assert asked == list(HOPPER_BOTH.dataset_ids), "downloaded twice"
+    assert asked == [MEDIUM, EXPERT], "downloaded twice"
     assert all("local cache" in line for line in again.source)
 
 
 def test_hosted_and_generated_parts_are_not_mixed(policies, monkeypatch) -> None:
-    host(monkeypatch, policies, {HOPPER.dataset_ids[0]: 4})
+    host(monkeypatch, policies, {MEDIUM: 4})
     assert len(load_dataset(HOPPER).episode_returns) == 4
     both = load_dataset(HOPPER_BOTH, policies=policies)  # the expert part is not hosted: KeyError
     assert all(dataset_id.startswith("fdkernels/") for dataset_id in both.dataset_ids)
@@ -302,12 +304,12 @@ def test_hosted_and_generated_parts_are_not_mixed(policies, monkeypatch) -> None
 
 
 def test_interrupted_download_is_completed(cache, policies, monkeypatch) -> None:
-    asked = host(monkeypatch, policies, {HOPPER.dataset_ids[0]: 4})
-    partial = cache / HOPPER.dataset_ids[0] / "data"
+    asked = host(monkeypatch, policies, {MEDIUM: 4})
+    partial = cache / MEDIUM / "data"
     partial.mkdir(parents=True)
     (partial / "metadata.json").write_text(json.dumps({"total_episodes": 4}))
     assert len(load_dataset(HOPPER).episode_returns) == 4
-    assert asked == list(HOPPER.dataset_ids)
+    assert asked == [MEDIUM]
 
 
 # --- no network -------------------------------------------------------------------------------------------------------
@@ -347,7 +349,7 @@ def test_a_name_look_up_that_hangs_costs_seconds(tmp_path, monkeypatch) -> None:
         raise socket.gaierror("gave up")
 
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
-    monkeypatch.setattr(data, "PROBE_SECONDS", 0.5)
+    monkeypatch.setattr(hosted, "PROBE_SECONDS", 0.5)
     set_hub(monkeypatch, "http://hub.invalid")
     check_unavailable(tmp_path, "did not answer within 0.5 s")
     release.set()
@@ -375,8 +377,8 @@ def test_hub_behind_a_proxy(monkeypatch, status: int, problem: str) -> None:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{server.server_port}")
         set_hub(monkeypatch, "http://hub.invalid")
-        assert problem in (data._hub_problem() or "")
-        assert bool(data._hub_problem()) == bool(problem)
+        assert problem in (hosted._hub_problem() or "")
+        assert bool(hosted._hub_problem()) == bool(problem)
         server.shutdown()
     assert set(seen) == {"http://hub.invalid/"}
 
@@ -399,9 +401,9 @@ def test_damaged_generated_data_is_made_again(cache, policies) -> None:
 
 
 def test_damaged_hosted_data_is_refused_by_its_folder(cache, policies, monkeypatch) -> None:
-    host(monkeypatch, policies, {HOPPER.dataset_ids[0]: 4})
+    host(monkeypatch, policies, {MEDIUM: 4})
     load_dataset(HOPPER)
-    folder = truncate(cache, HOPPER.dataset_ids[0]).parent.parent
+    folder = truncate(cache, MEDIUM).parent.parent
     with pytest.raises(DatasetUnavailable, match=r"truncated file[\s\S]*delete the folder") as error:
         load_dataset(HOPPER, policies=policies)
     assert str(folder) in str(error.value)
@@ -410,14 +412,15 @@ def test_damaged_hosted_data_is_refused_by_its_folder(cache, policies, monkeypat
 def test_episode_without_its_last_observation_is_refused(policies, monkeypatch) -> None:
     load_dataset(HOPPER, policies=policies, download=False)
     monkeypatch.setattr(EpisodeData, "__len__", lambda e: len(e.rewards) + 1)
-    with pytest.raises(data._Unreadable, match="last observation"):
-        data._read("fdkernels/hopper/medium-5ep-v0")
+    with pytest.raises(minari_cache.Unreadable, match="last observation"):
+        minari_cache.read("fdkernels/hopper/medium-5ep-v0")
 
 
 KILLED_HALF_WAY = """
 import sys, time
 from pathlib import Path
-from train import data, environments
+from train import environments
+from train.data import generated, load
 from train.behaviour import rollout
 
 def collect(*args, collect=rollout.collect, **kwargs):
@@ -426,8 +429,8 @@ def collect(*args, collect=rollout.collect, **kwargs):
     time.sleep(60)
 
 rollout.collect = collect
-data.EPISODES["default"] = 5
-data.load_dataset(environments.resolve("hopper-medium"), download=False, policies=Path(sys.argv[1]))
+generated.EPISODES["default"] = 5
+load.load_dataset(environments.resolve("hopper-medium"), download=False, policies=Path(sys.argv[1]))
 """
 
 
@@ -449,12 +452,12 @@ def test_a_kill_while_generating_leaves_nothing_behind(cache, policies) -> None:
 def test_two_runs_at_once_generate_once(policies, monkeypatch) -> None:
     calls = []
 
-    def counted(*args, store=data.store_rollouts):
+    def counted(*args, store=generated.store_rollouts):
         calls.append(args)
         time.sleep(0.3)  # long enough for the other to arrive
         store(*args)
 
-    monkeypatch.setattr(data, "store_rollouts", counted)
+    monkeypatch.setattr(generated, "store_rollouts", counted)
     with ThreadPoolExecutor(2) as pool:
         runs = [pool.submit(load_dataset, HOPPER, policies=policies, download=False) for _ in range(2)]
         first, second = (run.result() for run in runs)

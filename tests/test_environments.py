@@ -8,7 +8,11 @@ import numpy as np
 import pytest
 
 from train import environments
-from train.environments import ENVIRONMENTS, UnknownEnvironment, make_vector_env, normalized_score, resolve
+from train.data.generated import Rollouts
+from train.data.hosted import Hosted
+from train.data.spec import normalized_score
+from train.environments import ENVIRONMENTS, UnknownEnvironment, resolve
+from train.simulator import make_vector_env
 
 
 @pytest.mark.parametrize("family", ["halfcheetah", "hopper", "walker2d"])
@@ -24,8 +28,10 @@ from train.environments import ENVIRONMENTS, UnknownEnvironment, make_vector_env
 def test_names_give_environment_and_minari_ids(family: str, quality: str, parts: list[str]) -> None:
     spec = resolve(f"{family}-{quality}")
     assert spec.name == f"{family}-{quality}"
-    assert spec.dataset_ids == tuple(f"mujoco/{family}/{part}-v0" for part in parts)
-    assert len(spec.policies) == len(parts)
+    assert spec.sources == (
+        Hosted(tuple(f"mujoco/{family}/{part}-v0" for part in parts)),
+        Rollouts(tuple(f"{family}-{part}" for part in parts)),
+    )
     assert spec.env_id.lower() == f"{family}-v5"
     assert gym.spec(spec.env_id).max_episode_steps == 1000
 
@@ -47,7 +53,7 @@ def test_unknown_name_suggests_the_nearest(typed: str, meant: str) -> None:
 
 
 def test_unknown_name_says_how_to_list_all() -> None:
-    with pytest.raises(ValueError, match=r"`python train/environments.py` lists all 12") as error:
+    with pytest.raises(ValueError, match=f"`python train/environments.py` lists all {len(ENVIRONMENTS)}") as error:
         resolve("zzz")
     assert "Nearest" not in str(error.value)
     listing = subprocess.run([sys.executable, environments.__file__], capture_output=True, text=True, check=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,22 +15,21 @@ from safetensors.torch import load_file, save_file
 from train import play
 from train.acting import Acting
 from train.agents import AGENTS
-from train.config import RunConfig
-from train.environments import resolve
 from train.evaluate import evaluate
-from train.hyperparameters import AgentConfig
-from train.member import Member
+from train.outputs.policy import save_policy
+from train.settings import RunConfig
 
-HYPER = AgentConfig(actor_hidden=(16, 16), critic_hidden=(16,), flow_steps=2)
+SMALL: dict[str, Any] = {"actor_hidden": (16, 16), "critic_hidden": (16,), "flow_steps": 2}
 
 
 def finished(folder: Path, agent: str = "fidec", **acting: object) -> Path:
     """What a run leaves, of an agent that has learned nothing."""
-    config = RunConfig("hopper-medium", agent=agent, out=folder, hyper=HYPER, **acting)  # type: ignore[arg-type]
-    learner = AGENTS[agent](HYPER, 11, 3)
+    hyper = AGENTS[agent].hyperparameters(**SMALL)
+    config = RunConfig("hopper-medium", agent=agent, out=folder, hyper=hyper, **acting)  # type: ignore[arg-type]
+    learner = AGENTS[agent](hyper, 11, 3)
     torch.nn.init.normal_(learner.obs_mean)
     folder.mkdir()
-    Member(config, resolve(config.env), None, learner, None, None).save_policy()  # type: ignore[arg-type]
+    save_policy(config, learner)
     return folder
 
 

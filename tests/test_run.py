@@ -23,11 +23,14 @@ import torch
 from safetensors.torch import load_file
 
 import train.run
-from train import curve
-from train.agents import AGENTS, METRICS
-from train.config import preset_config
-from train.data import load_dataset
+from train.agents import AGENTS
+from train.agents.base import METRICS
+from train.agents.hyperparameters import AgentConfig
+from train.data.load import load_dataset
+from train.environments import ENVIRONMENTS
 from train.evaluate import ROLES, run_episodes
+from train.outputs import curve
+from train.presets import preset_config
 from train.run import main, parse
 
 pytestmark = pytest.mark.usefixtures("datasets")
@@ -182,7 +185,8 @@ def test_a_run_is_not_lost_or_mixed(finished: tuple[Path, str], capsys: pytest.C
     assert main([*TINY, "--out", str(out)]) == 2
     assert "already holds a run: --resume continues it" in capsys.readouterr().err
     assert main([*TINY, "--out", str(out), "--resume", "--lr", "0.5"]) == 2
-    assert f"was started with --lr {preset_config('quick', 'fidec').hyper.lr}" in capsys.readouterr().err
+    lr = preset_config("quick", "fidec", "halfcheetah-medium").hyper.lr
+    assert f"was started with --lr {lr}" in capsys.readouterr().err
     assert main([*TINY, "--out", str(out.parent), "--overwrite"]) == 2
     assert "no run made it" in capsys.readouterr().err
     stranger = out.parent / "stranger"
@@ -405,7 +409,7 @@ def test_flags_beat_the_preset() -> None:
     def steps(*flags: str) -> int:
         return parse(["--env", "halfcheetah-medium", *flags]).steps
 
-    quick, full = preset_config("quick", "fidec").steps, preset_config("full", "fidec").steps
+    quick, full = (preset_config(name, "fidec", "halfcheetah-medium").steps for name in ("quick", "full"))
     assert steps("--preset", "full") == full == 1_000_000
     assert steps("--preset", "quick") == steps("--device", "cpu") == quick
     assert steps("--device", "cuda") == full
@@ -415,9 +419,41 @@ def test_flags_beat_the_preset() -> None:
 @pytest.mark.parametrize("preset", ["quick", "standard"])
 @pytest.mark.parametrize("agent", AGENTS)
 def test_presets_evaluate_where_the_agent_begins(preset: str, agent: str) -> None:
-    config = preset_config(preset, agent)
-    assert config.critic_warmup % config.eval_every == 0
-    assert config.steps % config.eval_every == 0
+    for env in ENVIRONMENTS:
+        config = preset_config(preset, agent, env)
+        assert config.critic_warmup % config.eval_every == 0, env
+        assert config.steps % config.eval_every == 0, env
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnConfig(AgentConfig):
+    boldness: float = 1.0
+    """Of this agent alone."""
+
+
+def test_an_agent_may_have_flags_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(AGENTS["fql"], "hyperparameters", OwnConfig)
+    config = parse(["--env", "halfcheetah-medium", "--agent", "fql", "--preset", "quick", "--boldness", "0.5"])
+    assert (config.agent, config.hyper.boldness, config.hyper.grad_clip) == ("fql", 0.5, None)
+    assert config.as_json()["hyper"]["boldness"] == 0.5
+    with pytest.raises(SystemExit):
+        parse(["--env", "halfcheetah-medium", "--agent", "fidec", "--boldness", "0.5"])
+    assert "Unrecognized options: --boldness" in capsys.readouterr().err
+
+
+def test_an_environment_may_change_a_preset(monkeypatch: pytest.MonkeyPatch) -> None:
+    def changes(preset: str, agent: str) -> dict[str, object]:
+        return {"eval_every": 123, "alpha": 7.0} if (preset, agent) == ("standard", "fql") else {}
+
+    spec = dataclasses.replace(ENVIRONMENTS["halfcheetah-medium"], preset_changes=changes)
+    monkeypatch.setitem(ENVIRONMENTS, spec.name, spec)
+    asked = ["--env", spec.name, "--preset", "standard", "--device", "cpu"]
+    config = parse([*asked, "--agent", "fql"])
+    assert (config.steps, config.eval_every, config.hyper.alpha) == (30_000, 123, 7.0)
+    assert parse([*asked, "--agent", "fql", "--alpha", "3"]).hyper.alpha == 3, "flags win"
+    assert parse(asked).eval_every == preset_config("standard", "fidec", "hopper-medium").eval_every
 
 
 def test_returns_are_those_of_whole_episodes() -> None:

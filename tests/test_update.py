@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,20 +14,21 @@ from torch import Tensor
 
 import fdkernels
 from fdkernels.cpu import layers as cpu_layers
-from train.agents import AGENTS, ALL_PARTS, Agent, Learner, Parts
-from train.checkpoint import read_checkpoint, save_checkpoint
-from train.dataset import Batch, OfflineDataset
-from train.hyperparameters import AgentConfig
-from train.seeds import SeedGroup
+from train.agents import AGENTS
+from train.agents.base import ALL_PARTS, Agent, Learner, Parts
+from train.agents.seeds import SeedGroup
+from train.data.transitions import Batch, OfflineDataset
+from train.outputs.checkpoint import read_checkpoint, save_checkpoint
 
 OBS, ACTIONS, BATCH = 5, 3, 32
 HIDDEN = {"actor_hidden": (16, 16), "critic_hidden": (16, 16)}
-CONFIG = AgentConfig(**HIDDEN, flow_steps=3, num_fisher_samples=2, grad_clip=0.5, freeze_flow_after=4)
+SMALL: dict[str, Any] = {**HIDDEN, "flow_steps": 3, "num_fisher_samples": 2, "grad_clip": 0.5, "freeze_flow_after": 4}
 
 
 def make(name: str, seed: int = 0, **changes: object) -> Agent:
     torch.manual_seed(seed)
-    return AGENTS[name](dataclasses.replace(CONFIG, **changes), OBS, ACTIONS)  # type: ignore[arg-type]
+    kind = AGENTS[name]
+    return kind(kind.hyperparameters(**{**SMALL, **changes}), OBS, ACTIONS)
 
 
 def dataset(dtype: torch.dtype = torch.float32) -> OfflineDataset:
@@ -133,7 +134,7 @@ def test_flow_precision_is_that_of_the_integration_alone() -> None:
 def test_importable_with_torch_alone() -> None:
     """A GPU machine for tests and benchmarks has little more."""
     hidden = ("tyro", "gymnasium", "minari", "mujoco", "safetensors", "matplotlib", "scipy", "tensorboard", "tqdm")
-    code = f"import sys; sys.modules.update(dict.fromkeys({hidden}))\nimport train.agents, train.capture, train.seeds"
+    code = f"import sys; sys.modules.update(dict.fromkeys({hidden}))\nimport train.agents.seeds, train.capture"
     code += "\nimport train.profiling, tests.published"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[1]

@@ -1,4 +1,4 @@
-"""How an agent acts once it has learned: which of the actions that it could take, refined or not.
+"""How an agent acts once it has learned: which of its possible actions it takes, refined or not.
 
 Every rule maps standardised observations (B, obs_dim) and N(0, I) noise (B, N, d), N at least one, to actions (B, d)
 within [-1, 1]. The first three are the published ones of FiDec (arXiv 2604.17919); its N is 10.
@@ -13,7 +13,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from train.agents import Agent, DecoratorAgent
+from train.agents.base import Agent
 
 RuleName = Literal[
     "sample",
@@ -37,7 +37,7 @@ class Acting:
     num_samples: int = 10
     """N."""
     temperature: float = 0.004
-    """Of the means, as a share of |Q|."""
+    """Of the weighted means, as a share of |Q|."""
 
     def __post_init__(self) -> None:
         if self.rule not in RULES:
@@ -51,7 +51,7 @@ class Acting:
         return self.rule.replace("-n", f"-{self.num_samples}")
 
     def draw(self, agent: Agent, rows: int, generator: torch.Generator) -> Tensor:
-        """Noise for so many states."""
+        """Noise for that many states."""
         count = self.num_samples if self.rule.endswith("-n") else 1
         device, dtype = agent.obs_mean.device, agent.obs_mean.dtype
         return torch.randn(rows, count, agent.action_dim, generator=generator, device=device, dtype=dtype)
@@ -71,15 +71,15 @@ def sample(agent: Agent, obs: Tensor, noise: Tensor, _: float) -> Tensor:
 
 
 def best_of_n(agent: Agent, obs: Tensor, noise: Tensor, temperature: float) -> Tensor:
-    """Of N flow actions the one with the highest mean Q, refined once (fidec, deflow)."""
-    return refining(agent).refine(obs, best_flow_of_n(agent, obs, noise, temperature))
+    """Of N flow actions the one with the highest mean Q, refined once."""
+    return agent.refine(obs, best_flow_of_n(agent, obs, noise, temperature))
 
 
 def iterated(agent: Agent, obs: Tensor, noise: Tensor, _: float) -> Tensor:
-    """Refined five times from one flow action; of the six the one with the highest mean Q (fidec, deflow)."""
+    """Refined five times from one flow action; of the six the one with the highest mean Q."""
     iterates = [flow_alone(agent, obs, noise)]
     for _i in range(REFINEMENTS):
-        iterates.append(refining(agent).refine(obs, iterates[-1]))
+        iterates.append(agent.refine(obs, iterates[-1]))
     return highest_q(agent, obs, torch.stack(iterates, dim=1))
 
 
@@ -113,16 +113,11 @@ RULES: dict[RuleName, Callable[[Agent, Tensor, Tensor, float], Tensor]] = {
     "mean-refined-of-n": mean_refined_of_n,
 }
 FOR_REFINING_AGENTS: tuple[RuleName, ...] = ("best-of-n", "iterated")
-
-
-def refining(agent: Agent) -> DecoratorAgent:
-    if not isinstance(agent, DecoratorAgent):
-        raise TypeError(f"this rule refines an action, and {type(agent).__name__} has nothing that does")
-    return agent
+"""Rules that call `Agent.refine`."""
 
 
 def each(obs: Tensor, noise: Tensor) -> Tensor:
-    """The observation of each noise."""
+    """Each state's observation, repeated for every noise of that state."""
     return obs.unsqueeze(1).expand(-1, noise.shape[1], -1)
 
 

@@ -17,7 +17,7 @@ from typing import Generic, TypeVar
 
 import torch
 
-from train.agents import Parts
+from train.agents.base import Parts
 
 Output = TypeVar("Output")
 PLAIN_UPDATES = 3

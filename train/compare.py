@@ -3,9 +3,9 @@
     python train/compare.py --env halfcheetah-medium-expert --preset standard
     python train/compare.py --env hopper-medium-expert --preset quick --agents fidec fql --seeds 0 1 -- --lr 3e-4
 
-What stands behind ``--`` goes to every run (``python train/run.py --help``). Each run has a folder of its own; called
-again, finished ones are read and the one that was interrupted goes on. Behaviour cloning is the flow alone (δ = 0),
-which every run trains and evaluates. Table and picture are drawn anew after every run: compare.md, compare.png.
+Whatever follows ``--`` goes to every run (``python train/run.py --help``). Each run has its own folder; called again,
+this reads the finished runs and continues the one that was interrupted. Behaviour cloning is the flow alone (δ = 0),
+which every run trains and evaluates. The table and the picture (compare.md, compare.png) are redrawn after every run.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import tyro
 
 from train import run
-from train.checkpoint import write_whole
-from train.curve import draw_comparison, interquartile_mean
-
-AgentName = Literal["fidec", "deflow", "fql"]
-NAMES = {"fidec": "FiDec", "deflow": "DeFlow", "fql": "FQL"}
+from train.agents import AGENTS, AgentName
+from train.environments import resolve
+from train.outputs.curve import draw_comparison, interquartile_mean
+from train.outputs.files import write_whole
+from train.settings import PresetName
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +33,9 @@ class CompareConfig:
 
     env: str
     """What to learn; `python train/environments.py` lists the names."""
-    preset: Literal["auto", "quick", "standard", "full"] = "auto"
+    preset: PresetName = "auto"
     """Of every run."""
-    agents: tuple[AgentName, ...] = ("fidec", "deflow", "fql")
+    agents: tuple[AgentName, ...] = tuple(AGENTS)
     seeds: tuple[int, ...] = (0, 1, 2)
     out: Path | None = None
     """Folder; runs/compare-ENV when not given."""
@@ -75,9 +75,9 @@ def lines_of(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Line]:
     for agent, summaries in results.items():
         for role, name in summaries[0]["role_names"].items():
             if role != "flow":
-                lines.append(Line(name.replace(agent, NAMES[agent], 1), scores(summaries, role)))
+                lines.append(Line(name.replace(agent, AGENTS[agent].title, 1), scores(summaries, role)))
     agent = max(results, key=lambda agent: len(results[agent]))
-    return [*lines, Line(f"behaviour cloning ({NAMES[agent]}'s flow alone)", scores(results[agent], "flow"))]
+    return [*lines, Line(f"behaviour cloning ({AGENTS[agent].title}'s flow alone)", scores(results[agent], "flow"))]
 
 
 def table(lines: Sequence[Line], results: Mapping[str, Sequence[Mapping[str, Any]]], env: str) -> str:
@@ -90,14 +90,14 @@ def table(lines: Sequence[Line], results: Mapping[str, Sequence[Mapping[str, Any
         cells = [f"{score:.1f}" for score in line.scores] + [""] * (len(seeds) - len(line.scores))
         rows.append(f"| {line.name} | {' | '.join(cells)} | {middle:.1f} ({low:.1f} to {high:.1f}) |")
     minutes = ", ".join(
-        f"{NAMES[agent]} {max(summary['seconds'] for summary in summaries) / 60:.0f}"
+        f"{AGENTS[agent].title} {max(summary['seconds'] for summary in summaries) / 60:.0f}"
         for agent, summaries in results.items()
     )
     return "\n".join(
         [
             *rows,
             "",
-            f"D4RL-normalised score in {first['env_id']} after the last update, {episodes} episodes a seed; all: "
+            f"{resolve(env).score_name} in {first['env_id']} after the last update, {episodes} episodes a seed; all: "
             f"interquartile mean with its 95 % bootstrap interval over seeds. The dataset's mean return is worth "
             f"{first['dataset_score']:.1f}. Minutes of the longest run: {minutes}.",
         ]

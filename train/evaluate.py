@@ -8,11 +8,11 @@ import numpy as np
 import torch
 
 from train.acting import Acting, Policy, flow_alone
-from train.agents import Agent
-from train.environments import make_vector_env
+from train.agents.base import Agent
+from train.simulator import make_vector_env
 
 ROLES = ("policy", "sample", "flow")
-"""The policy by the rule that a run is judged by; one sample of it; the behaviour flow alone (δ = 0)."""
+"""The policy, acting by the rule that the run is judged by; one sample of it; the behaviour flow alone (δ = 0)."""
 
 
 def run_episodes(env_id: str, policy: Callable[[np.ndarray], np.ndarray], *, episodes: int, seed: int) -> np.ndarray:
@@ -21,7 +21,7 @@ def run_episodes(env_id: str, policy: Callable[[np.ndarray], np.ndarray], *, epi
     Args:
         env_id: gymnasium environment id.
         policy: maps observations (episodes, obs_dim) to actions (episodes, action_dim).
-        episodes: how many, all stepped together.
+        episodes: their number, all stepped together.
         seed: episode i starts from ``seed + i``.
 
     Returns:
@@ -55,7 +55,7 @@ def evaluate(agent: Agent, env_id: str, acting: Acting, *, episodes: int, seed: 
 def player(agent: Agent, acting: Acting, seed: int, act: Policy | None = None) -> Callable[[np.ndarray], np.ndarray]:
     """The agent as a map from raw observations (B, obs_dim) to actions (B, d), with noise of its own.
 
-    By ``act`` with the noise of ``acting``, or by ``acting`` itself.
+    It acts by ``act`` on the noise that ``acting`` draws, or by ``acting`` itself.
     """
     generator = torch.Generator(agent.obs_mean.device).manual_seed(seed)
 

@@ -7,24 +7,23 @@ python train/play.py RUN --acting best-of-n --acting-samples 16 --record cheetah
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import numpy as np
 import tyro
-from safetensors import SafetensorError, safe_open
 
 from train.acting import FOR_REFINING_AGENTS, Acting, RuleName
-from train.agents import AGENTS, Agent, DecoratorAgent
-from train.environments import UnknownEnvironment, normalized_score, resolve
+from train.agents.hyperparameters import require
+from train.data.spec import EnvSpec, normalized_score
+from train.environments import UnknownEnvironment, resolve
 from train.evaluate import player, run_episodes
-from train.hyperparameters import AgentConfig, require
+from train.outputs.policy import PolicyError, load_policy
 
-WIDTH, HEIGHT, CAMERA = 480, 320, "track"  # which runs beside the body; the default stays where it is
+WIDTH, HEIGHT = 480, 320
 
 
 class PlayError(RuntimeError):
@@ -67,42 +66,15 @@ class PlayConfig:
         return dataclasses.replace(judged_by, **{name: value for name, value in asked.items() if value is not None})
 
 
-class Policy(NamedTuple):
-    agent: Agent
-    env: str
-    acting: Acting
-
-
-def load_policy(folder: Path) -> Policy:
-    """The agent that a run left in ``folder``, with its environment and the rule that it was judged by.
-
-    Raises:
-        PlayError: there is none, or it cannot be read.
-    """
-    path = folder / "policy.safetensors"
-    if not path.exists():
-        raise PlayError(f"{path} is not there: a run writes it when it has finished")
-    try:
-        with safe_open(path, framework="pt") as file:
-            header, weights = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        hyper = json.loads(header["hyper"])
-        hyper |= {name: tuple(value) for name, value in hyper.items() if isinstance(value, list)}
-        obs_dim = len(weights["obs_mean"])
-        agent = AGENTS[header["agent"]](AgentConfig(**hyper), obs_dim, weights["critic.weights.0"].shape[1] - obs_dim)
-        agent.load_state_dict(weights)
-        return Policy(agent, header["env"], Acting(**json.loads(header["acting"])))
-    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise PlayError(f"{path} is no policy of this version ({type(error).__name__}: {error})") from error
-
-
-def film(env_id: str, act: Callable[[np.ndarray], np.ndarray], path: Path, seed: int, seconds: float) -> str:
+def film(spec: EnvSpec, act: Callable[[np.ndarray], np.ndarray], path: Path, seed: int, seconds: float) -> str:
     """The first seconds of an episode, in real time."""
     if sys.platform == "linux" and "DISPLAY" not in os.environ:
         os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen
     import gymnasium as gym
     import imageio.v3 as imageio
 
-    env = gym.make(env_id, render_mode="rgb_array", width=WIDTH, height=HEIGHT, camera_name=CAMERA)
+    view: dict[str, Any] = {} if spec.camera is None else {"width": WIDTH, "height": HEIGHT, "camera_name": spec.camera}
+    env = gym.make(spec.env_id, render_mode="rgb_array", **view)
     frames: list[Any] = []
     over = False
     try:
@@ -133,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         policy = load_policy(config.run)
         spec = resolve(policy.env)
         acting = config.acts(policy.acting)
-        if acting.rule in FOR_REFINING_AGENTS and not isinstance(policy.agent, DecoratorAgent):
+        if acting.rule in FOR_REFINING_AGENTS and not policy.agent.refines:
             raise PlayError(f"--acting {acting.rule} refines an action, and this agent has nothing that does")
 
         def act() -> Callable[[np.ndarray], np.ndarray]:
@@ -147,8 +119,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sem = score.std(ddof=1) / len(score) ** 0.5 if len(score) > 1 else 0.0
         print(f"{acting} in {spec.env_id}: score {score.mean():.1f} ± {sem:.1f}")
         if config.record is not None:
-            print(film(spec.env_id, act(), config.record, config.seed, config.seconds))
-    except (PlayError, UnknownEnvironment, OSError) as error:
+            print(film(spec, act(), config.record, config.seed, config.seconds))
+    except (PlayError, PolicyError, UnknownEnvironment, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

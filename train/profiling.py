@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from train.agents import Parts
+from train.agents.base import Parts
 
 Output = TypeVar("Output")
 FIRST, LAST = 10, 15
@@ -39,7 +39,7 @@ class ProfiledUpdate(Generic[Output]):
         return output
 
     def close(self) -> None:
-        """Write what has been traced. To be called wherever training ends: a profiler must not be left running."""
+        """Write what has been traced. Call it wherever training ends: a profiler must not be left running."""
         if self._profile is None:
             return
         if torch.cuda.is_available():
@@ -53,7 +53,7 @@ class ProfiledUpdate(Generic[Output]):
 
     @property
     def outcome(self) -> str:
-        """For people."""
+        """A line for people: where the trace is, or why there is none."""
         if self.traced:
             table = self._path.with_suffix(".txt").name
             return (

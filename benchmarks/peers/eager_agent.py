@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from train.hyperparameters import AgentConfig
+from train.agents.hyperparameters import AgentConfig
 
 Tensors = dict[str, Tensor]
 

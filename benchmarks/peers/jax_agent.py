@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from train.hyperparameters import AgentConfig
+from train.agents.hyperparameters import AgentConfig
 
 Arrays = dict[str, Any]
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from train.agents import Agent
+from train.agents.base import Agent
 
 Read = Callable[[nn.Parameter], Tensor]
 

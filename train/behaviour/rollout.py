@@ -16,7 +16,8 @@ from minari.dataset.minari_storage import MinariStorage
 from tqdm import tqdm
 
 from train.behaviour.policy import BehaviourPolicy, policy_note
-from train.environments import EnvSpec, make_vector_env
+from train.data.spec import EnvSpec
+from train.simulator import make_vector_env
 
 Policy = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 

@@ -37,10 +37,10 @@ import tyro
 from gymnasium.vector import AutoresetMode
 from torch import Tensor, nn
 
+from train.agents.critic import follow
 from train.behaviour.policy import BehaviourPolicy
-from train.environments import make_vector_env
 from train.evaluate import run_episodes
-from train.networks import follow
+from train.simulator import make_vector_env
 
 
 @dataclasses.dataclass

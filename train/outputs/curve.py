@@ -14,8 +14,9 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from train.config import RunConfig, role_names
-from train.record import read_table
+from train.agents import AGENTS
+from train.outputs.record import read_table
+from train.settings import RunConfig, role_names
 
 BLUE, GREEN, ORANGE, GREY = "#1f5fa8", "#3a8f5c", "#d9822b", "#8a8f98"
 STYLE: dict[Any, Any] = {
@@ -27,7 +28,7 @@ STYLE: dict[Any, Any] = {
 
 
 def draw_curve(folder: Path, config: RunConfig, dataset_score: float, label: str) -> Path:
-    """Draw ``folder/curve.png`` from the run's tables: the score against updates, and what happened inside.
+    """Draw ``folder/curve.png`` from the run's tables: the score against updates, and below it the agent's `panels`.
 
     Args:
         folder: of the run, with metrics.csv and evaluations.csv.
@@ -35,23 +36,27 @@ def draw_curve(folder: Path, config: RunConfig, dataset_score: float, label: str
         dataset_score: normalised score of the dataset's own mean return.
         label: what the score is, for the axis.
     """
-    evaluations = [row for row in read_table(folder / "evaluations.csv")]
-    metrics = [row for row in read_table(folder / "metrics.csv") if row["penalty"]]
+    evaluations = read_table(folder / "evaluations.csv")
+    metrics = [row for row in read_table(folder / "metrics.csv") if row["stage"] == config.agent]
 
     with plt.rc_context(STYLE):
         figure, axes = plt.subplot_mosaic(
-            [["score"] * 3, ["trust", "q", "fisher"]], figsize=(10, 6.4), height_ratios=[1.6, 1], layout="constrained"
+            [["score"] * 3, ["left", "middle", "right"]],
+            figsize=(10, 6.4),
+            height_ratios=[1.6, 1],
+            layout="constrained",
         )
         _draw_score(axes["score"], evaluations, config, dataset_score, label)
-        for name, lines in _panels(config).items():
-            ax = axes[name]
-            ax.set_title(lines.pop("title"), loc="left")
-            for column, (text, colour) in lines.items():
+        for ax, panel in zip((axes["left"], axes["middle"], axes["right"]), AGENTS[config.agent].panels):
+            ax.set_title(panel.title, loc="left")
+            for (column, text), colour in zip(panel.lines.items(), (BLUE, ORANGE, GREEN)):
                 points = [(int(row["step"]) - warmups(config), float(row[column])) for row in metrics if row[column]]
-                ax.plot(*zip(*points), color=colour, label=text, linewidth=1.6) if points else None
-            if name == "trust" and config.agent != "fql":
-                ax.axhline(config.hyper.target_divergence, color=GREY, linestyle="--", linewidth=1, label="target")
-            if name == "trust":
+                if points:
+                    ax.plot(*zip(*points), color=colour, label=text, linewidth=1.6)
+            if panel.target is not None:
+                target = getattr(config.hyper, panel.target)
+                ax.axhline(target, color=GREY, linestyle="--", linewidth=1, label="target")
+            if panel.log_scale:
                 ax.set_yscale("log")
             ax.set_xlabel("updates of the agent")
             if ax.lines:
@@ -60,19 +65,6 @@ def draw_curve(folder: Path, config: RunConfig, dataset_score: float, label: str
         figure.savefig(path, dpi=150)
         plt.close(figure)
     return path
-
-
-def _panels(config: RunConfig) -> dict[str, dict[str, Any]]:
-    panels: dict[str, dict[str, Any]] = {
-        "trust": {"title": "size of the displacement", "penalty": ("penalty", BLUE)},
-        "q": {"title": "mean Q", "q_policy": ("policy", BLUE), "q_data": ("dataset", ORANGE)},
-        "fisher": {"title": "action error", "action_error": ("policy − dataset, squared", BLUE)},
-    }
-    if config.agent != "fql":
-        panels["trust"]["displacement_mean_square"] = ("mean ‖δ‖²/d", ORANGE)
-    if config.agent == "fidec":
-        panels["fisher"] = {"title": "anisotropy of F", "top_eigenvalue_share": ("top eigenvalue share", BLUE)}
-    return panels
 
 
 def _draw_score(

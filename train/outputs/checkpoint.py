@@ -7,7 +7,6 @@ configuration and what has been measured so far as JSON in its header, with a ch
 from __future__ import annotations
 
 import json
-import os
 import re
 import zlib
 from collections.abc import Iterator, Sequence
@@ -16,13 +15,14 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 
-from train.agents import Agent
+from train.agents.base import Agent
+from train.outputs.files import write_safetensors
 
 KEPT = 2
-"""Checkpoints that stay on disk: one could be damaged."""
+"""Checkpoints that stay on disk: more than one, because the newest could be damaged."""
 
 
 class DamagedCheckpoint(RuntimeError):
@@ -97,10 +97,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def newest_checkpoints(folders: Sequence[Path]) -> tuple[list[Checkpoint], list[str]]:
-    """The checkpoints of the newest step that every folder has whole, one each; none if there is no such step.
+    """One checkpoint from each folder, of the newest step that all have whole; none if there is no such step.
 
-    Also what is wrong with damaged ones, which are renamed to ``*.damaged``. Where some folders had got further, those
-    checkpoints are dropped: training comes there again.
+    The second list says what is wrong with damaged ones, which are renamed to ``*.damaged``. Where a folder had got
+    further, its later checkpoints are deleted: training will reach those steps again.
     """
     problems: list[str] = []
     paths = [dict(_newest_first(folder)) for folder in folders]
@@ -118,19 +118,6 @@ def newest_checkpoints(folders: Sequence[Path]) -> tuple[list[Checkpoint], list[
                     later.unlink(missing_ok=True)
             return found, problems
     return [], problems
-
-
-def write_safetensors(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
-    write_whole(path, save(tensors, metadata=header))
-
-
-def write_whole(path: Path, content: bytes | str) -> None:
-    """Write a file that appears under its name only once it is safely on disk."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def _newest_first(folder: Path) -> Iterator[tuple[int, Path]]:

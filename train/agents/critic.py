@@ -1,4 +1,4 @@
-"""Networks around the flow: the twin critic, its weights stacked so that both can run as one batched product."""
+"""The twin critic, its weights stacked so that both networks can run as one batched product."""
 
 from __future__ import annotations
 

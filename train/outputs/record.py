@@ -1,4 +1,4 @@
-"""What a run leaves behind: metrics.csv, evaluations.csv and TensorBoard events."""
+"""What a run writes while it goes on: metrics.csv, evaluations.csv and TensorBoard events."""
 
 from __future__ import annotations
 
@@ -9,15 +9,13 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
-from train.agents import METRICS
-from train.checkpoint import write_whole
+from train.outputs.files import write_whole
 
-METRIC_COLUMNS = ("step", "stage", "updates_per_second", *METRICS)
 EVALUATION_COLUMNS = ("step", "role", "return_mean", "return_sem", "score_mean", "score_sem", "episodes")
 
 
 class Table:
-    """A CSV file that begins with ``rows`` and grows by one row a call, on disk at once."""
+    """A CSV file that starts with ``rows``; each further one is on disk at once."""
 
     def __init__(self, path: Path, columns: tuple[str, ...], rows: Sequence[Mapping[str, object]]) -> None:
         beginning = io.StringIO(newline="")
@@ -47,12 +45,21 @@ def read_table(path: Path) -> list[dict[str, str]]:
 
 
 class Record:
-    """The tables and the TensorBoard events of one run, from ``step`` on, with the ``evaluations`` made until then."""
+    """The tables and the TensorBoard events of one run, from ``step`` on.
 
-    def __init__(self, folder: Path, step: int, evaluations: Sequence[Mapping[str, object]]) -> None:
+    Args:
+        folder: of the run.
+        step: updates made so far; later rows, of a run that was killed, are dropped.
+        evaluations: rows of those made so far.
+        metrics: names of the figures.
+    """
+
+    def __init__(
+        self, folder: Path, step: int, evaluations: Sequence[Mapping[str, object]], metrics: tuple[str, ...]
+    ) -> None:
         path = folder / "metrics.csv"
         before = [row for row in read_table(path) if int(row["step"]) <= step] if path.exists() else []
-        self.metrics = Table(path, METRIC_COLUMNS, before)
+        self.metrics = Table(path, ("step", "stage", "updates_per_second", *metrics), before)
         self.evaluations = Table(folder / "evaluations.csv", EVALUATION_COLUMNS, evaluations)
         self.events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 

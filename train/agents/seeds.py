@@ -1,11 +1,11 @@
-"""Several agents that differ in their seed alone, trained side by side with batched weights.
+"""Several agents that differ only in their seed, trained side by side with batched weights.
 
 Every parameter of the agents is stacked on a leading axis of N; the agents keep theirs as views of the stack, so that
 whoever evaluates, saves or restores one of them sees and writes the weights that are being trained. An update is the
-update of a single agent (`train.agents.Learner`), its own losses under ``torch.func.vmap``, where each linear layer
-becomes one grouped product: gradients of one seed's loss reach that seed's weights only, and Adam treats every number
-by itself. The norm that clips gradients is taken seed by seed. On CUDA the flows of all seeds are integrated in one
-call; on the CPU one after another, and the losses too on a processor that multiplies faster that way.
+single agent's (`train.agents.base.Learner`) with its losses under ``torch.func.vmap``, where each linear layer becomes
+one grouped product: gradients of one seed's loss reach only that seed's weights, and Adam treats every number by
+itself. The norm that clips gradients is taken seed by seed. On CUDA the flows of all seeds are integrated in one call;
+on the CPU one after another, and so are the losses on a processor that multiplies faster that way.
 """
 
 from __future__ import annotations
@@ -17,9 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
+<<<<<<< HEAD:train/seeds.py
 from fdkernels.cpu import layers as cpu_layers
 from train.agents import Agent, Draws, Learner, Parts
 from train.dataset import Batch, OfflineDataset
+=======
+from fdkernels import cpu_layers
+from train.agents.base import Agent, Draws, Learner, Parts
+from train.data.transitions import Batch, OfflineDataset
+>>>>>>> house-train:train/agents/seeds.py
 
 
 class SeedGroup(Learner):
@@ -43,9 +49,9 @@ class SeedGroup(Learner):
             self.register_parameter(name, parameter)
 
     def optimizer_of(self, i: int, optimizer: torch.optim.Adam) -> torch.optim.Adam:
-        """The optimiser of agent i, for its checkpoints: its state is a view of that of the group's ``optimizer``.
+        """The optimiser of agent i, for its checkpoints: its state is a view of the group's ``optimizer``'s.
 
-        Adam's count of steps is one for all.
+        All agents share Adam's count of steps.
         """
         own = self.agents[i].make_optimizer()
         learning = [p for p in self.parameters() if p.requires_grad]
@@ -53,6 +59,9 @@ class SeedGroup(Learner):
             state = optimizer.state[whole]
             own.state[mine] = {name: tensor[i] if tensor.ndim else tensor for name, tensor in state.items()}
         return own
+
+    def agent_parts(self, updates: int) -> Parts:
+        return self.agents[0].agent_parts(updates)
 
     def integrate(self, batch: Batch, draws: Draws, parts: Parts) -> dict[str, Tensor]:
         if self.flow.net[0].weight.is_cuda:
@@ -133,7 +142,7 @@ def _given(columns: Batch | Draws) -> dict[str, Tensor]:
 
 
 def _unbound(tensors: dict[str, Tensor], n: int) -> list[dict[str, Tensor]]:
-    """What each agent has of them. Their gradients are put together once, not agent by agent."""
+    """Each agent's share of them. Unbound together, so that their gradients are stacked once and not agent by agent."""
     columns = {name: tensor.unbind() for name, tensor in tensors.items()}
     return [{name: column[i] for name, column in columns.items()} for i in range(n)]
 

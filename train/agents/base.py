@@ -1,30 +1,25 @@
-"""The three agents, from a batch to new parameters.
+"""What all agents share: networks, critic, flow matching, optimiser, and the update from a batch to new parameters.
 
-``fidec``   Fisher decorator (arXiv 2604.17919): a flow fitted to the data, and a displacement δ that climbs Q inside
-            the trust region δᵀF̂δ/d ≤ target.
-``deflow``  the same with the isotropic ‖δ‖²/d.
-``fql``     flow Q-learning (arXiv 2502.02538): a one-step policy distilled from the flow while it climbs Q.
-
-They share networks, critic, flow matching and optimiser; `actor_loss` is where they differ. One update is
-`Learner.update`: all that is integrated along the flow, critic loss + flow-matching loss + actor loss, their gradients,
-target network, Adam.
+One update is `Learner.update`: integrate the flow wherever the losses need its actions, add critic loss, flow-matching
+loss and actor loss, take gradients, move the target network, step Adam. An agent is a subclass of `Agent` in a file of
+its own; its methods say how it learns and acts, its class attributes what the rest of the project must know about it.
 """
 
 from __future__ import annotations
 
 import abc
 import copy
-from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fdkernels
-from train.dataset import Batch, OfflineDataset
-from train.hyperparameters import AgentConfig
-from train.networks import TwinCritic, follow
+from train.agents.critic import TwinCritic, follow
+from train.agents.hyperparameters import AgentConfig
+from train.data.transitions import Batch, OfflineDataset
 
 METRICS = {
     "flow_loss": "flow-matching loss",
@@ -40,6 +35,17 @@ METRICS = {
     "fisher_trace_per_dim": "mean tr F / d",
     "action_error": "mean squared difference of the policy's and the dataset's actions",
 }
+
+
+class Panel(NamedTuple):
+    """One of the small plots below the scores in curve.png, against updates."""
+
+    title: str
+    lines: Mapping[str, str]
+    """Columns of metrics.csv, and their names in the legend; at most three."""
+    log_scale: bool = False
+    target: str | None = None
+    """A hyper-parameter that is drawn as the target."""
 
 
 class Draws(NamedTuple):
@@ -67,11 +73,11 @@ ALL_PARTS: Parts = ("critic", "flow", "actor")
 
 
 class Learner(nn.Module, abc.ABC):
-    """One update, from a batch to new parameters: of an agent, or of several side by side (``train/seeds.py``).
+    """One update, from a batch to new parameters: of one agent, or of several side by side (``train/agents/seeds.py``).
 
-    Calling it gives the sum of the losses of ``parts``, which `update` differentiates, from what `integrate` found, and
-    the intermediate tensors that `Agent.metrics` reads; with ``log=False`` none of those, nor what is computed for them
-    alone.
+    Calling it takes what `integrate` found and returns the sum of the losses of ``parts``, which `update`
+    differentiates, and the intermediate tensors that `Agent.metrics` reads. With ``log=False`` there are no such
+    tensors, and nothing is computed just for them.
     """
 
     config: AgentConfig
@@ -92,7 +98,7 @@ class Learner(nn.Module, abc.ABC):
         return optimizer
 
     def agent_parts(self, updates: int) -> Parts:
-        """Losses of an update of the whole agent, when ``updates`` of those have been made."""
+        """Losses of the next update of the whole agent, after ``updates`` such updates."""
         flow_until, critic_until = self.config.freeze_flow_after, self.config.freeze_critic_after
         critic: Parts = ("critic",) if critic_until is None or updates < critic_until else ()
         flow: Parts = ("flow",) if flow_until is None or updates < flow_until else ("frozen_flow",)
@@ -155,10 +161,40 @@ class Learner(nn.Module, abc.ABC):
 
 
 class Agent(Learner):
-    """What the three agents share."""
+    """What all agents share. A new one defines `next_actions`, `actor_loss`, `act`, and the attributes that differ."""
 
-    q_scale_floor = 0.0
+    title: ClassVar[str]
+    """Its name in tables and pictures, such as "FQL"."""
+    summary: ClassVar[str]
+    """A few words on it for ``--help``."""
+    hyperparameters: ClassVar[type[AgentConfig]] = AgentConfig
+    """A subclass if the agent has hyper-parameters that no other has; they become flags of its runs."""
+    published: ClassVar[Mapping[str, Any]] = {}
+    """Hyper-parameters whose published values are not the defaults of ``hyperparameters``."""
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """By a preset's name, the settings and hyper-parameters in which it differs for this agent."""
+    refines: ClassVar[bool] = False
+    """Whether it has `refine`, which some rules of acting call."""
+    metric_names: ClassVar[Mapping[str, str]] = METRICS
+    """Columns of metrics.csv, and what they are. An agent that logs more adds to these."""
+    panels: ClassVar[tuple[Panel, Panel, Panel]] = (
+        Panel("size of the displacement", {"penalty": "penalty"}, log_scale=True),
+        Panel("mean Q", {"q_policy": "policy", "q_data": "dataset"}),
+        Panel("action error", {"action_error": "policy − dataset, squared"}),
+    )
+    """What curve.png shows below the scores."""
+    q_scale_floor: ClassVar[float] = 0.0
     """Least mean |Q| that `normalize_q` divides by."""
+
+    @classmethod
+    def published_config(cls, **changes: Any) -> AgentConfig:
+        """The published hyper-parameters, but for ``changes``."""
+        return cls.hyperparameters(**{**cls.published, **changes})
+
+    @classmethod
+    def flow_evaluations(cls, config: AgentConfig) -> int:
+        """How often an update evaluates the velocity network to integrate the flow, for each row of the batch."""
+        return config.flow_steps
 
     def __init__(self, config: AgentConfig, obs_dim: int, action_dim: int) -> None:
         super().__init__()
@@ -179,7 +215,7 @@ class Agent(Learner):
 
     @torch.no_grad()
     def center_critics(self, mean_reward: float) -> None:
-        """Let both critics start at r̄/(1 − γ), the value of earning the mean reward for ever."""
+        """Let both critics start at r̄/(1 − γ), the value of earning the mean reward forever."""
         for critic in (self.critic, self.target_critic):
             critic.biases[-1].fill_(mean_reward / (1 - self.config.discount))
 
@@ -237,7 +273,7 @@ class Agent(Learner):
 
     @torch.no_grad()
     def integrate(self, batch: Batch, draws: Draws, parts: Parts) -> dict[str, Tensor]:
-        """In one call, by the names of `starts`."""
+        """All of `starts` in one call; returns where they end, by the same names."""
         starts = self.starts(batch, draws, parts)
         noises, observations = [noise for noise, _ in starts.values()], [obs for _, obs in starts.values()]
         config = self.config
@@ -247,7 +283,10 @@ class Agent(Learner):
         return dict(zip(starts, ends))
 
     def starts(self, batch: Batch, draws: Draws, parts: Parts) -> dict[str, tuple[Tensor, Tensor]]:
-        """Noise (..., d) to integrate the flow from, and observations that broadcast to it: ``base``, for the actor."""
+        """Where `integrate` begins: noise (..., d) and observations that broadcast to it, by the names that losses use.
+
+        Here ``base``, the action that the actor loss starts from; an agent adds what else it needs.
+        """
         return {"base": (draws.base_noise, batch.observations)} if "actor" in parts else {}
 
     @abc.abstractmethod
@@ -304,185 +343,19 @@ class Agent(Learner):
     def act(self, obs: Tensor, noise: Tensor) -> Tensor:
         """The policy's action (..., d), in [-1, 1], for standardised observations and N(0, I) noise (..., d)."""
 
+    def refine(self, obs: Tensor, action: Tensor) -> Tensor:
+        """A better action (..., d) near ``action``; only where the agent ``refines``."""
+        raise TypeError(f"this rule refines an action, and {type(self).__name__} has nothing that does")
+
     # -- logging -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def metrics(self, batch: Batch, seen: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The figures worth watching, named in `METRICS`, as far as the tensors of a logged update give them."""
-        figures = {name: tensor for name, tensor in seen.items() if name in METRICS}
+        """Those of `metric_names` that the tensors of a logged update give."""
+        figures = {name: tensor for name, tensor in seen.items() if name in self.metric_names}
         if "critic_q" in seen:
             figures["q_data"] = seen["critic_q"].mean()
         if "policy_q" in seen:
             figures["q_policy"] = seen["policy_q"].mean()
             figures["action_error"] = F.mse_loss(seen["policy_actions"], batch.actions)
-        if "displacement" in seen:
-            figures["displacement_norm"] = seen["displacement"].norm(dim=-1).mean()
-            figures["displacement_mean_square"] = seen["displacement"].square().mean()
-        if "score" in seen:
-            spectrum = fdkernels.fisher_spectrum(seen["score"], damping=self.config.fisher_damping)
-            figures["fisher_trace_per_dim"] = spectrum.mean()
-            figures["top_eigenvalue_share"] = (spectrum[..., 0] / spectrum.sum(-1)).mean()
         return figures
-
-
-class DecoratorAgent(Agent):
-    """π(s) = clip(a + δ(s, a)), a the flow's action, with the size of δ held at ``target_divergence``."""
-
-    def __init__(self, config: AgentConfig, obs_dim: int, action_dim: int) -> None:
-        super().__init__(config, obs_dim, action_dim)
-        if config.lagrange:
-            self.log_alpha = nn.Parameter(torch.tensor(float(config.alpha)).log())
-        if config.zero_init_displacement:
-            nn.init.zeros_(self.actor[-1].weight)  # type: ignore[arg-type]
-
-    def displacement(self, obs: Tensor, action: Tensor) -> Tensor:
-        """δ(s, a), (..., d), unclipped."""
-        return self.actor(torch.cat([obs, action], dim=-1))
-
-    def starts(self, batch: Batch, draws: Draws, parts: Parts) -> dict[str, tuple[Tensor, Tensor]]:
-        """Also ``next``, for the critic's target."""
-        starts = super().starts(batch, draws, parts)
-        if "critic" in parts:
-            starts["next"] = draws.next_noise, batch.next_observations
-        return starts
-
-    @torch.no_grad()
-    def next_actions(self, batch: Batch, draws: Draws, flows: dict[str, Tensor]) -> Tensor:
-        return self.refine(batch.next_observations, flows["next"])
-
-    @abc.abstractmethod
-    def penalty(
-        self, obs: Tensor, displacement: Tensor, draws: Draws, flows: dict[str, Tensor], log: bool
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Size of each displacement, (B,), and what there is to log. Gradient to the displacement only."""
-
-    def actor_loss(
-        self, batch: Batch, draws: Draws, flows: dict[str, Tensor], log: bool
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """α·penalty − Q(s, clip(a + δ)); α rises while the penalty is above its target (dual ascent)."""
-        base_actions = flows["base"]
-        displacement = self.displacement(batch.observations, base_actions)
-        row_penalty, seen = self.penalty(batch.observations, displacement, draws, flows, log)
-        penalty = row_penalty.mean()
-        policy_actions = (base_actions + displacement).clamp(-1, 1)
-        q_loss, q_seen = self.q_loss(batch.observations, policy_actions)
-
-        if self.config.lagrange:
-            alpha = self.log_alpha.detach().exp()
-            multiplier_loss = -self.log_alpha * (penalty.detach() - self.config.target_divergence)
-            loss = alpha * penalty + q_loss + multiplier_loss
-            seen.update(alpha=alpha, multiplier_loss=multiplier_loss)
-        else:
-            loss = self.config.alpha * penalty + q_loss
-        return loss, {
-            **seen,
-            **q_seen,
-            "base_actions": base_actions,
-            "displacement": displacement,
-            "policy_actions": policy_actions,
-            "row_penalty": row_penalty,
-            "penalty": penalty,
-            "actor_loss": loss,
-        }
-
-    @torch.no_grad()
-    def act(self, obs: Tensor, noise: Tensor) -> Tensor:
-        return self.refine(obs, self.flow_action(obs, noise))
-
-    @torch.no_grad()
-    def refine(self, obs: Tensor, action: Tensor) -> Tensor:
-        """clip(a + δ(s, a))."""
-        return (action + self.displacement(obs, action)).clamp(-1, 1)
-
-
-class FiDec(DecoratorAgent):
-    """Fisher decorator: the size is δᵀF̂δ/d, F̂ the behaviour density's normalised Fisher matrix."""
-
-    q_scale_floor = 1e-6
-
-    def draw(self, batch_size: int, generator: torch.Generator | None = None) -> Draws:
-        k, high = self.config.num_fisher_samples, min(0.999, self.config.fisher_t)
-        low = max(0.001, self.config.fisher_t - self.config.fisher_t_width)
-        draws = (
-            super()
-            .draw(batch_size, generator)
-            ._replace(
-                fisher_noise=self._normal(generator, batch_size, k), bridge_noise=self._normal(generator, batch_size, k)
-            )
-        )
-        if self.config.fisher_t_width == 0:
-            return draws
-        uniform = torch.rand(batch_size, k, 1, generator=generator, **self._like())
-        return draws._replace(fisher_t=low + (high - low) * uniform)
-
-    def starts(self, batch: Batch, draws: Draws, parts: Parts) -> dict[str, tuple[Tensor, Tensor]]:
-        """Also ``fisher``, K samples for each state."""
-        starts = super().starts(batch, draws, parts)
-        if "actor" in parts:
-            assert draws.fisher_noise is not None
-            starts["fisher"] = draws.fisher_noise, batch.observations.unsqueeze(1)
-        return starts
-
-    def penalty(
-        self, obs: Tensor, displacement: Tensor, draws: Draws, flows: dict[str, Tensor], log: bool
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Size of the displacement in the behaviour density's Fisher metric, (B,); gradient to the displacement."""
-        config = self.config
-        found = fdkernels.flow_fisher_penalty(
-            self.flow,
-            obs,
-            displacement,
-            t=config.fisher_t if draws.fisher_t is None else draws.fisher_t,
-            damping=config.fisher_damping,
-            eps=config.fisher_trace_eps,
-            convention=config.score_convention,
-            min_sigma=config.min_sigma,
-            samples=flows["fisher"],
-            bridge_noise=draws.bridge_noise,
-            return_score=log,
-        )
-        if isinstance(found, Tensor):
-            return found, {}
-        penalty, score = found
-        return penalty, {"score": score}
-
-
-class DeFlow(DecoratorAgent):
-    """The isotropic trust region: the size is ‖δ‖²/d."""
-
-    def penalty(
-        self, obs: Tensor, displacement: Tensor, draws: Draws, flows: dict[str, Tensor], log: bool
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        return displacement.square().mean(-1), {}
-
-
-class FQL(Agent):
-    """Flow Q-learning: π(s) = clip(μ(s, noise)), kept near the flow's action from the same noise."""
-
-    def next_actions(self, batch: Batch, draws: Draws, flows: dict[str, Tensor]) -> Tensor:
-        return self.act(batch.next_observations, draws.next_noise)
-
-    def actor_loss(
-        self, batch: Batch, draws: Draws, flows: dict[str, Tensor], log: bool
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """α·‖μ(s, noise) − flow(s, noise)‖²/d − Q(s, clip(μ))."""
-        base_actions = flows["base"]
-        actions = self.actor(torch.cat([batch.observations, draws.base_noise], dim=-1))
-        penalty = F.mse_loss(actions, base_actions)
-        policy_actions = actions.clamp(-1, 1)
-        q_loss, seen = self.q_loss(batch.observations, policy_actions)
-        loss = self.config.alpha * penalty + q_loss
-        return loss, {
-            **seen,
-            "base_actions": base_actions,
-            "policy_actions": policy_actions,
-            "penalty": penalty,
-            "actor_loss": loss,
-        }
-
-    @torch.no_grad()
-    def act(self, obs: Tensor, noise: Tensor) -> Tensor:
-        return self.actor(torch.cat([obs, noise], dim=-1)).clamp(-1, 1)
-
-
-AGENTS: dict[str, type[Agent]] = {"fidec": FiDec, "deflow": DeFlow, "fql": FQL}

@@ -1,22 +1,29 @@
-"""Every setting of a run. The fields are the command line; their docstrings are its help."""
+"""The settings of a run. The fields are the command line's flags, and their docstrings its help."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import torch
 import tyro
 
 from train.acting import FOR_REFINING_AGENTS, Acting, RuleName
-from train.hyperparameters import AgentConfig, require, require_finite
+from train.agents import AGENTS, AgentName
+from train.agents.hyperparameters import AgentConfig, require, require_finite
+from train.data.spec import Size
 
+PresetName = Literal["auto", "quick", "standard", "full"]
+_AGENTS_HELP = "; ".join(f"{name}: {agent.summary}" for name, agent in AGENTS.items()) + "."
 MAY_CHANGE_ON_RESUME = {
     *("steps", "preset", "device", "out", "resume", "overwrite", "num_seeds", "capture", "profile"),
     *("eval_every", "eval_episodes", "interim_episodes", "log_every", "checkpoint_every"),
 }
+
+
+class RunError(RuntimeError):
+    """Something the user can mend; shown without a traceback."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,9 +32,8 @@ class RunConfig:
 
     env: str
     """What to learn, such as halfcheetah-medium-expert; `python train/environments.py` lists the names."""
-    agent: Literal["fidec", "deflow", "fql"] = "fidec"
-    """fidec: Fisher trust region; deflow: isotropic trust region; fql: one-step distillation."""
-    preset: Literal["auto", "quick", "standard", "full"] = "auto"
+    agent: Annotated[AgentName, tyro.conf.arg(help=_AGENTS_HELP)] = "fidec"
+    preset: PresetName = "auto"
     """full: the published setting. quick: minutes on a laptop's CPU. standard: a quarter of an hour there. auto: quick
     where no GPU is used. Flags given beside it win."""
     steps: int = 1_000_000
@@ -84,7 +90,7 @@ class RunConfig:
     """Updates between rows of metrics."""
     checkpoint_every: int = 50_000
     """Updates between checkpoints; also written at the end and on Ctrl-C."""
-    dataset_size: Literal["default", "full"] = "default"
+    dataset_size: Size = "default"
     """Size of generated data: 100 or 1,000 episodes per behaviour policy. Downloaded data is always whole."""
     standardize_observations: bool = False
     """Shift and scale observations by the dataset's mean and standard deviation."""
@@ -109,8 +115,8 @@ class RunConfig:
         )
         for name in (*counts, "eval_every", "log_every", "checkpoint_every"):
             require(name, getattr(self, name), (value := getattr(self, name)) is None or value > 0, "positive")
-        refines = self.acting in FOR_REFINING_AGENTS
-        require("acting", self.acting, not (refines and self.agent == "fql"), "a rule without refinement for fql")
+        allowed = self.acting not in FOR_REFINING_AGENTS or AGENTS[self.agent].refines
+        require("acting", self.acting, allowed, f"a rule without refinement for {self.agent}")
         require("discount", self.hyper.discount, self.hyper.discount < 1 or not self.center_critics, "below 1 here")
         for name in ("warmup_lr", "acting_temperature"):
             require(name, getattr(self, name), getattr(self, name) > 0, "positive")
@@ -130,11 +136,11 @@ class RunConfig:
 
     @property
     def group_folder(self) -> Path:
-        """Where the folders of several seeds lie."""
+        """The folder that holds those of several seeds."""
         return self.out or Path("runs") / self.env
 
     def of_each_seed(self) -> list[RunConfig]:
-        """The settings with which each agent would be trained alone."""
+        """For each agent, the settings that would train it alone."""
         if self.num_seeds == 1:
             return [self]
         alone = [dataclasses.replace(self, seed=self.seed + i, num_seeds=1) for i in range(self.num_seeds)]
@@ -143,12 +149,12 @@ class RunConfig:
         return [dataclasses.replace(config, out=self.out / f"{config.agent}-seed{config.seed}") for config in alone]
 
     def as_json(self) -> dict[str, Any]:
-        """As JSON gives it back: lists for tuples, text for paths."""
+        """As it comes back from JSON: lists for tuples, text for paths."""
         return json.loads(json.dumps(dataclasses.asdict(self), default=str))
 
 
 def role_names(config: RunConfig) -> dict[str, str]:
-    """What people read for the roles of an evaluation; one sample is left out where it is the rule itself."""
+    """What tables call the roles of an evaluation. "sample" is left out where it is how the agent acts anyway."""
     names = {
         "policy": f"{config.agent}, {config.acts}",
         "sample": f"{config.agent}, one sample",
@@ -158,59 +164,3 @@ def role_names(config: RunConfig) -> dict[str, str]:
         del names["sample"]
         names["policy"] = config.agent
     return names
-
-
-def choose_preset(name: str, device: str) -> str:
-    """What ``auto`` stands for: full on a GPU, quick without one."""
-    if name != "auto":
-        return name
-    on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
-    return "full" if on_gpu else "quick"
-
-
-def preset_config(name: str, agent: str) -> RunConfig:
-    """The settings behind ``--preset quick``, ``standard`` and ``full``."""
-    hyper = AgentConfig(grad_clip=None if agent == "fql" else 5.0)
-    if name not in ("quick", "standard"):
-        return RunConfig(env=tyro.MISSING, hyper=hyper)
-    # Measured on two CPU cores. The flow is trained first, and then left alone: everything rests on how faithful it is.
-    # Then critics of the behaviour, whose targets sum ten rewards; then displacement and critics together.
-    quick = RunConfig(
-        env=tyro.MISSING,
-        steps=2_000,
-        flow_warmup=30_000,
-        critic_warmup=6_000,
-        critic_warmup_n_step=10,
-        anneal=True,
-        acting="mean-flow-of-n",
-        acting_samples=16,
-        acting_temperature=0.006,
-        eval_every=1_000,
-        eval_episodes=20,
-        interim_episodes=5,
-        log_every=100,
-        checkpoint_every=5_000,
-        standardize_observations=True,
-        scale_rewards=True,
-        center_critics=True,
-        hyper=dataclasses.replace(
-            hyper,
-            actor_hidden=(256,) * 3,
-            critic_hidden=(256,) * 2,
-            lr=1e-3,
-            normalize_q=True,
-            flow_steps=5,
-            freeze_flow_after=0,
-            fisher_t=0.8,
-            num_fisher_samples=2,
-            zero_init_displacement=True,
-            alpha=1.0,
-            target_divergence=1e-3,
-        ),
-    )
-    if name == "quick":
-        return quick
-    # An update of FQL takes less than half of FiDec's time, and its policy is distilled from scratch, where the others
-    # start from the flow.
-    steps, eval_every = (30_000, 5_000) if agent == "fql" else (10_000, 2_500)
-    return dataclasses.replace(quick, steps=steps, flow_warmup=60_000, critic_warmup=10_000, eval_every=eval_every)

@@ -1,62 +1,62 @@
-"""What a run says of itself at its end: scores in tables, for one seed and for several."""
+"""What a run prints about its scores: a line for each evaluation, and tables at the end."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from train.config import RunConfig, role_names
-from train.curve import group_curve_path, interquartile_mean
-from train.environments import EnvSpec
+from train.data.spec import EnvSpec
 from train.evaluate import ROLES
-from train.member import Member, score_label
+from train.outputs.curve import group_curve_path, interquartile_mean
+from train.outputs.result import Result
+from train.settings import RunConfig, role_names
 
 
 def title(config: RunConfig, spec: EnvSpec) -> str:
     return (
-        f"{score_label(spec)}: 0 = random ({spec.random_return:,.0f}), 100 = expert "
+        f"{spec.score_label}: 0 = random ({spec.random_return:,.0f}), 100 = expert "
         f"({spec.expert_return:,.0f}); {config.eval_episodes} episodes, ± standard error"
     )
 
 
-def final_table(member: Member, minutes: float) -> str:
-    config, data = member.config, member.dataset
-    lines = ["", title(config, member.spec), ""]
+def final_table(result: Result, minutes: float) -> str:
+    config, found = result.config, result.last_and_best
+    lines = ["", title(config, result.spec), ""]
     lines.append(f"{'':26}{'return, last':>18}{'score, last':>16}{'score, best':>16}{'at step':>12}{'of episodes':>13}")
     for role, name in role_names(config).items():
-        last, best = member.results[role]["last"], member.results[role]["best"]
+        last, best = found[role]["last"], found[role]["best"]
         lines.append(
             f"{name:26}{last['return_mean']:>10,.0f} ± {last['return_sem']:<5,.0f}"
             f"{last['score_mean']:>9.1f} ± {last['score_sem']:<4.1f}"
             f"{best['score_mean']:>9.1f} ± {best['score_sem']:<4.1f}{best['step']:>12,}{best['episodes']:>13}"
         )
-    lines.append(f"{'dataset':26}{data.episode_returns.mean():>10,.0f}{'':8}{member.dataset_score:>9.1f}")
+    lines.append(f"{'dataset':26}{result.dataset_return:>10,.0f}{'':8}{result.dataset_score:>9.1f}")
     lines += ["", f"{minutes:.1f} minutes. In {config.folder}: curve.png, metrics.csv, evaluations.csv, "]
     lines[-1] += "tensorboard/, policy.safetensors, result.json"
     return "\n".join(lines)
 
 
-def group_table(config: RunConfig, members: Sequence[Member], minutes: float) -> str:
+def group_table(config: RunConfig, results: Sequence[Result], minutes: float) -> str:
     """A line for each seed, then the interquartile mean over them."""
     names = role_names(config)
     columns = "".join(f"{name:>28}" for name in names.values())
-    lines = ["", title(config, members[0].spec), "", f"{'':20}{columns}"]
-    for member in members:
-        last = [member.results[role]["last"] for role in names]
-        scores = "".join(f"{row['score_mean']:>20.1f} ± {row['score_sem']:<5.1f}" for row in last)
-        lines.append(f"{f'seed {member.config.seed}':20}{scores}")
+    lines = ["", title(config, results[0].spec), "", f"{'':20}{columns}"]
+    last_rows = [{role: result.last_and_best[role]["last"] for role in names} for result in results]
+    for result, last in zip(results, last_rows):
+        scores = "".join(f"{row['score_mean']:>20.1f} ± {row['score_sem']:<5.1f}" for row in last.values())
+        lines.append(f"{f'seed {result.config.seed}':20}{scores}")
     cells = ""
     for role in names:
-        middle, (low, high) = interquartile_mean([member.results[role]["last"]["score_mean"] for member in members])
+        middle, (low, high) = interquartile_mean([last[role]["score_mean"] for last in last_rows])
         cells += f"{f'{middle:.1f} [{low:.1f}, {high:.1f}]':>28}"
     lines.append(f"{'interquartile mean':20}{cells}   [95 % interval over seeds]")
-    lines.append(f"{'dataset':20}{members[0].dataset_score:>20.1f}")
-    folders = f"{config.agent}-seed{config.seed} ... {config.agent}-seed{members[-1].config.seed}"
+    lines.append(f"{'dataset':20}{results[0].dataset_score:>20.1f}")
+    folders = f"{config.agent}-seed{config.seed} ... {config.agent}-seed{results[-1].config.seed}"
     lines += ["", f"{minutes:.1f} minutes. {group_curve_path(config)}; in {folders} what each seed leaves alone"]
     return "\n".join(lines)
 
 
 def evaluation_line(step: int, seed: str, rows: dict[str, dict[str, float]], config: RunConfig, minutes: float) -> str:
-    """What came of one evaluation, while a run goes on."""
+    """The scores of one evaluation, printed while the run goes on."""
     scores = {role: f"{rows[role]['score_mean']:5.1f} ± {rows[role]['score_sem']:.1f}" for role in ROLES}
     line = f"step {step:>9,}  {seed}score {scores['policy']}"
     if config.acting != "sample":

@@ -1,4 +1,4 @@
-"""The hyper-parameters of an agent; ``train/config.py`` holds the settings of the run around it."""
+"""The hyper-parameters of an agent; ``train/settings.py`` holds the settings of the run around it."""
 
 from __future__ import annotations
 

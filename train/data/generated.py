@@ -1,0 +1,80 @@
+"""Rollouts of the behaviour policies that ship with the project, made once and kept in Minari's folder."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import shutil
+from pathlib import Path
+
+from filelock import FileLock
+from minari.storage import get_dataset_path
+
+from train.behaviour.rollout import store_rollouts
+from train.data import minari_cache
+from train.data.spec import EnvSpec, NotHere, Part, Size, Source, Wanted
+
+EPISODES: dict[Size, int] = {"default": 100, "full": 1000}
+"""Episodes that each behaviour policy plays."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollouts(Source):
+    """Rollouts of behaviour policies, a dataset of each, concatenated."""
+
+    policies: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"rollouts of {' and '.join(self.policies)}"
+
+    def is_cached(self, wanted: Wanted) -> bool:
+        return all(map(minari_cache.is_cached, self.dataset_ids(wanted)))
+
+    def whereabouts(self, wanted: Wanted) -> str:
+        return f"rollouts are in {get_dataset_path(self.dataset_ids(wanted)[0]).parent}"
+
+    def load(self, spec: EnvSpec, wanted: Wanted) -> list[Part]:
+        if not self.is_cached(wanted) and not self.can_generate(wanted):
+            generable = [
+                other.name
+                for other in wanted.environments
+                if any(isinstance(source, Rollouts) and source.can_generate(wanted) for source in other.sources)
+            ]
+            reason = f"{wanted.policies} lacks a behaviour policy for it"
+            raise NotHere(reason, tried=[f"generate: {reason}, has them for {', '.join(generable) or 'none'}"])
+        named = zip(self.dataset_ids(wanted), self._files(wanted))
+        return [_read_or_generate(dataset_id, spec, file, EPISODES[wanted.size]) for dataset_id, file in named]
+
+    def dataset_ids(self, wanted: Wanted) -> list[str]:
+        # raise -v0 when the policies change, or the way they are played
+        return [f"fdkernels/{policy.replace('-', '/', 1)}-{EPISODES[wanted.size]}ep-v0" for policy in self.policies]
+
+    def can_generate(self, wanted: Wanted) -> bool:
+        return all(file.exists() for file in self._files(wanted))
+
+    def _files(self, wanted: Wanted) -> list[Path]:
+        return [wanted.policies / f"{policy}.safetensors" for policy in self.policies]
+
+
+def _read_or_generate(dataset_id: str, spec: EnvSpec, policy_file: Path, episodes: int) -> Part:
+    origin = f"rollouts of the behaviour policy {policy_file.stem} in {spec.env_id}"
+    with contextlib.suppress(minari_cache.Unreadable):
+        return Part(dataset_id, f"{origin}, local cache", minari_cache.read(dataset_id))
+    folder = get_dataset_path(dataset_id)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Written aside and moved into place whole, so that a killed run leaves nothing that looks like data; one process
+    # at a time, the others wait and read. The lock of a killed process is released.
+    staging = folder.with_name(f".{folder.name}.partial")
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
+        with contextlib.suppress(minari_cache.Unreadable):
+            return Part(dataset_id, f"{origin}, local cache", minari_cache.read(dataset_id))
+        damaged = folder.exists()
+        shutil.rmtree(staging, ignore_errors=True)
+        try:
+            store_rollouts(staging, dataset_id, spec, policy_file, episodes)
+            shutil.rmtree(folder, ignore_errors=True)
+            staging.rename(folder)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    origin += ", generated again because the copy in the cache was damaged" if damaged else ", generated now"
+    return Part(dataset_id, origin, minari_cache.read(dataset_id))

@@ -1,0 +1,99 @@
+"""Datasets that Minari hosts: from its local cache, or downloaded into it."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import warnings
+from collections.abc import Sequence
+
+import minari
+from huggingface_hub import constants, utils
+from minari.storage import get_dataset_path
+
+from train.data import minari_cache
+from train.data.spec import DatasetUnavailable, EnvSpec, NotHere, Part, Source, Wanted
+
+PROBE_SECONDS = 3.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Hosted(Source):
+    """Minari's datasets, concatenated."""
+
+    dataset_ids: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"Minari's {' and '.join(self.dataset_ids)}"
+
+    def is_cached(self, wanted: Wanted) -> bool:
+        return all(map(minari_cache.is_cached, self.dataset_ids))
+
+    def load(self, spec: EnvSpec, wanted: Wanted) -> list[Part]:
+        if self.is_cached(wanted):
+            return self._read("Minari, local cache")
+        problem = _download(self.dataset_ids) if wanted.download else "not looked for"
+        if problem is None:
+            return self._read("Minari, downloaded now")
+        raise NotHere(
+            problem,
+            tried=(
+                f"local cache: {get_dataset_path()} lacks {' or '.join(self.dataset_ids)}",
+                f"download: {problem}",
+            ),
+            remedy=f"run `minari download {' '.join(self.dataset_ids)}` where there is a network and copy what it "
+            "fetched into the same place under that cache, or set MINARI_DATASETS_PATH to another cache.",
+        )
+
+    def _read(self, origin: str) -> list[Part]:
+        parts = []
+        for dataset_id in self.dataset_ids:
+            try:
+                parts.append(Part(dataset_id, origin, minari_cache.read(dataset_id)))
+            except minari_cache.Unreadable as error:
+                raise DatasetUnavailable(
+                    f"{dataset_id} in Minari's local cache cannot be read ({error}).\n"
+                    f"What to do: delete the folder {get_dataset_path(dataset_id)} and run again to have it downloaded."
+                ) from error
+        return parts
+
+
+def _download(dataset_ids: Sequence[str]) -> str | None:
+    """Complete the local cache; what went wrong, or None."""
+    problem = _hub_problem()
+    if problem is not None:
+        return problem
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=UserWarning, module="minari")  # on namespaces, newer versions
+            for dataset_id in dataset_ids:
+                if not minari_cache.is_cached(dataset_id):
+                    # forced, else the folder of an interrupted download would be skipped instead of completed
+                    minari.download_dataset(dataset_id, force_download=True)
+    except Exception as error:  # Minari, the hub's client and the HTTP library share no base class
+        return f"failed ({minari_cache.brief(error)})"
+    return None if all(map(minari_cache.is_cached, dataset_ids)) else "came without its data files"
+
+
+def _hub_problem() -> str | None:
+    """Why the hub that hosts Minari's datasets cannot be reached; None if it answers.
+
+    The hub's client retries for half a minute without a network, so one request decides beforehand. That client sends
+    it, hence through the same proxy and with the same certificates; a thread does, because the time limit of a request
+    covers neither the look-up of the name nor the trial of several addresses.
+    """
+    hub = constants.ENDPOINT
+    answers: list[str | None] = []
+
+    def ask() -> None:
+        try:
+            status = utils.get_session().head(hub, timeout=PROBE_SECONDS).status_code
+            refused = status >= 500 or status in (403, 407)  # a proxy, or a hub that is down: retries would go on
+            answers.append(f"{hub} cannot be reached (HTTP status {status})" if refused else None)
+        except Exception as error:  # of the HTTP library that this version of the client is built on
+            answers.append(f"{hub} cannot be reached ({minari_cache.brief(error)})")
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(PROBE_SECONDS)
+    return answers[0] if answers else f"{hub} did not answer within {PROBE_SECONDS:g} s"

@@ -1,0 +1,61 @@
+"""From an environment to its transitions, through the first of its sources that has data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from train.behaviour.policy import POLICIES
+from train.data.spec import DatasetUnavailable, EnvSpec, NotHere, Part, Size, Wanted, normalized_score
+from train.data.transitions import OfflineDataset
+from train.environments import ENVIRONMENTS
+
+
+def load_dataset(
+    spec: EnvSpec, *, size: Size = "default", download: bool = True, policies: Path = POLICIES
+) -> OfflineDataset:
+    """Read the data of an environment, getting it first if need be.
+
+    A source whose data are on this machine already goes before those that would have to get theirs, so that a resumed
+    run keeps its data when a network has come or gone. Otherwise the sources are tried in their order. The parts of a
+    combined dataset all come from the same source.
+
+    Args:
+        spec: a row of ``train.environments.ENVIRONMENTS``.
+        size: of generated data, ``train.data.generated.EPISODES`` per policy. Hosted datasets have the size they have.
+        download: whether to look for hosted datasets beyond the local cache.
+        policies: folder of the behaviour policies.
+
+    Raises:
+        DatasetUnavailable: no source has data, or one has data that are damaged.
+    """
+    wanted = Wanted(size, download, policies, tuple(ENVIRONMENTS.values()))
+    cached = next((source for source in spec.sources if source.is_cached(wanted)), None)
+    preface, failures = [], []
+    for source in spec.sources:
+        if cached is not None and source is not cached:
+            preface.append(f"{source}: not looked for, {cached.whereabouts(wanted)}")
+            continue
+        try:
+            return _combine(spec, source.load(spec, wanted), preface)
+        except NotHere as failure:
+            preface.append(f"{source}: {failure}")
+            failures.append(failure)
+    lines = [f"no data for {spec.name}.", *(f"  {line}" for failure in failures for line in failure.tried)]
+    remedies = " ".join(failure.remedy for failure in failures if failure.remedy)
+    raise DatasetUnavailable("\n".join([*lines, f"What to do: {remedies}"] if remedies else lines))
+
+
+def _combine(spec: EnvSpec, parts: Sequence[Part], preface: Sequence[str]) -> OfflineDataset:
+    lines = list(preface)
+    for dataset_id, origin, episodes in parts:
+        mean = float(np.mean([e.rewards.sum() for e in episodes]))
+        transitions = sum(len(e.rewards) for e in episodes)
+        lines.append(
+            f"{dataset_id} ({origin}): {len(episodes):,} episodes, {transitions:,} transitions, "
+            f"mean return {mean:,.0f} (normalised {normalized_score(spec, mean):.1f})"
+        )
+    ids = tuple(part.dataset_id for part in parts)
+    return OfflineDataset.from_episodes([e for part in parts for e in part.episodes], ids, tuple(lines))

@@ -1,0 +1,265 @@
+"""The loop of a run: its stages from the first update to the last, evaluations and checkpoints between them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from train.agents import AGENTS
+from train.agents.base import Agent, Learner, Parts
+from train.agents.seeds import SeedGroup
+from train.capture import CapturedUpdate
+from train.data.spec import EnvSpec
+from train.data.transitions import Batch, OfflineDataset
+from train.member import Member
+from train.outputs.checkpoint import newest_checkpoints
+from train.outputs.curve import draw_group_curve
+from train.outputs.report import evaluation_line, final_table, group_table
+from train.outputs.result import Result
+from train.profiling import ProfiledUpdate
+from train.settings import RunConfig, RunError
+
+Update: TypeAlias = Callable[[Parts, bool], tuple[Batch, dict[str, Tensor]]]
+
+
+class Stage(NamedTuple):
+    name: str
+    start: int
+    end: int
+
+
+class Run:
+    """Data, agents and optimiser of one run, and the loop over them. Each of several seeds is a member."""
+
+    def __init__(self, config: RunConfig, spec: EnvSpec, dataset: OfflineDataset, device: torch.device) -> None:
+        self.config, self.spec = config, spec
+        if config.standardize_observations:
+            mean, std = dataset.observations.mean(0), dataset.observations.std(0) + 1e-3
+        else:
+            mean, std = torch.zeros(dataset.observations.shape[1]), torch.ones(dataset.observations.shape[1])
+        self.dataset = dataclasses.replace(
+            dataset,
+            observations=(dataset.observations - mean) / std,
+            next_observations=(dataset.next_observations - mean) / std,
+            rewards=dataset.rewards / dataset.rewards.std() if config.scale_rewards else dataset.rewards,
+        ).to(device)
+        self.warmup_dataset = self.dataset
+        if config.critic_warmup and config.critic_warmup_n_step > 1:
+            self.warmup_dataset = self.dataset.n_step(config.critic_warmup_n_step, config.hyper.discount)
+        configs = config.of_each_seed()
+        agents = [self._make_agent(single.seed, mean, std).to(device) for single in configs]
+        self.generators = [torch.Generator(device).manual_seed(single.seed) for single in configs]
+        if config.num_seeds == 1:
+            self.learner: Learner = agents[0]
+            self.optimizer = self.learner.make_optimizer()
+            optimizers = [self.optimizer]
+        else:
+            self.learner = group = SeedGroup(agents)
+            self.optimizer = group.make_optimizer()
+            optimizers = [group.optimizer_of(i, self.optimizer) for i in range(config.num_seeds)]
+        self.members = [
+            Member(Result(single, spec, self.dataset), agent, optimizer, generator)
+            for single, agent, optimizer, generator in zip(configs, agents, optimizers, self.generators)
+        ]
+        self.update = self._make_update()
+        self.step = 0
+        self.seconds = 0.0
+        self.learning_rate = config.hyper.lr
+        self.stop_requested = False
+
+        flow_end = config.flow_warmup
+        critic_end = flow_end + config.critic_warmup
+        self.stages = [
+            Stage("flow warm-up", 0, flow_end),
+            Stage("critic warm-up", flow_end, critic_end),
+            Stage(config.agent, critic_end, critic_end + config.steps),
+        ]
+
+    def _make_agent(self, seed: int, obs_mean: Tensor, obs_std: Tensor) -> Agent:
+        config = self.config
+        torch.manual_seed(seed)
+        agent = AGENTS[config.agent](config.hyper, self.dataset.observations.shape[1], self.dataset.actions.shape[1])
+        agent.obs_mean.copy_(obs_mean)
+        agent.obs_std.copy_(obs_std)
+        if config.center_critics:
+            agent.center_critics(float(self.dataset.rewards.mean()))
+        return agent
+
+    def _make_update(self) -> Update:
+        if self.config.compile:
+            self.learner.compile(fullgraph=True, dynamic=False)
+        update: Update = self._update
+        if captures(self.config, self.generators[0].device):
+            update = CapturedUpdate(update, self.generators)
+        if self.config.profile:
+            update = ProfiledUpdate(update, self.members[0].config.folder / "trace.json")
+        return update
+
+    def _update(self, parts: Parts, log: bool) -> tuple[Batch, dict[str, Tensor]]:
+        """One update, the sampling of its batch included."""
+        dataset = self.warmup_dataset if "data_critic" in parts else self.dataset
+        batch, draws = self.learner.sample(dataset, self.config.batch_size, self.generators)
+        return batch, self.learner.update(self.optimizer, batch, draws, parts, log=log)
+
+    # -- the loop ------------------------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """Go through the stages from the step reached so far. At the end, a checkpoint holds all that was done."""
+        for member in self.members:
+            member.open_record(self.step)
+        self.clock = time.perf_counter() - self.seconds
+        handlers = {signum: signal.signal(signum, self.request_stop) for signum in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            for stage in self.stages:
+                if stage.start <= self.step < stage.end and not self.stop_requested:
+                    self._train(stage)
+        finally:
+            if isinstance(self.update, ProfiledUpdate):
+                self.update.close()
+            for member in self.members:
+                member.record.close()
+            for signum, handler in handlers.items():
+                signal.signal(signum, handler)
+
+    def _train(self, stage: Stage) -> None:
+        config, flow_end = self.config, self.stages[0].end
+        critics_learn = stage is not self.stages[0]
+        if critics_learn and not self.members[0].result.evaluations:
+            self.evaluate()
+        bar = tqdm(
+            desc=stage.name,
+            initial=self.step - stage.start,
+            total=stage.end - stage.start,
+            unit="update",
+            mininterval=0.5 if sys.stderr.isatty() else 20,
+            dynamic_ncols=True,
+        )
+        with bar:
+            logged_step, logged_at = self.step, time.perf_counter()
+            while self.step < stage.end and not self.stop_requested:
+                done = self.step - stage.start + 1
+                log = done % config.log_every == 0 or self.step + 1 == stage.end
+                self.set_learning_rate(stage)
+                batch, seen = self.update(self.parts(stage), log)
+                self.step += 1
+                bar.update()
+                if log:
+                    figures = self.learner.figures(batch, seen)
+                    rate = (self.step - logged_step) / (time.perf_counter() - logged_at)
+                    numbers = [
+                        member.log(self.step, stage.name, rate, of_member)
+                        for member, of_member in zip(self.members, figures)
+                    ]
+                    bar.set_postfix_str(postfix(numbers), refresh=False)
+                    logged_step, logged_at = self.step, time.perf_counter()
+                end = self.step == self.stages[-1].end
+                if critics_learn and ((self.step - flow_end) % config.eval_every == 0 or end):
+                    self.evaluate()
+                    logged_at = time.perf_counter()
+                if self.step % config.checkpoint_every == 0 or self.step == stage.end:
+                    self.save()
+        if self.stop_requested:
+            self.save()
+
+    def parts(self, stage: Stage) -> Parts:
+        """The losses that the next update takes."""
+        flow_warmup, critic_warmup, _ = self.stages
+        if stage is flow_warmup:
+            return ("flow",)
+        if stage is critic_warmup:
+            return ("data_critic",)
+        return self.learner.agent_parts(self.step - stage.start)
+
+    def set_learning_rate(self, stage: Stage) -> None:
+        """Anneal it in each warm-up, which a noisy last iterate would spoil, and for the agent if asked to."""
+        warming_up = stage is not self.stages[-1]
+        lr = self.config.warmup_lr if warming_up else self.config.hyper.lr
+        if warming_up or self.config.anneal:
+            progress = (self.step - stage.start) / (stage.end - stage.start)
+            lr *= 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress))
+        if lr == self.learning_rate:
+            return
+        self.learning_rate = lr
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr)  # where a captured update reads it
+            else:
+                group["lr"] = lr
+
+    def request_stop(self, signum: int, frame: FrameType | None) -> None:
+        """Signal handler: finish what is under way, write a checkpoint, leave. A second signal ends the run at once."""
+        signal.signal(signum, signal.SIG_DFL)
+        tqdm.write("stopping after this update or evaluation, with a checkpoint; once more to stop at once")
+        self.stop_requested = True
+
+    # -- what it leaves behind -----------------------------------------------------------------------------------
+
+    def evaluate(self) -> None:
+        for member in self.members:
+            rows = member.evaluate(self.step, last=self.step == self.stages[-1].end)
+            seed = f"seed {member.config.seed:<4}" if len(self.members) > 1 else ""
+            self.seconds = time.perf_counter() - self.clock
+            tqdm.write(evaluation_line(self.step, seed, rows, member.config, self.seconds / 60))
+        if len(self.members) > 1:
+            results = [member.result for member in self.members]
+            evaluations = [result.evaluations for result in results]
+            draw_group_curve(self.config, evaluations, results[0].dataset_score, self.spec.score_label)
+
+    def save(self) -> None:
+        self.seconds = time.perf_counter() - self.clock
+        for member in self.members:
+            member.save(self.step, self.seconds)
+
+    def resume(self) -> None:
+        """Continue from the newest whole checkpoint that all members have; if there is none at all, start anew."""
+        folders = [member.config.folder / "checkpoints" for member in self.members]
+        checkpoints, problems = newest_checkpoints(folders)
+        for problem in problems:
+            print(f"refused    {problem}")
+        if not checkpoints:
+            lonely = [str(folder) for folder in folders if any(folder.glob("step-*.safetensors"))]
+            if lonely:
+                raise RunError(
+                    f"--resume: the seeds have no checkpoint of the same step; there are some in {', '.join(lonely)}. "
+                    "Finish the seeds one by one with --num-seeds 1, or begin anew with --overwrite"
+                )
+            print(f"resume     no checkpoint in {', '.join(str(f.parent) for f in folders)}: starting at update 0")
+            return
+        for member, checkpoint in zip(self.members, checkpoints):
+            member.restore(checkpoint)
+            print(f"resume     {checkpoint.path}, step {checkpoint.step:,}")
+        self.step, self.seconds = checkpoints[0].step, checkpoints[0].notes["seconds"]
+
+    def finish(self) -> None:
+        """Leave weights and summary, and print the final table."""
+        for member in self.members:
+            member.finish(self.seconds)
+        minutes, results = self.seconds / 60, [member.result for member in self.members]
+        print(final_table(results[0], minutes) if len(results) == 1 else group_table(self.config, results, minutes))
+        if isinstance(self.update, ProfiledUpdate):
+            print(self.update.outcome)
+
+
+def captures(config: RunConfig, device: torch.device) -> bool:
+    """Whether updates are to be replayed as CUDA graphs."""
+    if config.capture == "on" and device.type != "cuda":
+        raise RunError(f"--capture on: CUDA graphs need a CUDA device, and this run is on {device}")
+    return config.capture != "off" and device.type == "cuda"
+
+
+def postfix(numbers: list[dict[str, float]]) -> str:
+    """The figures that fit behind a progress bar, averaged over the members."""
+    shown = {"flow": "flow_loss", "td": "critic_loss", "penalty": "penalty", "α": "alpha", "Q": "q_policy"}
+    shown |= {"‖δ‖": "displacement_norm", "λ₁/Σλ": "top_eigenvalue_share"}
+    means = {name: sum(row[name] for row in numbers) / len(numbers) for name in numbers[0]}
+    return " ".join(f"{label}={means[name]:.3g}" for label, name in shown.items() if name in means)

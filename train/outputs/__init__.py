@@ -1,0 +1,1 @@
+"""Everything a run writes and prints: tables, checkpoints, pictures, the policy, the summary."""

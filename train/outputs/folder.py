@@ -1,0 +1,48 @@
+"""The folder of a run: whether it may be used, and its config.json."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from train.outputs.files import write_whole
+from train.settings import MAY_CHANGE_ON_RESUME, RunConfig, RunError
+
+LEFT_BY_A_RUN = (
+    *("config.json", "metrics.csv", "evaluations.csv", "curve.png", "policy.safetensors", "result.json"),
+    *("trace.json", "trace.txt", "checkpoints", "tensorboard"),
+)
+
+
+def check_folder(folder: Path, config: RunConfig) -> None:
+    """Never mix two runs in one folder, never lose one, never touch what no run made."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    try:
+        before = json.loads((folder / "config.json").read_text())
+        before |= before.pop("hyper")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(f"{folder} is there and no run made it (no config.json of ours): use another --out") from error
+    if not config.resume and not config.overwrite:
+        raise RunError(
+            f"{folder} already holds a run: --resume continues it, --overwrite deletes it, --out DIR avoids it"
+        )
+    if config.resume:
+        now = config.as_json()
+        now |= now.pop("hyper")
+        may_change = MAY_CHANGE_ON_RESUME - ({"steps"} if config.anneal else set())
+        changed = [name for name in now if name not in may_change and now[name] != before.get(name)]
+        if changed:
+            was = ", ".join(f"--{name.replace('_', '-')} {before.get(name)}" for name in changed)
+            raise RunError(f"--resume: the run in {folder} was started with {was}")
+
+
+def prepare_folder(folder: Path, config: RunConfig) -> None:
+    """Make the folder of the run and write its settings there."""
+    if config.overwrite and not config.resume:
+        for name in LEFT_BY_A_RUN:
+            path = folder / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "config.json", json.dumps(config.as_json(), indent=2) + "\n")

@@ -1,0 +1,86 @@
+"""What a run found out about one agent, and the summary that it leaves: result.json."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from train.data.spec import EnvSpec, normalized_score
+from train.data.transitions import OfflineDataset
+from train.evaluate import ROLES
+from train.outputs.files import write_whole
+from train.settings import RunConfig, role_names
+
+
+class Result:
+    """The evaluations of one agent so far, beside the data that it learned from."""
+
+    def __init__(self, config: RunConfig, spec: EnvSpec, dataset: OfflineDataset) -> None:
+        self.config, self.spec, self.dataset = config, spec, dataset
+        self.evaluations: list[dict[str, Any]] = []
+
+    def add(self, step: int, returns: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
+        """A row for each role, of its returns at this step."""
+        rows = {}
+        for role, values in returns.items():
+            sem = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0.0
+            scores = normalized_score(self.spec, values)
+            rows[role] = {
+                "step": step,
+                "role": role,
+                "return_mean": float(values.mean()),
+                "return_sem": float(sem),
+                "score_mean": float(scores.mean()),
+                "score_sem": float(sem * 100 / (self.spec.expert_return - self.spec.random_return)),
+                "episodes": len(values),
+            }
+        self.evaluations += rows.values()
+        return rows
+
+    @property
+    def last_and_best(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """The last and the best evaluation of each of `ROLES`."""
+        return {
+            role: {"last": rows[-1], "best": max(rows, key=lambda row: row["score_mean"])}
+            for role in ROLES
+            if (rows := [row for row in self.evaluations if row["role"] == role])
+        }
+
+    @property
+    def dataset_return(self) -> float:
+        """Mean return of the data's own episodes."""
+        return float(self.dataset.episode_returns.mean())
+
+    @property
+    def dataset_score(self) -> float:
+        return float(normalized_score(self.spec, self.dataset_return))
+
+    @property
+    def data_identity(self) -> dict[str, Any]:
+        """What a resumed run must find again."""
+        returns = zlib.crc32(self.dataset.episode_returns.tobytes())
+        return {"ids": list(self.dataset.dataset_ids), "transitions": len(self.dataset), "returns_crc32": returns}
+
+    def write(self, seconds: float) -> None:
+        """result.json, which ``train/compare.py`` reads."""
+        config = self.config
+        summary = {
+            "config": config.as_json(),
+            "env_id": self.spec.env_id,
+            "label": self.spec.score_label,
+            "role_names": role_names(config),
+            "dataset_ids": self.dataset.dataset_ids,
+            "dataset_return": self.dataset_return,
+            "dataset_score": self.dataset_score,
+            "seconds": seconds,
+            "torch": torch.__version__,
+            "acting": dataclasses.asdict(config.acts),
+            "results": self.last_and_best,
+        }
+        write_whole(config.folder / "result.json", json.dumps(summary, indent=2) + "\n")

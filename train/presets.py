@@ -1,0 +1,73 @@
+"""What stands behind ``--preset``: settings that were measured to go together.
+
+A preset's settings are those in `PRESETS`, then what the agent changes in them (`Agent.presets`), then what the
+environment does (`EnvSpec.preset_changes`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import tyro
+
+from train.agents import AGENTS
+from train.agents.base import Agent
+from train.environments import ENVIRONMENTS
+from train.settings import RunConfig
+
+# Measured on two CPU cores. The flow is trained first and then left alone: everything rests on how faithful it is. Next
+# come critics of the behaviour, whose targets sum ten rewards; then displacement and critics together.
+QUICK: Mapping[str, Any] = {
+    "steps": 2_000,
+    "flow_warmup": 30_000,
+    "critic_warmup": 6_000,
+    "critic_warmup_n_step": 10,
+    "anneal": True,
+    "acting": "mean-flow-of-n",
+    "acting_samples": 16,
+    "acting_temperature": 0.006,
+    "eval_every": 1_000,
+    "eval_episodes": 20,
+    "interim_episodes": 5,
+    "log_every": 100,
+    "checkpoint_every": 5_000,
+    "standardize_observations": True,
+    "scale_rewards": True,
+    "center_critics": True,
+    "actor_hidden": (256,) * 3,
+    "critic_hidden": (256,) * 2,
+    "lr": 1e-3,
+    "normalize_q": True,
+    "flow_steps": 5,
+    "freeze_flow_after": 0,
+    "fisher_t": 0.8,
+    "num_fisher_samples": 2,
+    "zero_init_displacement": True,
+    "alpha": 1.0,
+    "target_divergence": 1e-3,
+}
+LONGER = {"steps": 10_000, "flow_warmup": 60_000, "critic_warmup": 10_000, "eval_every": 2_500}
+PRESETS: dict[str, Mapping[str, Any]] = {"quick": QUICK, "standard": {**QUICK, **LONGER}, "full": {}}
+"""Settings of a run and hyper-parameters, by name; what is not there has its published value."""
+
+
+def choose_preset(name: str, device: str) -> str:
+    """What ``auto`` stands for: full on a GPU, quick without one."""
+    if name != "auto":
+        return name
+    on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    return "full" if on_gpu else "quick"
+
+
+def preset_config(name: str, agent: str, env: str | None) -> RunConfig:
+    """The settings behind ``--preset quick``, ``standard`` and ``full``; names that are unknown change nothing."""
+    kind = AGENTS.get(agent, Agent)
+    settings = {**PRESETS.get(name, {}), **kind.presets.get(name, {})}
+    if env in ENVIRONMENTS:
+        settings |= ENVIRONMENTS[env].preset_changes(name, agent)
+    of_run = {field.name for field in dataclasses.fields(RunConfig)} & settings.keys()
+    hyper = kind.published_config(**{name: value for name, value in settings.items() if name not in of_run})
+    return RunConfig(env=tyro.MISSING, hyper=hyper, **{name: settings[name] for name in of_run})
