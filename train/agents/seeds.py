@@ -17,15 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-<<<<<<< HEAD:train/seeds.py
 from fdkernels.cpu import layers as cpu_layers
-from train.agents import Agent, Draws, Learner, Parts
-from train.dataset import Batch, OfflineDataset
-=======
-from fdkernels import cpu_layers
 from train.agents.base import Agent, Draws, Learner, Parts
 from train.data.transitions import Batch, OfflineDataset
->>>>>>> house-train:train/agents/seeds.py
 
 
 class SeedGroup(Learner):
