@@ -45,7 +45,9 @@ class Layer(NamedTuple):
         """Weight and bias in another dtype; no copy where they have it already."""
         if all(t is None or t.dtype == dtype for t in (self.weight, self.bias)):
             return self
-        return self._replace(weight=self.weight.to(dtype), bias=None if self.bias is None else self.bias.to(dtype))
+        bias = None if self.bias is None else self.bias.to(dtype)
+        # not _replace, which PyTorch 2.7 does not compile
+        return Layer(self.weight.to(dtype), bias, self.norm_before, self.activation, self.norm_after)
 
     @property
     def normalises(self) -> bool:
