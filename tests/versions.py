@@ -30,7 +30,7 @@ GROUPS = {
     "CPU": [*CPU, "fdkernels", "-k", "not compile"],
     "torch.compile": [*CPU, "-k", "compile"],
     "interpreter": ["tests/kernels"],
-    "ahead of time": ["tests/test_static_report.py", "tests/test_table.py"],
+    "ahead of time": ["tests/tools/test_runtime.py", "tests/tools/test_static_report.py", "tests/test_table.py"],
 }
 ASKED = """
 import json, platform, numpy, torch, triton

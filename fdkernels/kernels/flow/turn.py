@@ -35,7 +35,8 @@ def turn_kernel(
     D: tl.constexpr = NET.action_dim
     FIRST_WIDTH: tl.constexpr = NET.widths[0]
     LAST_WIDTH: tl.constexpr = NET.widths[len(NET.widths) - 1]
-    ACTIVATION: tl.constexpr = NET.activations[0] if NET.norms[0] == "none" else "none"
+    NORM: tl.constexpr = NET.norms[0]
+    ACTIVATION: tl.constexpr = NET.activations[0] if NORM == "none" else "none"
     model = tl.program_id(1).to(tl.int64)
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row = model * num_rows + tl.minimum(r, num_rows - 1)  # rows beyond the last one see its numbers, and write none

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tests.ptx.matrices import MATRIX, whole_warps
-from tests.ptx.program import WIDTHS, Address, Instruction, integer
-from tests.ptx.races import ASYNC, ATOMIC
+from tools.ptx.matrices import MATRIX, whole_warps
+from tools.ptx.program import WIDTHS, Address, Instruction, integer
+from tools.ptx.races import ASYNC, ATOMIC
 
 if TYPE_CHECKING:
-    from tests.ptx.machine import Cta, Span
+    from tools.ptx.machine import Cta, Span
 
 Operation = Callable[[Any], Any]  # of a mask; a branch answers (kind, who takes it, target)
 WIDER = {"s16": "s32", "u16": "u32", "s32": "s64", "u32": "u64"}
@@ -221,7 +221,8 @@ def _compare(cta: Cta, instruction: Instruction) -> Operation:
     if name not in COMPARISONS or more or "|" in instruction.operands[0]:
         raise instruction.refuse()
     out, a, b = instruction.operands
-    target, x, y, function = cta.register(out, "pred"), cta.value(a, kind), cta.value(b, kind), COMPARISONS[name]
+    target, x, y = cta.register(out, "pred"), cta.value(a, kind), cta.value(b, kind)
+    function: Any = COMPARISONS[name]
     if isinstance(function, np.ufunc):
         return lambda mask: function(x, y, out=target, where=mask)
     return lambda mask: np.copyto(target, function(x, y), where=mask)

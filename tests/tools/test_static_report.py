@@ -12,8 +12,8 @@ import triton
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("nothing is compiled under Triton's interpreter", allow_module_level=True)
 
-from benchmarks import static_report
 from fdkernels.kernels.oldest_triton import OLDEST
+from tools import static_report
 
 TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 SHARED_BYTES = {"sm_80": 166_912, "sm_90": 232_448}  # that one program may have

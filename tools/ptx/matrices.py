@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tests.ptx.program import Instruction
-from tests.ptx.races import ASYNC, WARP
+from tools.ptx.program import Instruction
+from tools.ptx.races import ASYNC, WARP
 
 if TYPE_CHECKING:
-    from tests.ptx.machine import Cta
+    from tools.ptx.machine import Cta
 
 
 def widen(bits: np.ndarray, kind: str) -> np.ndarray:

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from tests.ptx.instructions import bind
-from tests.ptx.program import WIDTHS, Instruction, Program, integer
-from tests.ptx.races import Order, Race, Shadow
+from tools.ptx.instructions import bind
+from tools.ptx.program import WIDTHS, Instruction, Program, integer
+from tools.ptx.races import Order, Race, Shadow
 
 DTYPES: dict[str, Any] = {
     **{"pred": np.bool_, "b16": np.uint16, "u16": np.uint16, "s16": np.int16, "b32": np.uint32, "u32": np.uint32},
@@ -116,7 +116,7 @@ def _number(text: str, kind: str) -> np.ndarray:
         bits = np.uint32(int(text[2:], 16)) if text[1] == "f" else np.uint64(int(text[2:], 16))
         return bits.view(DTYPES[kind])
     if kind == "pred":
-        return np.bool_(integer(text) != 0)
+        return np.asarray(integer(text) != 0)
     size = np.dtype(DTYPES[kind]).itemsize
     return np.array(integer(text) % (1 << 8 * size), f"u{size}").view(DTYPES[kind])[()]
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.ptx.machine import MemoryFault, launch
-from tests.ptx.program import NotEmulatedError, parse
-from tests.ptx.races import Race
+from tools.ptx.machine import MemoryFault, launch
+from tools.ptx.program import NotEmulatedError, parse
+from tools.ptx.races import Race
 
 HEAD = """.visible .entry kernel(
 \t.param .u64 .ptr .global .align 1 first,
@@ -104,7 +104,7 @@ def test_instructions(instruction: str, a: float, b: float, c: float, result: fl
 
 def test_bfloat16_rounds_as_torch_does() -> None:
     numbers = torch.cat([torch.randn(1000), torch.tensor([0.0, -0.0, 3.4e38, float("inf"), float("nan"), 1e-40])])
-    from tests.ptx.instructions import to_bfloat16
+    from tools.ptx.instructions import to_bfloat16
 
     ours = torch.from_numpy(to_bfloat16(numbers.numpy()).view(np.int16)).view(torch.bfloat16)
     torch.testing.assert_close(ours, numbers.bfloat16(), rtol=0, atol=0, equal_nan=True)

@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fdkernels_ref
-from benchmarks.static_report import FlowCase
 from fdkernels.kernels.flow import launch
 from fdkernels.kernels.tuning import plans
 from fdkernels.philox import philox_normal
 from fdkernels.records import Chain, Noise, PenaltyRule, TimedAffine, Way
 from fdkernels.solvers import Solver
-from tests.ptx.run import emulate
+from tools.cases import FlowCase
+from tools.ptx.run import emulate
 
 P, Q, T = 3.0, -4.0, 0.75
 SEED = 2**40 + 17
@@ -66,7 +66,9 @@ class Problem:
         self.way = Way(case.precision, case.implementation)
 
     def velocity(self, model: int) -> Callable[[Tensor, Tensor, Any], Tensor]:
-        own = [p if p is None else p.double()[model] if self.case.models > 1 else p.double() for p in self.parameters]
+        own: list[Any] = [
+            p if p is None else p.double()[model] if self.case.models > 1 else p.double() for p in self.parameters
+        ]
         layers = [own[i : i + 4] for i in range(0, len(own), 4)]
 
         def velocity(x: Tensor, t: Tensor, cond: Tensor | None) -> Tensor:
@@ -112,9 +114,9 @@ class Problem:
             )  # fmt: skip
 
     def fisher(self, architecture: str, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
-        noise = (None, None) if self.seed is not None else (self.start, self.bridge)
+        start, bridge = (None, None) if self.seed is not None else (self.start, self.bridge)
         call = Chain(
-            Noise(*noise, self.seed, self.case.num_samples), self.obs, self.displacement,
+            Noise(start, bridge, self.seed, self.case.num_samples), self.obs, self.displacement,
             TimedAffine(self.triples, T, P, Q, True), self.network, self.solver, PenaltyRule(1e-3, True, 1e-6),
             self.case.times, self.way,
         )  # fmt: skip

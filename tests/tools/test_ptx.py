@@ -1,6 +1,6 @@
 """The kernels as compiled for sm_80 and sm_90, run on the CPU by an emulator of PTX: values, races and stray accesses.
 
-Values are judged by the plain maths in float64, with what tensor cores round; ``tests/ptx/races.py`` says what a race
+Values are judged by the plain maths in float64, with what tensor cores round; ``tools/ptx/races.py`` says what a race
 is. Every run fails on one.
 """
 
@@ -20,13 +20,13 @@ import fdkernels_ref
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("nothing is compiled under Triton's interpreter", allow_module_level=True)
 
-from benchmarks.static_report import FlowCase, flow_cases
 from fdkernels.kernels.flow import stationary
 from fdkernels.kernels.penalty import launch as penalty_launch
 from fdkernels.kernels.score import launch as score_launch
 from fdkernels.records import Affine, PenaltyRule
-from tests.ptx.flows import Problem, draw
-from tests.ptx.run import RaceError, emulate, without
+from tools.cases import FlowCase, flow_cases
+from tools.ptx.flows import Problem, draw
+from tools.ptx.run import RaceError, emulate, without
 
 BARS = {"highest": 1e-5, "high": 1e-3, "bf16": 1e-2}
 DTYPES = {"highest": torch.float32, "high": torch.float32, "bf16": torch.bfloat16}

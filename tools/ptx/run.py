@@ -10,11 +10,11 @@ from unittest import mock
 
 import torch
 
-from benchmarks.static_report import AheadOfTime, Compiler
 from fdkernels.kernels.flow import launch as flow_launch
-from tests.ptx.machine import launch
-from tests.ptx.program import parse
-from tests.ptx.races import Race
+from tools.aot import AheadOfTime, Compiler
+from tools.ptx.machine import launch
+from tools.ptx.program import parse
+from tools.ptx.races import Race
 
 
 class RaceError(AssertionError):
