@@ -30,8 +30,8 @@ class Activation(NamedTuple):
     recognises: Callable[[nn.Module], bool]
     """Whether a module in a network of somebody's own is this activation."""
     function: Callable[[Tensor], Tensor]
-    onednn: tuple[str, str]
-    """What oneDNN calls it, and which form, where it can be fused into a product."""
+    onednn: tuple[str, str] | None
+    """What oneDNN calls it, and which form of it; None where oneDNN does not fuse it into a product."""
 
 
 def _is(kind: type[nn.Module]) -> Callable[[nn.Module], bool]:

@@ -122,8 +122,9 @@ class Workspace:
         weight = onednn_packed(layer.weight, self.num_rows) if self.num_rows >= _WORTH_PACKING else layer.weight
         bias = None if layer.bias is None else layer.bias.contiguous()  # oneDNN ignores its strides
         fused, rest = ("none", ""), layer
-        if layer.norm_before is None and layer.activation is not None:
-            fused, rest = ACTIVATIONS[layer.activation].onednn, layer._replace(activation=None)
+        onednn = None if layer.activation is None else ACTIVATIONS[layer.activation].onednn
+        if layer.norm_before is None and onednn is not None:
+            fused, rest = onednn, layer._replace(activation=None)
         if rest.normalises:
             return lambda h: rest.finish(onednn_linear(h, weight, bias, *fused).float())
         return lambda h: rest.finish(onednn_linear(h, weight, bias, *fused))

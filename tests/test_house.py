@@ -1,0 +1,118 @@
+"""The floor plan: imports run one way, and options travel in records."""
+
+from __future__ import annotations
+
+import ast
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted((ROOT / "fdkernels").rglob("*.py"))
+# From the bottom up. A module may import from its own floor and from those below it, a folder's name stands for all of
+# it, and nobody imports from a floor above.
+FLOORS = [
+    {"torch_private", "validation"},
+    {"backend", "philox", "groups", "paths", "solvers"},
+    {"cpu.processor", "cpu.layers"},
+    {"activations"},
+    {"layers"},
+    {"cpu.field", "records"},
+    {"kernels.tuning", "kernels.activate", "kernels.rows", "kernels.oldest_triton"},
+    {"kernels.penalty", "kernels.score"},
+    {"kernels.flow"},
+    {"ops"},
+    {"networks"},
+    {"velocity"},
+    {"penalty", "score", "flow"},
+    {"chain"},
+]
+MOST_ARGUMENTS = 8
+
+
+def name_of(file: Path) -> str:
+    """Without the package's own name; that itself is the empty one."""
+    parts = file.relative_to(ROOT / "fdkernels").with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def floor_of(module: str) -> int:
+    for i, floor in enumerate(FLOORS):
+        if any(module == name or module.startswith(f"{name}.") for name in floor):
+            return i
+    raise AssertionError(f"fdkernels.{module} has no floor; give it one above")
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    """Modules of ours that a file imports, also within functions, but for those that only type checkers read."""
+    typing_only = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    ours = {name_of(file) for file in FILES}
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.ImportFrom) or id(node) in typing_only or not node.module:
+            continue
+        package, _, module = node.module.partition(".")
+        if package == "fdkernels":
+            for alias in node.names:
+                inner = f"{module}.{alias.name}".lstrip(".")
+                yield inner if inner in ours else module
+
+
+def test_imports_run_one_way() -> None:
+    upward = []
+    for file in FILES:
+        module = name_of(file)
+        if module in ("", "tune", "kernels", "cpu"):  # the package itself, and the command
+            continue
+        for imported in imports(ast.parse(file.read_text())):
+            if floor_of(imported) > floor_of(module):
+                upward.append(f"{module} imports {imported}")
+    assert upward == []
+
+
+def test_every_module_has_a_floor() -> None:
+    names = [name_of(file) for file in FILES]
+    assert all(floor_of(name) >= 0 for name in names if name not in ("", "tune", "kernels", "cpu"))
+    found = [name for floor in FLOORS for name in floor]
+    assert all(any(name == n or n.startswith(f"{name}.") for n in names) for name in found)
+
+
+@pytest.mark.parametrize("package", ["fdkernels_ref", "train", "benchmarks"])
+def test_the_library_imports_nothing_of_those_around_it(package: str) -> None:
+    for file in FILES:
+        assert f"import {package}" not in (text := file.read_text()), file
+        assert f"from {package}" not in text, file
+
+
+def test_the_reference_stands_alone() -> None:
+    for file in (ROOT / "fdkernels_ref").rglob("*.py"):
+        roots = {
+            (node.module or "").partition(".")[0] if isinstance(node, ast.ImportFrom) else alias.name.partition(".")[0]
+            for node in ast.walk(ast.parse(file.read_text()))
+            if isinstance(node, (ast.Import, ast.ImportFrom))
+            for alias in node.names
+        }
+        assert "fdkernels" not in roots, file
+
+
+def test_options_travel_in_records() -> None:
+    """Below the public names no function takes more than eight arguments, the kernels' own lists aside."""
+    public = {"fisher_penalty", "velocity_to_score", "velocity_fisher_penalty", "flow_fisher_penalty"}
+    public |= {"integrate_flow", "integrate_flow_groups"}
+    long = []
+    for file in FILES:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not isinstance(node, (ast.FunctionDef, ast.Lambda)):
+                continue
+            arguments = node.args
+            count = len(list(itertools.chain(arguments.posonlyargs, arguments.args, arguments.kwonlyargs)))
+            kernel = any("triton.jit" in ast.unparse(d) for d in getattr(node, "decorator_list", []))
+            if count > MOST_ARGUMENTS and not kernel and getattr(node, "name", "") not in public:
+                long.append(f"{name_of(file)}.{getattr(node, 'name', 'lambda')}: {count}")
+    assert long == []
