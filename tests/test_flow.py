@@ -18,6 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 import fdkernels
 import fdkernels_ref
 from fdkernels import solvers
+from fdkernels.activations import ACTIVATIONS
 from fdkernels.cpu import field as cpu_field
 from fdkernels.cpu import processor
 from tests.closed_forms import anisotropic_gaussian, two_modes
@@ -26,7 +27,6 @@ from tests.processors import PROCESSORS, run_as
 
 F64 = torch.float64
 METHODS = ["euler", "midpoint", "heun", "rk4"]
-ACTIVATIONS = [nn.GELU, lambda: nn.GELU(approximate="tanh"), nn.SiLU, nn.ReLU, nn.Tanh]
 
 
 def stack(
@@ -68,7 +68,7 @@ CLIPS = st.sampled_from(
 STACKS = st.fixed_dictionaries(
     {
         "hidden": st.lists(st.integers(1, 9), max_size=7),
-        "activation": st.sampled_from(ACTIVATIONS),
+        "activation": st.sampled_from([row.module for row in ACTIVATIONS.values()]),
         "norms": st.lists(st.sampled_from(["none", "before", "after"]), min_size=1, max_size=3),
         "bias": st.booleans(),
     }
@@ -118,12 +118,12 @@ BROAD = {"plain": ["none"], "before": ["before"], "after": ["after"], "mixed": [
 
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("norms", BROAD)
-@pytest.mark.parametrize("activation", range(len(ACTIVATIONS)))
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("kind", ["float32", "bf16", "autocast", "bfloat16", "float16"])
-def test_precision(kind: str, activation: int, norms: str, shared: bool) -> None:
+def test_precision(kind: str, activation: str, norms: str, shared: bool) -> None:
     """float32; bf16 asked for, by autocast, by weights; float16: judged by what the reference makes of the same."""
-    torch.manual_seed(activation)
-    net = stack(5 + 3 + 1, (64, 48, 96), 3, ACTIVATIONS[activation], BROAD[norms])
+    torch.manual_seed(list(ACTIVATIONS).index(activation))
+    net = stack(5 + 3 + 1, (64, 48, 96), 3, ACTIVATIONS[activation].module, BROAD[norms])
     for linear in net:
         if isinstance(linear, nn.Linear):
             nn.init.xavier_uniform_(linear.weight)
@@ -165,7 +165,7 @@ def test_where_nobody_differentiates_the_processor_decides() -> None:
 
 
 @pytest.mark.parametrize("chosen", PROCESSORS)
-@pytest.mark.parametrize("activation", ["gelu_tanh", "gelu", "silu", "relu", "tanh"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_way_on_the_cpu_gives_the_same(activation: str, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Few rows and many."""
     run_as(chosen, monkeypatch)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import fdkernels
 import fdkernels_ref
+from fdkernels.activations import ACTIVATIONS
 from fdkernels.kernels.flow import timetable
 from fdkernels.layers import encode
 from fdkernels.networks import PackedMLP
@@ -54,10 +55,9 @@ def network(
     """A packed stack whose biases and norms are not those of a fresh one."""
     torch.manual_seed(seed)
     width, modules = cond_dim + d + 1, []
-    names = {"gelu_tanh": lambda: nn.GELU("tanh"), "gelu": nn.GELU, "silu": nn.SiLU, "relu": nn.ReLU, "tanh": nn.Tanh}
     for i, next_width in enumerate(hidden):
         modules.append(nn.Linear(width, next_width, bias=i != 1))
-        layer = [names[activation]()] if activation != "none" else []
+        layer = [ACTIVATIONS[activation].module()] if activation != "none" else []
         layer.insert(len(layer) if norm == "after" else 0, nn.LayerNorm(next_width, elementwise_affine=i != 1))
         modules += layer if norm != "none" else layer[1:]
         width = next_width

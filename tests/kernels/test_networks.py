@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fdkernels.activations import ACTIVATIONS
 from fdkernels.kernels.activate import activate
 from fdkernels.kernels.flow.layers import operand
 from tests.kernels.device import DEVICE
@@ -54,6 +55,14 @@ def test_what_is_read_whole_stays_what_it_is() -> None:
 def activate_kernel(x_ptr, out_ptr, ACTIVATION: tl.constexpr):
     at = tl.arange(0, 8)
     tl.store(out_ptr + at, activate(tl.load(x_ptr + at), ACTIVATION))
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_every_activation_has_a_branch(name: str) -> None:
+    x = torch.tensor([-30.0, -2.0, -0.3, 0.0, 0.4, 1.7, 30.0, torch.nan], device=DEVICE)
+    out = torch.empty_like(x)
+    activate_kernel[(1,)](x, out, ACTIVATION=name)
+    torch.testing.assert_close(out, ACTIVATIONS[name].module()(x), rtol=2e-6, atol=2e-6, equal_nan=True)
 
 
 def test_an_unknown_activation_is_no_identity() -> None:
