@@ -26,7 +26,7 @@ from tests.judge import assert_agree, assert_close
 from tests.processors import PROCESSORS, run_as
 
 F64 = torch.float64
-METHODS = ["euler", "midpoint", "heun", "rk4"]
+METHODS = list(solvers.METHODS)
 
 
 def stack(

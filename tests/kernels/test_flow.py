@@ -25,7 +25,7 @@ from fdkernels.ops import integrate as integrate_op
 from fdkernels.ops.register import Layout
 from fdkernels.philox import philox_normal
 from fdkernels.records import Chain, Noise, PenaltyRule, TimedAffine, Way
-from fdkernels.solvers import Solver
+from fdkernels.solvers import METHODS, Solver
 from tests.judge import BARS, assert_agree
 from tests.kernels.device import COMPILERS, DEVICE, INTERPRETED, guarded, on_gpu
 from tests.kernels.together import programs_together
@@ -165,7 +165,7 @@ def test_precisions_at_the_published_size(implementation: str, precision: str) -
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("method", ["euler", "midpoint", "heun", "rk4"])
+@pytest.mark.parametrize("method", METHODS)
 def test_methods_and_grids(method: str, implementation: str) -> None:
     mlp, x0, cond = network(5, 3, (32, 32)), draw(19, 3), draw(19, 5)
     judge = functools.partial(judge_flow, mlp, x0, cond, implementation, method=method)
@@ -183,7 +183,7 @@ def test_methods_and_grids(method: str, implementation: str) -> None:
     activation=st.sampled_from(["gelu_tanh", "gelu", "silu", "relu", "tanh", "none"]),
     norm=st.sampled_from(["none", "before", "after"]),
     order=st.permutations(["cond", "x", "t"]).map(tuple),
-    method=st.sampled_from(["euler", "midpoint", "heun", "rk4"]),
+    method=st.sampled_from(sorted(METHODS)),
     clip=st.sampled_from([None, (-1.0, 1.0), (-0.1, 0.5)]),
     each_step=st.booleans(),
     path=st.booleans(),
