@@ -39,7 +39,7 @@ def load_rows(
             flat = tl.load(ptr + aligned + e, mask=e < SPAN, other=0.0)
         else:
             flat = tl.load(ptr + aligned + e, mask=e < num_rows * D - aligned, other=0.0)
-        if row.shape[0] * BLOCK_D == SPAN:  # nothing to pad
+        if row.shape[0] == RUN and BLOCK_D == D and SHIFT == 0:  # nothing to pad, and nothing to move
             tile = tl.reshape(flat, keep.shape)
         else:
             index = tl.where(keep, offset + (start - aligned).to(tl.int32), 0)
