@@ -35,7 +35,7 @@ def copy_kernel(
     ("num_samples", "block_k", "rows"), [(1, 1, 1), (1, 1, 2), (1, 1, 8), (3, 4, 1), (5, 2, 1), (7, 8, 2)]
 )
 def test_every_size(num_samples: int, block_k: int, rows: int, dtype: torch.dtype) -> None:
-    """(K = 1 is the displacement's own case.)"""
+    """K = 1 is how displacements are read."""
     for d in SIZES:
         source = guarded(torch.randn(5, num_samples, d).to(dtype))
         target = guarded(torch.full_like(source, torch.nan))
