@@ -17,7 +17,7 @@ test test-all: $(STAMP)
 	failed=0; $(PYTEST) $(QUICK) || failed=1; \
 	TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES= $(PYTEST) tests/kernels $(QUICK) || failed=1; exit $$failed
 
-# How the kernels are judged without a GPU (tools/README.md); a part of the tests above.
+# How the kernels are judged without a GPU (tools/README.md): the part of `make test-all` that is about that.
 tools-test: $(STAMP)
 	$(PYTEST) tests/tools
 

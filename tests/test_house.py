@@ -83,7 +83,7 @@ def test_every_module_has_a_floor() -> None:
     assert all(any(name == n or n.startswith(f"{name}.") for n in names) for name in found)
 
 
-@pytest.mark.parametrize("package", ["fdkernels_ref", "train", "benchmarks"])
+@pytest.mark.parametrize("package", ["fdkernels_ref", "train", "benchmarks", "tools", "tests"])
 def test_the_library_imports_nothing_of_those_around_it(package: str) -> None:
     for file in FILES:
         assert f"import {package}" not in (text := file.read_text()), file

@@ -135,7 +135,8 @@ class AheadOfTime:
         source = ASTSource(self.kernel, signature, constexprs=constants, attrs=aligned)
         compiled = triton.compile(source, target=self.target, options=options)
         named = {names[path[0]]: value for path, value in constants.items()}
-        named |= named["PLAN"]._asdict() if "PLAN" in named else {}
+        for record in ("PLAN", "TILE"):
+            named |= named[record]._asdict() if record in named else {}
         integers = {name: value for name, value in named.items() if type(value) is int}
         return Build(compiled, passed, integers, options["num_warps"])
 

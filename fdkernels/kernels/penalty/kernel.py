@@ -21,21 +21,22 @@ from fdkernels.kernels.rows import load_rows, store_rows
 
 @triton.jit
 def load_scores(
-    score_ptr, x_ptr, coefficient_ptr, p, q, first, num_rows, row, keep,
+    scores, first, num_rows, row, keep,
     RUN: tl.constexpr, STEP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     SCORE: tl.constexpr, COEFFICIENTS: tl.constexpr,
 ):  # fmt: skip
     """s, or p·v + q·x where SCORE is "velocity" (v alone is read for "scaled"), with p and q from a tensor if there."""
-    s = load_rows(score_ptr, first, num_rows, row, keep, RUN, STEP, D, BLOCK_D)
+    s = load_rows(scores.given, first, num_rows, row, keep, RUN, STEP, D, BLOCK_D)
     if SCORE != "given":
+        p, q = scores.p, scores.q
         if COEFFICIENTS != "scalar":
             at = first + row if COEFFICIENTS == "rows" else row * 0
             mask = keep & (first + row < num_rows)
-            p = tl.load(coefficient_ptr + 2 * at, mask=mask, other=0.0).to(tl.float32)[:, None]
-            q = tl.load(coefficient_ptr + 2 * at + 1, mask=mask, other=0.0).to(tl.float32)[:, None]
+            p = tl.load(scores.pairs + 2 * at, mask=mask, other=0.0).to(tl.float32)[:, None]
+            q = tl.load(scores.pairs + 2 * at + 1, mask=mask, other=0.0).to(tl.float32)[:, None]
         s = p * s
         if SCORE == "velocity":
-            s += q * load_rows(x_ptr, first, num_rows, row, keep, RUN, STEP, D, BLOCK_D)
+            s += q * load_rows(scores.x, first, num_rows, row, keep, RUN, STEP, D, BLOCK_D)
     return s
 
 
@@ -59,13 +60,14 @@ def close_penalty(
 
 @triton.jit
 def penalty_kernel(
-    displacement_ptr, score_ptr, x_ptr, coefficient_ptr, penalty_ptr, gradient_ptr, trace_ptr,
-    num_rows, p, q, damping, eps,
-    K: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    displacement_ptr, scores, penalty_ptr, gradient_ptr, trace_ptr, num_rows, damping, eps,
+    K: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr,
     NORMALIZE: tl.constexpr, SCORE: tl.constexpr, COEFFICIENTS: tl.constexpr,
-    GRADIENT: tl.constexpr, TRACE: tl.constexpr,
 ):  # fmt: skip
-    """penalty, and where asked its gradient to δ (float32) and the trace."""
+    """The penalty, its gradient to δ (float32) and the trace; a pointer that is None asks for nothing."""
+    ROWS: tl.constexpr = TILE.rows
+    BLOCK_K: tl.constexpr = TILE.block_k
+    BLOCK_D: tl.constexpr = TILE.block_d
     RUN: tl.constexpr = ROWS * (K if K < BLOCK_K else BLOCK_K)  # not min, which Triton before 3.6 takes for tensors'
     STEP: tl.constexpr = ROWS * K if K <= BLOCK_K else (K | BLOCK_K) & -(K | BLOCK_K)  # their greatest common divisor
     first = tl.program_id(0).to(tl.int64) * ROWS
@@ -78,7 +80,7 @@ def penalty_kernel(
     pull = tl.zeros((ROWS, BLOCK_D), tl.float32)
     for k0 in range(0, K, BLOCK_K):
         s = load_scores(
-            score_ptr, x_ptr, coefficient_ptr, p, q, first * K + k0, num_rows * K,
+            scores, first * K + k0, num_rows * K,
             rk // BLOCK_K * K + rk % BLOCK_K, rk % BLOCK_K < K - k0, RUN, STEP, D, BLOCK_D, SCORE, COEFFICIENTS,
         )  # fmt: skip
         s = tl.reshape(s, (ROWS, BLOCK_K, BLOCK_D))
@@ -86,25 +88,26 @@ def penalty_kernel(
         squares += tl.sum(projection * projection, 1)
         if NORMALIZE:
             size += tl.sum(tl.sum(s * s, 2), 1)
-        if GRADIENT:
+        if gradient_ptr is not None:
             pull += tl.sum(projection[:, :, None] * s, 1)
 
     penalty, gradient, trace = close_penalty(squares, size, pull, delta, damping, eps, K, D, NORMALIZE)
     tl.store(penalty_ptr + first + r, penalty, mask=first + r < num_rows)
-    if TRACE:
+    if trace_ptr is not None:
         tl.store(trace_ptr + first + r, trace, mask=first + r < num_rows)
-    if GRADIENT:
+    if gradient_ptr is not None:
         store_rows(gradient_ptr, gradient, first, num_rows, r, r < ROWS, D)
 
 
 @triton.jit
 def score_gradient_kernel(
     upstream_ptr, displacement_ptr, score_ptr, penalty_ptr, trace_ptr, gradient_ptr,
-    num_rows, eps,
-    K: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-    NORMALIZE: tl.constexpr,
+    num_rows, eps, K: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, NORMALIZE: tl.constexpr,
 ):  # fmt: skip
     """upstream · ∂penalty/∂s_k."""
+    ROWS: tl.constexpr = TILE.rows
+    BLOCK_K: tl.constexpr = TILE.block_k
+    BLOCK_D: tl.constexpr = TILE.block_d
     RUN: tl.constexpr = ROWS * (K if K < BLOCK_K else BLOCK_K)  # not min, which Triton before 3.6 takes for tensors'
     STEP: tl.constexpr = ROWS * K if K <= BLOCK_K else (K | BLOCK_K) & -(K | BLOCK_K)  # their greatest common divisor
     first = tl.program_id(0).to(tl.int64) * ROWS

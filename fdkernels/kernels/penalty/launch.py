@@ -13,75 +13,68 @@ from fdkernels.kernels.tuning.tiles import penalty_tile
 from fdkernels.records import Affine, PenaltyRule
 
 
-class _Scores(NamedTuple):
-    """Scores as they are given, or velocities that become scores inside the kernel."""
+class Scores(NamedTuple):
+    """Scores as they are given, or velocities and points that become p·v + q·x inside the kernel."""
 
-    values: Tensor
-    x: Tensor | None
-    affine: Affine | None
-
-    @property
-    def kind(self) -> str:
-        if self.affine is None:
-            return "given"
-        return "velocity" if self.affine.use_x else "scaled"
+    given: Tensor
+    x: Tensor | None = None
+    pairs: Tensor | None = None
+    """(p, q) of every row, or of all, in the place of the numbers."""
+    p: float = 1.0
+    q: float = 0.0
 
 
 def penalty(
     displacement: Tensor, score: Tensor, rule: PenaltyRule, want_gradient: bool, want_trace: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Penalty (...), its gradient to the displacement (..., d) and the trace (...), float32; empty if not wanted."""
-    return _penalty(displacement, _Scores(score, None, None), rule, want_gradient, want_trace)
+    return _launch(displacement, Scores(score), ("given", "scalar"), rule, want_gradient, want_trace)
 
 
 def velocity_penalty(
     displacement: Tensor, velocity: Tensor, x: Tensor, affine: Affine, rule: PenaltyRule, want_gradient: bool
 ) -> tuple[Tensor, Tensor]:
     """The same for s = p·v + q·x, or p·v; without the trace."""
-    return _penalty(displacement, _Scores(velocity, x, affine), rule, want_gradient, False)[:2]
+    pairs, layout = affine.of_rows(velocity.shape[:-1])
+    scores = Scores(velocity, x if affine.use_x else None, pairs, affine.p, affine.q)
+    kind = "velocity" if affine.use_x else "scaled"
+    return _launch(displacement, scores, (kind, layout), rule, want_gradient, False)[:2]
 
 
-def _penalty(
-    displacement: Tensor, scores: _Scores, rule: PenaltyRule, want_gradient: bool, want_trace: bool
+def _launch(
+    displacement: Tensor,
+    scores: Scores,
+    kind: tuple[str, str],
+    rule: PenaltyRule,
+    want_gradient: bool,
+    want_trace: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    values, x = scores.values, scores.x
-    *lead, num_samples, d = values.shape
-    want_trace = want_trace and rule.normalize
+    given, x = scores.given, scores.x
+    *lead, num_samples, d = given.shape
     out = displacement.new_empty(lead, dtype=torch.float32)
-    gradient = displacement.new_empty((*lead, d) if want_gradient else 0, dtype=torch.float32)
-    trace = displacement.new_empty(lead if want_trace else 0, dtype=torch.float32)
-    if out.numel() == 0:
-        return out, gradient, trace
-    affine = scores.affine or Affine(None, 1.0, 0.0, False)
-    pairs, layout = affine.of_rows((*lead, num_samples))
-    tile = penalty_tile(gpu_of(values.device), "penalty", num_samples, d, values.element_size())
-    with torch.cuda.device_of(values):
-        penalty_kernel[(-(-out.numel() // tile.rows),)](
-            displacement.contiguous(),
-            values.contiguous(),
-            x.contiguous() if x is not None and affine.use_x else out,  # what a kernel does not read may be any tensor
-            out if pairs is None else pairs,
-            out,
-            gradient,
-            trace,
-            out.numel(),
-            affine.p,
-            affine.q,
-            rule.damping,
-            rule.eps,
-            K=num_samples,
-            D=d,
-            ROWS=tile.rows,
-            BLOCK_K=tile.block_k,
-            BLOCK_D=tile.block_d,
-            NORMALIZE=rule.normalize,
-            SCORE=scores.kind,
-            COEFFICIENTS=layout,
-            GRADIENT=want_gradient,
-            TRACE=want_trace,
-            num_warps=tile.num_warps,
-        )
-    return out, gradient, trace
+    gradient = out.new_empty((*lead, d)) if want_gradient else None
+    trace = out.new_empty(lead) if want_trace and rule.normalize else None
+    if out.numel() > 0:
+        tile = penalty_tile(gpu_of(given.device), "penalty", num_samples, d, given.element_size())
+        with torch.cuda.device_of(given):
+            penalty_kernel[(-(-out.numel() // tile.rows),)](
+                displacement.contiguous(),
+                scores._replace(given=given.contiguous(), x=None if x is None else x.contiguous()),
+                out,
+                gradient,
+                trace,
+                out.numel(),
+                rule.damping,
+                rule.eps,
+                K=num_samples,
+                D=d,
+                TILE=tile,
+                NORMALIZE=rule.normalize,
+                SCORE=kind[0],
+                COEFFICIENTS=kind[1],
+                num_warps=tile.num_warps,
+            )
+    return out, out.new_empty(0) if gradient is None else gradient, out.new_empty(0) if trace is None else trace
 
 
 def score_gradient(
@@ -105,9 +98,7 @@ def score_gradient(
             rule.eps,
             K=num_samples,
             D=d,
-            ROWS=tile.rows,
-            BLOCK_K=tile.block_k,
-            BLOCK_D=tile.block_d,
+            TILE=tile,
             NORMALIZE=rule.normalize,
             num_warps=tile.num_warps,
         )
