@@ -1,1 +1,1 @@
-"""Triton kernels, what launches them, and how large their tiles are. Needs triton; import it only where it is used."""
+"""Triton kernels, their launchers and their tile sizes. Needs triton, so import it only where it is used."""

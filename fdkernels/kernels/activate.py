@@ -1,4 +1,4 @@
-"""The activations inside a kernel: a branch for each row of ``fdkernels/activations.py``."""
+"""Activations inside a kernel: one branch for each row of ``fdkernels/activations.py``."""
 
 import triton
 import triton.language as tl
@@ -6,8 +6,8 @@ import triton.language as tl
 
 @triton.jit
 def activate(h, ACTIVATION: tl.constexpr):
-    """NaN stays NaN."""
-    if ACTIVATION == "gelu_tanh":  # (h/2)(1 + tanh u) = h·sigmoid(2u): one exponential less
+    """The activation of h; NaN stays NaN."""
+    if ACTIVATION == "gelu_tanh":  # (h/2)(1 + tanh u) = h·sigmoid(2u), which saves an exponential
         return h * tl.sigmoid(h * (1.5957691216057308 + 0.07135481627159625 * h * h))
     elif ACTIVATION == "gelu":
         return 0.5 * h * (1 + tl.erf(0.7071067811865476 * h))

@@ -1,4 +1,4 @@
-"""What Triton 3.3 lacks, the oldest that is supported, and what takes its place there."""
+"""Substitutes for features that Triton 3.3, the oldest supported version, lacks."""
 
 import triton
 import triton.language as tl
@@ -6,15 +6,15 @@ import triton.language as tl
 OLDEST = triton.__version__.startswith("3.3.")
 
 GATHERS = tl.constexpr(not OLDEST)
-"""Whether a gather within a long run compiles: Triton 3.3 fails on it by an assertion of its own.
+"""Whether a gather within a long run compiles. In Triton 3.3 it fails an internal assertion.
 
-Instead: rows of a size that no vector divides are read number by number.
+Instead: rows whose size is not a multiple of the vector's are read one number at a time.
 """
 
-if not hasattr(tl.constexpr, "__getitem__"):  # elements of a constant tuple, as every newer Triton has them
+if not hasattr(tl.constexpr, "__getitem__"):  # index a constant tuple, as every newer Triton can
     tl.constexpr.__getitem__ = lambda self, index: self.value[getattr(index, "value", index)]
 
-if OLDEST:  # fields of a constant record, likewise
+if OLDEST:  # likewise, read the fields of a constant record
 
     def _field(self, name):
         if not hasattr(type(self.__dict__.get("value")), "_fields"):

@@ -1,4 +1,4 @@
-"""Noise, and one line of a solver's table, for the rows that a program holds."""
+"""Draw noise, and apply one line of a solver's table, for the rows of a program."""
 
 import triton
 import triton.language as tl
@@ -6,13 +6,13 @@ import triton.language as tl
 
 @triton.jit
 def clamp(x, low, high):
-    """NaN stays NaN."""
+    """x clamped to [low, high]; NaN stays NaN."""
     return tl.where(x < low, low, tl.where(x > high, high, x))
 
 
 @triton.jit
 def normal(seed, position):
-    """N(0, 1) by Philox-4x32-10 and Box-Muller: ``fdkernels.philox.philox_normal`` at a position of 64 bits."""
+    """N(0, 1) by Philox-4x32-10 and Box-Muller at 64-bit positions, as in ``fdkernels.philox.philox_normal``."""
     low, high = position.to(tl.uint32), (position >> 32).to(tl.uint32)
     first, second, _, _ = tl.philox(seed, low, high, high * 0, high * 0)
     number, _ = tl.pair_uniform_to_normal(tl.uint_to_uniform_float(first), tl.uint_to_uniform_float(second))
@@ -21,7 +21,7 @@ def normal(seed, position):
 
 @triton.jit
 def noise(given_ptr, seed_ptr, at, first, mask):
-    """The elements ``at`` of the noise given; without any, drawn at those positions after ``first``."""
+    """Elements ``at`` of the given noise; without it, numbers drawn at positions ``first + at``."""
     if given_ptr is None:
         return tl.where(mask, normal(tl.load(seed_ptr), first + at), 0.0)
     else:
@@ -30,10 +30,10 @@ def noise(given_ptr, seed_ptr, at, first, mask):
 
 @triton.jit
 def advance(x, total, v, line_ptr, last, low, high, CLIP: tl.constexpr):
-    """After v was evaluated: the state, the sum within the step, and where the velocity is evaluated next.
+    """The state, the sum within the step, and the point of the next evaluation, after an evaluation that gave v.
 
     Args:
-        line_ptr: time, reach, weight, and whether the step ends.
+        line_ptr: time, reach, weight, and 1 if the step ends.
         last: whether this is the table's last line.
         CLIP: "end", "step" or "never".
     """

@@ -1,4 +1,4 @@
-"""Records of pointers, and of numbers, that the flow's kernels take."""
+"""Records of pointers and numbers that the flow's kernels take."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Weights(NamedTuple):
-    """Every layer's, the output layer last; of many networks (models, ...) stacked."""
+    """Tensors of each layer, the output layer last. Those of many networks are stacked, (models, ...)."""
 
     weights: tuple[Tensor, ...]
     biases: tuple[Tensor | None, ...]
@@ -17,30 +17,29 @@ class Weights(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """What is integrated."""
+    """The rows to integrate."""
 
     start: Tensor | None
-    """Rows of noise x0, all of a model's states with their K samples, then the next model's. None draws them in the
-    kernel, from the seed."""
+    """Rows of noise x0, ordered by model, state and sample. If None, the kernel draws them from the seed."""
     seed: Tensor | None
     cond: Tensor | None
     table: Tensor
-    """(num_evals, 4) float32, a line for each evaluation of the solve: time, reach, weight (step size included), and 1
-    where a step ends. No lines: the rows of ``start`` are finished samples."""
+    """(num_evals, 4) float32, one line for each evaluation of the solve: time, reach and weight (both times the step
+    size), and 1 if a step ends. If there are no lines, the rows of ``start`` are finished samples."""
 
 
 class Bridge(NamedTuple):
-    """What brings samples back to time t."""
+    """Noise and times that bring samples back to time t."""
 
     noise: Tensor | None
-    """x0'. None draws it in the kernel, from the seed."""
+    """x0'. If None, the kernel draws it from the seed."""
     triples: Tensor | None
-    """(t, p, q) of each row, in the place of the numbers."""
+    """(t, p, q) of each row, or None if numbers serve all rows."""
     t: float
 
 
 class Fisher(NamedTuple):
-    """What becomes of the samples, see ``penalty_kernel``."""
+    """How samples become a penalty; see ``penalty_kernel``."""
 
     bridge: Bridge
     p: float
@@ -54,7 +53,7 @@ class Fisher(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """See ``streamed`` and ``stationary``. The counters, one a group, are zero."""
+    """See ``streamed`` and ``stationary``. Each group has one counter, zero at launch."""
 
     share: Tensor
     hidden: Tensor

@@ -1,7 +1,7 @@
-"""A flow as a sequence of launches: the library's matrix products for the hidden layers, a kernel for what is between.
+"""A flow as a sequence of launches: cuBLAS multiplies the hidden layers, and a kernel does the rest.
 
-For many rows, which keep the GPU busy in each launch. cuBLAS adds the bias and applies tanh-GELU as it writes a
-product; other activations, layer norms and stacked networks take a launch or two more a layer.
+This is for many rows, which keep the GPU busy in each launch. cuBLAS adds the bias and applies tanh-GELU while it
+writes a product; other activations, layer norms and stacked networks take one or two more launches per layer.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ class Inputs(NamedTuple):
 
 
 class Closing(NamedTuple):
-    """What becomes of Fisher samples."""
+    """How Fisher samples become scores and a penalty."""
 
     num_samples: int
     at: TimedAffine
-    """Without its tensor."""
+    """Without its tensor, which is in :class:`Inputs`."""
     rule: PenaltyRule
     want_score: bool
 
 
 class Solve(NamedTuple):
-    """All else: with the same of it, the same kernels are launched."""
+    """All other arguments. Equal ones launch the same kernels."""
 
     architecture: str
     plan: FlowPlan
@@ -84,12 +84,12 @@ def fisher(inputs: Inputs, parameters: list[Tensor | None], solve: Solve) -> tup
 def _solve(
     inputs: Inputs, network: EncodedNetwork, solve: Solve, shape: tuple[int, ...], path: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """End of the flow, (models, rows, d) float32; of Fisher samples x_t, and the velocity there."""
+    """The end of the flow, (models, rows, d) float32; for Fisher samples, x_t and the velocity there."""
     (models, rows), table, plan, net = shape, solve.table, solve.plan, network.architecture
     d, num_evals, dtype = net.action_dim, table.num_evals, table.hidden_dtype
     first, *middle, last = network.layers()
     middle = [layer.to(dtype) for layer in middle]
-    plain_first = net.norms[0] == "none"  # then the turn's own kernel applies the activation
+    plain_first = net.norms[0] == "none"  # then the turn applies the activation
     share = _condition_share(net, first, inputs.cond)
 
     def fresh(width: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -144,13 +144,13 @@ def _solve(
 
 
 def _multiply(layer: Layer, h: Tensor) -> Tensor:
-    """A hidden layer, (models, rows, in) -> (models, rows, out)."""
+    """Apply a hidden layer, (models, rows, in) -> (models, rows, out)."""
     weight, bias = layer.weight, layer.bias
     if weight.ndim == 3:
         product = h @ weight.mT
         product = product if bias is None else product.add_(bias.unsqueeze(1))
     elif h.is_cuda and bias is not None and layer[2:] == (None, "gelu_tanh", None):
-        # cuBLAS applies it as it writes the product. Its ReLU is not used: nothing says that NaN stays NaN there.
+        # cuBLAS applies GELU while writing the product. Its ReLU is not used: it is not documented to keep NaN.
         return linear_gelu(h[0], weight, bias).unsqueeze(0)
     else:
         product = F.linear(h, weight, bias)
@@ -158,7 +158,7 @@ def _multiply(layer: Layer, h: Tensor) -> Tensor:
 
 
 def _condition_share(net: Architecture, first: Layer, cond: Tensor | None) -> Tensor:
-    """o = W_cond·cond + b_1, (models, conds, width) float32; one row for all where there is no condition."""
+    """o = W_cond·cond + b_1, (models, conds, width) float32; a single row if there is no condition."""
     weight, bias = first.weight.reshape(-1, *first.weight.shape[-2:]), first.bias  # (models, width, inputs)
     if cond is None:
         share = weight.new_zeros((len(weight), 1, net.widths[0]), dtype=torch.float32)

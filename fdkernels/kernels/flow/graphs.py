@@ -1,4 +1,4 @@
-"""A sequence of launches as a CUDA graph: recorded when it is called a second time, replayed from then on."""
+"""Run a sequence of launches as a CUDA graph, recorded at the second call and replayed from then on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fdkernels.torch_private import clear_cublas_workspaces
 
 Function: TypeAlias = Callable[[Any, Any, Any], tuple[Tensor, ...]]
 MOST = 16
-"""Sequences remembered; the one not called for longest is forgotten first, and its memory left to the others."""
+"""Sequences remembered. The least recently called one is forgotten first, and the others reuse its memory."""
 
 
 class Recording(NamedTuple):
@@ -31,15 +31,15 @@ _lock = threading.Lock()
 def replayed(
     function: Function, inputs: NamedTuple, parameters: Sequence[Tensor | None], settings: Hashable
 ) -> tuple[Tensor, ...]:
-    """``function(inputs, parameters, settings)``, which does nothing but launch kernels, by a graph if there is one.
+    """``function(inputs, parameters, settings)``, by a graph if there is one. The function must only launch kernels.
 
     Args:
-        inputs: a record of tensors, or None. They are copied to where the graph reads them, and outputs are fresh.
-        parameters: read where they are: a graph sees what an optimiser did to them, and one that moved makes another
-            call of it.
+        inputs: a record whose fields are tensors or None. They are copied to where the graph reads; outputs are fresh.
+        parameters: read in place, so that a graph sees what an optimiser did to them. If one has moved, the call counts
+            as a different one.
 
-    On another stream than the default one the caller is capturing a graph, or about to, and the launches become part of
-    that.
+    On a stream other than the default, the caller is capturing a graph or is about to, so the launches become part of
+    that graph.
     """
     device = next(tensor.device for tensor in inputs if tensor is not None)
     if device.type != "cuda" or torch.cuda.current_stream(device) != torch.cuda.default_stream(device):
@@ -59,7 +59,7 @@ def replayed(
 
 
 def _remembered(key: Hashable, record: Callable[[], Recording]) -> Recording | None:
-    """None at the first call, so that what happens once, or with ever other shapes, is never recorded."""
+    """None at the first call, so that a call made only once, or with ever new shapes, is never recorded."""
     recording = _recordings.get(key)
     if recording is None and key in _recordings:
         recording = record()
@@ -76,7 +76,7 @@ def _form(tensor: Tensor | None) -> Hashable:
 
 @functools.cache
 def _recorder(device: torch.device) -> tuple[torch.cuda.Stream, Any]:
-    """Where a device's graphs are recorded. They are replayed one after another, and so can share their memory."""
+    """Stream and memory pool for a device's graphs, which can share memory because they are replayed one by one."""
     return torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
 
 
@@ -84,15 +84,15 @@ def _record(function: Function, inputs: Any, parameters: Sequence[Tensor | None]
     current = torch.cuda.current_stream()
     side, pool = _recorder(current.device)
     graph = torch.cuda.CUDAGraph()
-    # Tensors of inference mode could not be written to outside of it; leaving it turns gradients on.
+    # Tensors made in inference mode cannot be written to outside of it. Leaving it turns gradients on, hence no_grad.
     with torch.inference_mode(False), torch.no_grad():
         places = inputs._make(None if tensor is None else tensor.clone() for tensor in inputs)
         side.wait_stream(current)
-        with torch.cuda.stream(side):  # plainly once more: nothing may be compiled while recording
+        with torch.cuda.stream(side):  # run once first: nothing may be compiled while recording
             function(places, parameters, settings)
-        # A workspace of cuBLAS that the graph uses has to be the graph's, and nobody else's.
+        # The graph must have a cuBLAS workspace that nothing else uses.
         clear_cublas_workspaces()
-        # Other threads may go on using the GPU.
+        # "thread_local" lets other threads go on using the GPU.
         with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
             outputs = function(places, parameters, settings)
         clear_cublas_workspaces()

@@ -1,13 +1,13 @@
-"""Integrate dx/dt = v(x, t, cond), and on to the Fisher penalty of a displacement, in one launch.
+"""Integrate dx/dt = v(x, t, cond) and, if asked, compute the Fisher penalty of a displacement, in one launch.
 
 A program, or a group of SPLIT programs, owns ROWS rows for the whole solve; state, time and sums stay in registers. A
-Runge-Kutta method is a table with a line for each evaluation of the velocity:
+Runge-Kutta method is a table with one line for each evaluation of the velocity:
 
-    v = v(z, time);  total += weight·v;  and then, within a step:  z = x + reach·v
-                                         at its end:              z = x = x + total, total = 0
+    v = v(z, time);  total += weight·v;  then, within a step:  z = x + reach·v
+                                         at its end:          z = x = x + total, total = 0
 
-so that the network stands in the code once, for every method. Fisher samples take one evaluation more: at the end of
-the solve z becomes x_t = (1 − t)·x0' + t·a, and the velocity there the score p·v + q·x_t.
+The network therefore appears in the code once, for every method. Fisher samples take one more evaluation: at the end
+of the solve z becomes x_t = (1 − t)·x0' + t·a, and the velocity there gives the score p·v + q·x_t.
 """
 
 import triton
@@ -20,7 +20,7 @@ from fdkernels.kernels.flow.streamed import streamed
 from fdkernels.kernels.penalty.kernel import close_penalty
 
 
-# Compilation takes seconds: sizes are not built in.
+# Compilation takes seconds, so sizes are not compiled in.
 @triton.jit(do_not_specialize=["num_states", "num_models", "rows_per_cond", "num_evals", "groups_per_model"])
 def flow_kernel(
     rows, end_ptr, path_ptr, fisher, weights, scratch,
@@ -31,9 +31,9 @@ def flow_kernel(
     """
     Args:
         rows, fisher, weights, scratch: records of ``arguments.py``.
-        end_ptr, path_ptr: where samples, or all states of them, go; None where they are not wanted.
-        FISHER: whether there is a record ``fisher``; otherwise samples are all that is wanted.
-        groups_per_model: groups of SPLIT programs; they walk over the model's blocks of ROWS rows.
+        end_ptr, path_ptr: where the samples, or their states at all times, are written; None if not wanted.
+        FISHER: whether ``fisher`` is given; otherwise only samples are wanted.
+        groups_per_model: groups of SPLIT programs, which walk over the model's blocks of ROWS rows.
         CLIP: "end", "step" or "never".
     """
     D: tl.constexpr = NET.action_dim
@@ -72,7 +72,7 @@ def flow_kernel(
         total_size = num_models.to(tl.int64) * num_states * (K * D)
         writer = mask & (part == 0)
 
-        # Of a group's programs, each needs its own columns of the first layer.
+        # Each program of a group needs its own columns of the first layer.
         first_column = part * BLOCK_N
         last_column = first_column + BLOCK_N if SPLIT > 1 else WIDTH
         condition_share(
@@ -105,7 +105,7 @@ def flow_kernel(
         if FISHER:
             if num_evals == 0:
                 z = (1 - t_row)[:, None] * bridge + t_row[:, None] * x
-        # Fisher samples are evaluated once more, at x_t; what that turn does to the state is not used.
+        # Fisher samples are evaluated once more, at x_t; that evaluation does not advance the state.
         for e in tl.range(0, num_evals + FISHER, num_stages=1):
             line = rows.table + 4 * tl.maximum(tl.minimum(e, num_evals - 1), 0)
             t = tl.zeros((ROWS,), tl.float32) + tl.load(line)

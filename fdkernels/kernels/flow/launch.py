@@ -1,4 +1,4 @@
-"""From a network, rows of noise and a solver to the launch, or launches, of a flow."""
+"""Launch a flow, given a network, rows of noise and a solver."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Job(NamedTuple):
 def integrate(
     start: Tensor, cond: Tensor | None, network: EncodedNetwork, solver: Solver, want_path: bool, way: Way
 ) -> Tensor:
-    """End of the flow (models, rows, d), or all states (steps + 1, models, rows, d)."""
+    """The end of the flow (models, rows, d), or all states (steps + 1, models, rows, d)."""
     table, shape = timetable(solver, way.precision), Shape(start.shape[0], start.shape[1], 1)
     out = start.new_empty((table.num_steps + 1, *start.shape) if want_path else start.shape)
     if start.numel() == 0:
@@ -55,9 +55,9 @@ def integrate(
 
 
 def fisher(call: Chain) -> tuple[Tensor, Tensor, Tensor]:
-    """Penalty (models, states), its gradient to the displacement, and the scores (models, states, K, d) where wanted.
+    """Penalty (models, states), its gradient to the displacement and, if wanted, the scores (models, states, K, d).
 
-    All float32.
+    All are float32.
     """
     displacement, noise, at, rule = call.displacement, call.noise, call.at, call.rule
     device, shape = displacement.device, Shape(displacement.shape[0], displacement.shape[1], noise.num_samples)
@@ -87,7 +87,7 @@ def fisher(call: Chain) -> tuple[Tensor, Tensor, Tensor]:
 
 def _plan(op: str, network: EncodedNetwork, device: torch.device, shape: Shape, way: Way) -> FlowPlan:
     precision, net = way.precision, network.architecture
-    # cuBLAS multiplies float32 as PyTorch's global setting says, which is the caller's and is not touched here
+    # cuBLAS multiplies float32 as PyTorch's global setting says, which belongs to the caller and is not changed here
     library = precision in HALF or (precision == "highest") == (float32_products() == "highest")
     if way.implementation == "gemm" and not library:
         raise RuntimeError(
@@ -105,8 +105,8 @@ def _plan(op: str, network: EncodedNetwork, device: torch.device, shape: Shape, 
 
 
 def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
-    """The dtypes are settled."""
-    if torch.amp.is_autocast_available(device.type):  # shapes without data have none
+    """Turn autocast off, because the dtypes are settled."""
+    if torch.amp.is_autocast_available(device.type):  # the meta device has none
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
 
@@ -157,12 +157,12 @@ def _launch(
             NORMALIZE=normalize,
             USE_X=use_x,
             num_warps=plan.num_warps,
-            **({"launch_cooperative_grid": True} if plan.split > 1 else {}),  # the programs of a group wait for another
+            **({"launch_cooperative_grid": True} if plan.split > 1 else {}),  # programs of a group wait for one another
         )
 
 
 def _scratch(job: Job, groups: int, block_d: int, device: torch.device) -> Scratch:
-    """For so many groups of programs, of all models together."""
+    """Scratch memory for this many groups of programs, over all models."""
     net, plan = job.network.architecture, job.plan
     programs = groups * plan.split
 

@@ -1,16 +1,16 @@
-"""Layers of a velocity MLP inside a kernel, for a block of rows; weights are read as the module holds them.
+"""Layers of a velocity MLP inside a kernel, for a block of rows. Weights are read in the layout of the module.
 
     h_1     = act(W_x·x + W_t·t + o),    o = W_cond·cond + b_1, once per solve
     h_{l+1} = act(W_l·h_l + b_l)
     v       = W_out·h + b_out
 
-``streamed.py`` and ``stationary.py`` are two ways to get all of the weights to the arithmetic; ``turn.py`` leaves the
-hidden layers to a library.
+``streamed.py`` and ``stationary.py`` are two ways to bring the weights to the arithmetic; ``turn.py`` leaves the hidden
+layers to a library.
 
-NET is the network's ``Architecture``, PLAN the ``FlowPlan``. Tiles are float32 but for the operands of the other
-layers' products, which have the dtype of the scratch for hidden activations. The first layer's operands are float32,
-so that x and cond are not rounded to half precision. What comes out of a record is given a name of its own, annotated
-``tl.constexpr``, before it goes to another function: Triton does not take it for a constant otherwise.
+NET is the network's ``Architecture``, PLAN the ``FlowPlan``. Tiles are float32, except for the operands of products
+after the first layer, which have the dtype of the scratch for hidden activations. The first layer's operands are
+float32 so that x and cond are not rounded to half precision. A field of a record is assigned to a name annotated
+``tl.constexpr`` before it is passed on to a function; otherwise Triton does not treat it as a constant.
 """
 
 import triton
@@ -21,10 +21,10 @@ from fdkernels.kernels.activate import activate
 
 @triton.jit
 def operand(x, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
-    """x as a product takes it. Of float32 a TF32 product reads 10 bits after the point, and leaves off the others.
+    """x as an operand of a product. A TF32 product reads 10 bits of a float32 fraction and drops the rest.
 
-    That is a bias, six times the error of rounding. The factor adds half a unit of the last bit on average (a third to
-    seven tenths of one), at the cost of one multiplication; what has no more bits than are read stays what it is.
+    Dropping them is a bias, six times the error of rounding. The factor adds half a unit of the last bit on average (a
+    third to seven tenths of one), at the cost of one multiplication. Numbers that fit into 10 bits are unchanged.
     """
     x = x.to(DTYPE)
     if PRECISION == "tf32" and x.dtype == tl.float32:
@@ -36,7 +36,7 @@ def operand(x, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def load_bias(bias_ptr, model, n, WIDTH: tl.constexpr):
-    """(1, len(n)) float32; zeros where the layer has none."""
+    """The bias of outputs n, (1, len(n)) float32; zeros if the layer has none."""
     if bias_ptr is None:
         return tl.zeros((1, n.shape[0]), tl.float32)
     else:
@@ -47,11 +47,11 @@ def load_bias(bias_ptr, model, n, WIDTH: tl.constexpr):
 def load_weight(
     weight_ptr, model, k, n, FAN_IN: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
-    """Inputs FIRST + k < LAST of outputs n < WIDTH, from a (WIDTH, FAN_IN) matrix: (len(k), len(n)), zero beyond."""
+    """Inputs FIRST + k < LAST and outputs n < WIDTH of a (WIDTH, FAN_IN) matrix, as (len(k), len(n)); zero beyond."""
     at = weight_ptr + model * (WIDTH * FAN_IN) + n[None, :] * FAN_IN + FIRST + k[:, None]
     SIZE: tl.constexpr = LAST - FIRST
     whole: tl.constexpr = SIZE // k.shape[0] * k.shape[0] == SIZE and WIDTH // n.shape[0] * n.shape[0] == WIDTH
-    if whole:  # a mask would forbid wide loads
+    if whole:  # a mask would prevent wide loads
         return tl.load(at)
     else:
         return tl.load(at, mask=(FIRST + k < LAST)[:, None] & (n < WIDTH)[None, :], other=0.0)
@@ -69,7 +69,7 @@ def condition_share(
     cond_ptr, cond_row, keep, model, weights, share_ptr, first_column, last_column,
     NET: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """o = W_cond·cond + b_1 of a block of rows, some columns of it, into (rows, width) at ``share_ptr``."""
+    """Write some columns of o = W_cond·cond + b_1, for a block of rows, into (rows, width) at ``share_ptr``."""
     BLOCK_C: tl.constexpr = 32
     COND: tl.constexpr = NET.cond_dim
     AT: tl.constexpr = NET.at_cond
@@ -93,7 +93,7 @@ def condition_share(
 def first_layer(
     x, t, share_row, n, model, weight_ptr, share_ptr, NET: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
-    """W_x·x + W_t·t + o at the outputs n, before the activation; o of each row is in a row of ``share_ptr``."""
+    """W_x·x + W_t·t + o at outputs n, before the activation; o is read from rows ``share_row`` at ``share_ptr``."""
     FAN_IN: tl.constexpr = NET.cond_dim + NET.action_dim + 1
     WIDTH: tl.constexpr = NET.widths[0]
     BEGIN: tl.constexpr = NET.at_x
@@ -110,12 +110,15 @@ def normalise_rows(
     wide_ptr, hidden_ptr, model, scale_ptr, shift_ptr,
     NET: tl.constexpr, LAYER: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Layer norm before or after the activation of (ROWS, width) float32 at ``wide_ptr``, into ``hidden_ptr``."""
+    """Apply layer norm and activation, in the order of NET, to (ROWS, width) float32 at ``wide_ptr``.
+
+    The result goes to ``hidden_ptr``.
+    """
     WIDTH: tl.constexpr = NET.widths[LAYER]
     NORM: tl.constexpr = NET.norms[LAYER]
     ACTIVATION: tl.constexpr = NET.activations[LAYER]
     BLOCK_WIDTH: tl.constexpr = triton.next_power_of_2(WIDTH)
-    # not min and max, which Triton before 3.6 takes for tensors'
+    # not min and max, which are tl.minimum and tl.maximum before Triton 3.6
     FITTING: tl.constexpr = 4096 // BLOCK_WIDTH if BLOCK_WIDTH < 4096 else 1
     AT_ONCE: tl.constexpr = FITTING if FITTING < ROWS else ROWS
     j = tl.arange(0, BLOCK_WIDTH)
@@ -152,7 +155,7 @@ def product(
     total, hidden_ptr, r, model, weight_ptr, n, FAN_IN: tl.constexpr, WIDTH: tl.constexpr,
     PLAN: tl.constexpr, PRECISION: tl.constexpr, ROUNDED: tl.constexpr = True,
 ):  # fmt: skip
-    """total + W·h for the rows r of ``hidden_ptr`` (rows, FAN_IN), which may be ROUNDED already, and the outputs n."""
+    """total + W·h at outputs n, for rows r at ``hidden_ptr`` (rows, FAN_IN). ROUNDED: ``operand`` was applied to h."""
     for k0 in tl.range(0, FAN_IN, PLAN.block_inputs, num_stages=PLAN.num_stages):
         k = k0 + tl.arange(0, PLAN.block_inputs)
         rows = load_hidden(hidden_ptr, r, k, FAN_IN)

@@ -1,7 +1,7 @@
 """Stationary: SPLIT programs own the same rows, and each keeps its columns of every hidden layer on the chip.
 
 The weights are read once for the whole solve. Activations are exchanged through the L2 cache, with a barrier among the
-programs after each layer. Hidden widths are equal powers of two, without layer norm.
+programs after each layer. All hidden layers have one width, a power of two, and no layer norm.
 """
 
 import triton
@@ -31,9 +31,10 @@ def load_slices(
 
 @triton.jit
 def meet(counter_ptr, arrivals):
-    """All programs of a group reach this line before any leaves it; what they wrote before is seen after.
+    """Wait for all programs of a group. What they wrote before is visible after.
 
-    ``arrivals`` counts all that must have come since the counter was zero. The group is on the chip all at once.
+    ``arrivals`` is the number of arrivals to wait for, counted since the counter was zero. A cooperative launch keeps
+    the whole group on the chip at once.
     """
     tl.debug_barrier()
     tl.atomic_add(counter_ptr, 1, sem="release", scope="gpu")
@@ -47,7 +48,7 @@ def stationary(
     x, t, share_ptr, hidden_ptr, partial_ptr, counter_ptr, meetings, part, slices, model, weights,
     NET: tl.constexpr, PLAN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """v(x, t), the same bits in every program of the group, and the number of meetings so far.
+    """v(x, t), bitwise equal in every program of the group, and the number of meetings so far.
 
     Args:
         hidden_ptr: the group's scratch for two layers' activations, 2·rows·width in the dtype of the products.
@@ -66,7 +67,7 @@ def stationary(
     n = part * COLUMNS + tl.arange(0, COLUMNS)
     h = first_layer(x, t, r, n, model, weights.weights[0], share_ptr, NET, PRECISION)
     for i in tl.static_range(1, DEPTH):
-        # Two buffers are enough: who writes one again has met everybody who was reading it.
+        # Two buffers are enough: before a program writes one again, it has met all programs that read it.
         layer_ptr = hidden_ptr + i % 2 * (ROWS * WIDTH)
         h = operand(activate(h, tl.constexpr(NET.activations[i - 1])), HIDDEN, PRECISION)
         tl.store(layer_ptr + r[:, None] * WIDTH + n[None, :], h)
@@ -78,7 +79,7 @@ def stationary(
             rows = tl.load(layer_ptr + r[:, None] * WIDTH + k[None, :], cache_modifier=".cg")
             h = tl.dot(rows, slices[(i - 1) * CHUNKS + c], h, input_precision=PRECISION)
 
-    # Each program multiplies its own columns of the last layer; the sum over programs has one order for all.
+    # Each program multiplies its own inputs of the last layer; all programs sum the shares in the same order.
     D: tl.constexpr = NET.action_dim
     j = tl.arange(0, x.shape[1])
     h = operand(activate(h, tl.constexpr(NET.activations[DEPTH - 1])), HIDDEN, PRECISION)

@@ -12,7 +12,7 @@ def streamed(
     x, t, share_ptr, hidden_ptr, wide_ptr, model, weights,
     NET: tl.constexpr, PLAN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """v(x, t) of x (rows, padded d) and t (rows,).
+    """v(x, t) for x (rows, padded d) and t (rows,).
 
     Args:
         hidden_ptr: scratch for two layers' activations, 2·rows·widest in the dtype of the products.
@@ -61,7 +61,7 @@ def hidden_layer(
 def finish(
     h, r, n, hidden_ptr, wide_ptr, NET: tl.constexpr, LAYER: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
-    """Columns n of a layer to where the next one reads them, or, before a layer norm, to where that does."""
+    """Store columns n of a layer where the next layer reads them or, before a layer norm, where the norm does."""
     WIDTH: tl.constexpr = NET.widths[LAYER]
     NORM: tl.constexpr = NET.norms[LAYER]
     ACTIVATION: tl.constexpr = NET.activations[LAYER]
@@ -77,7 +77,7 @@ def settle(
     hidden_ptr, wide_ptr, model, weights,
     NET: tl.constexpr, LAYER: tl.constexpr, PLAN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A layer is whole, and seen by all threads."""
+    """Wait until all threads see the whole layer, and normalise it if it has a layer norm."""
     NORM: tl.constexpr = NET.norms[LAYER]
     ROWS: tl.constexpr = PLAN.rows
     tl.debug_barrier()

@@ -1,4 +1,4 @@
-"""A solver as the kernels take it: a line for each evaluation of the velocity."""
+"""A solver in the form that kernels take: one line for each evaluation of the velocity."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from fdkernels.torch_private import constant_when_compiled
 
 
 class Timetable(NamedTuple):
-    """A solver's lines, its bounds, and in what its network multiplies."""
+    """A solver's lines, its bounds, and the precision of its network's products."""
 
     lines: tuple[float, ...]
-    """Four numbers for each evaluation: time, reach, weight, and 1 where a step ends."""
+    """Four numbers for each evaluation: time, reach, weight, and 1 if a step ends."""
     low: float
     high: float
     clip: str
@@ -34,12 +34,12 @@ class Timetable(NamedTuple):
 
     @property
     def hidden_dtype(self) -> torch.dtype:
-        """Of the hidden layers' operands."""
+        """The dtype of the hidden layers' operands."""
         return HALF.get(self.precision, torch.float32)
 
     @property
     def dot_precision(self) -> str:
-        """Of a product of float32 operands, in Triton's words."""
+        """The precision of products of float32 operands, as Triton names it."""
         return "tf32x3" if self.precision == "highest" else "tf32"
 
     def on(self, device: torch.device) -> Tensor:
@@ -52,16 +52,16 @@ def timetable(solver: Solver, precision: str) -> Timetable:
 
 @constant_when_compiled
 def put_on_device(times: tuple[float, ...], method: str, device: torch.device) -> None:
-    """Put a solver's lines on the device while a graph is traced, for good.
+    """Put a solver's lines on the device for good, while a graph is traced.
 
-    When the traced graph runs for the first time, memory may be that of a CUDA graph that is about to be recorded.
+    The traced graph's first run would be too late: its memory may belong to a CUDA graph that is about to be recorded.
     """
     _on_device(_lines(times, method), device)
 
 
 @functools.lru_cache(maxsize=64)
 def _lines(times: tuple[float, ...], method: str) -> tuple[float, ...]:
-    """No times, no lines."""
+    """The lines of a solver; none if it has no times."""
     lines: list[float] = []
     for t, next_t in itertools.pairwise(times):
         h, stages = next_t - t, METHODS[method]
@@ -72,7 +72,7 @@ def _lines(times: tuple[float, ...], method: str) -> tuple[float, ...]:
 
 @functools.cache
 def _on_device(lines: tuple[float, ...], device: torch.device) -> Tensor:
-    """Copied there once and kept: a captured graph reads it there again."""
+    """The lines on a device, copied once and kept: a captured graph reads them there again."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("a solver that was never run cannot be captured in a CUDA graph: call it once before")
     return torch.tensor(lines or (0.0,) * 4, dtype=torch.float32, device=device)

@@ -1,7 +1,7 @@
-"""What a solve does between the hidden layers of one evaluation and those of the next, where a library multiplies them.
+"""The part of a solve between the hidden layers of one evaluation, which a library multiplies, and those of the next.
 
-Turn e ends evaluation e - 1 of the velocity, v = W_out·h + b_out, advances the state by that line of the solver's
-table, and begins evaluation e, h = act(W_x·z + W_t·t + o). The state is a few numbers a row; h is what moves.
+Turn e ends evaluation e - 1 of the velocity, v = W_out·h + b_out, advances the state by line e - 1 of the solver's
+table, and begins evaluation e, h = act(W_x·z + W_t·t + o). The state is a few numbers a row; most of the traffic is h.
 """
 
 import triton
@@ -22,13 +22,13 @@ def turn_kernel(
 ):  # fmt: skip
     """
     Args:
-        rows, bridge: records of ``arguments.py``, ``bridge`` for FISHER samples.
-        x_ptr, total_ptr: (models·rows, d) float32, the state and the sum within a step. At the end of a Fisher sample
-            they hold x_t and the velocity there.
-        path_ptr: where the state goes, if this turn ends a step and the path is wanted.
-        last_hidden_ptr, first_hidden_ptr: (models·rows, width) activations: the last layer's read, the first's written.
+        rows, bridge: records of ``arguments.py``; ``bridge`` is for FISHER samples.
+        x_ptr, total_ptr: (models·rows, d) float32, the state and the sum within a step. For Fisher samples
+            they hold x_t and the velocity there at the end.
+        path_ptr: where the state is written, if this turn ends a step and the path is wanted.
+        last_hidden_ptr, first_hidden_ptr: (models·rows, width) activations, one read and the other written.
         share_ptr: o, (models·rows / rows_per_cond, width) float32.
-        turn: from 0 to ``num_evals``, and one more for Fisher samples. BEGINS: the first. ENDS: the last.
+        turn: from 0 to ``num_evals``, and one more for Fisher samples. BEGINS and ENDS mark the first and last.
     """
     ROWS: tl.constexpr = PLAN.rows
     BLOCK_N: tl.constexpr = PLAN.block_n
@@ -39,7 +39,7 @@ def turn_kernel(
     ACTIVATION: tl.constexpr = NET.activations[0] if NORM == "none" else "none"
     model = tl.program_id(1).to(tl.int64)
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    row = model * num_rows + tl.minimum(r, num_rows - 1)  # rows beyond the last one see its numbers, and write none
+    row = model * num_rows + tl.minimum(r, num_rows - 1)  # rows beyond the last read its numbers and write none
     j = tl.arange(0, BLOCK_D)
     at, mask = row[:, None] * D + j[None, :], (r < num_rows)[:, None] & (j < D)[None, :]
 

@@ -1,16 +1,16 @@
-"""δᵀF̂δ/d and its gradients, F = (1/K) Σ_k s_k s_kᵀ + λI, without the matrix.
+"""δᵀF̂δ/d and its gradients, F = (1/K) Σ_k s_k s_kᵀ + λI, without forming the matrix.
 
     projection_k = s_k·δ
     numerator    = (1/K) Σ_k projection_k² + λ‖δ‖²
     trace        = (1/K) Σ_k ‖s_k‖² + λd
-    denominator  = max(trace, εd), or d where F is not normalised
+    denominator  = max(trace, εd), or d if F is not normalised
     penalty      = numerator / denominator
 
     ∂penalty/∂δ   = 2·[(1/K) Σ_k projection_k·s_k + λδ] / denominator
     ∂penalty/∂s_k = (2/K)·[projection_k·δ − penalty·s_k·1{trace ≥ εd}] / denominator
 
-A program owns ROWS rows (states) and walks over K in blocks of BLOCK_K; d stays in registers. The scores are read once:
-their tile serves the penalty and the gradient to δ, which the forward pass leaves behind for the backward one.
+A program owns ROWS rows (states) and walks over K in blocks of BLOCK_K; d stays in registers. The forward pass
+reads the scores once: the same tile gives the penalty and the gradient to δ, which is saved for the backward pass.
 """
 
 import triton
@@ -25,7 +25,7 @@ def load_scores(
     RUN: tl.constexpr, STEP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     SCORE: tl.constexpr, COEFFICIENTS: tl.constexpr,
 ):  # fmt: skip
-    """s, or p·v + q·x where SCORE is "velocity" (v alone is read for "scaled"), with p and q from a tensor if there."""
+    """s if SCORE is "given", p·v + q·x if "velocity", p·v if "scaled". COEFFICIENTS says where p and q come from."""
     s = load_rows(scores.given, first, num_rows, row, keep, RUN, STEP, D, BLOCK_D)
     if SCORE != "given":
         p, q = scores.p, scores.q
@@ -64,17 +64,17 @@ def penalty_kernel(
     K: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr,
     NORMALIZE: tl.constexpr, SCORE: tl.constexpr, COEFFICIENTS: tl.constexpr,
 ):  # fmt: skip
-    """The penalty, its gradient to δ (float32) and the trace; a pointer that is None asks for nothing."""
+    """Write the penalty, its gradient to δ (float32) and the trace; those whose pointer is None are not wanted."""
     ROWS: tl.constexpr = TILE.rows
     BLOCK_K: tl.constexpr = TILE.block_k
     BLOCK_D: tl.constexpr = TILE.block_d
-    RUN: tl.constexpr = ROWS * (K if K < BLOCK_K else BLOCK_K)  # not min, which Triton before 3.6 takes for tensors'
-    STEP: tl.constexpr = ROWS * K if K <= BLOCK_K else (K | BLOCK_K) & -(K | BLOCK_K)  # their greatest common divisor
+    RUN: tl.constexpr = ROWS * (K if K < BLOCK_K else BLOCK_K)  # not min, which is tl.minimum before Triton 3.6
+    STEP: tl.constexpr = ROWS * K if K <= BLOCK_K else (K | BLOCK_K) & -(K | BLOCK_K)  # gcd of K and BLOCK_K
     first = tl.program_id(0).to(tl.int64) * ROWS
     r = tl.arange(0, ROWS)
     delta = load_rows(displacement_ptr, first, num_rows, r, r < ROWS, ROWS, ROWS, D, BLOCK_D)
 
-    rk = tl.arange(0, ROWS * BLOCK_K)  # (row, k) pairs; in a block of K there is one row
+    rk = tl.arange(0, ROWS * BLOCK_K)  # (row, k) pairs; one row if K is read in blocks
     squares = tl.zeros((ROWS,), tl.float32)
     size = tl.zeros((ROWS,), tl.float32)
     pull = tl.zeros((ROWS, BLOCK_D), tl.float32)
@@ -104,12 +104,12 @@ def score_gradient_kernel(
     upstream_ptr, displacement_ptr, score_ptr, penalty_ptr, trace_ptr, gradient_ptr,
     num_rows, eps, K: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, NORMALIZE: tl.constexpr,
 ):  # fmt: skip
-    """upstream · ∂penalty/∂s_k."""
+    """Write upstream · ∂penalty/∂s_k."""
     ROWS: tl.constexpr = TILE.rows
     BLOCK_K: tl.constexpr = TILE.block_k
     BLOCK_D: tl.constexpr = TILE.block_d
-    RUN: tl.constexpr = ROWS * (K if K < BLOCK_K else BLOCK_K)  # not min, which Triton before 3.6 takes for tensors'
-    STEP: tl.constexpr = ROWS * K if K <= BLOCK_K else (K | BLOCK_K) & -(K | BLOCK_K)  # their greatest common divisor
+    RUN: tl.constexpr = ROWS * (K if K < BLOCK_K else BLOCK_K)  # not min, which is tl.minimum before Triton 3.6
+    STEP: tl.constexpr = ROWS * K if K <= BLOCK_K else (K | BLOCK_K) & -(K | BLOCK_K)  # gcd of K and BLOCK_K
     first = tl.program_id(0).to(tl.int64) * ROWS
     r = tl.arange(0, ROWS)
     inside = first + r < num_rows

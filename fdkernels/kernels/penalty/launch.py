@@ -1,4 +1,4 @@
-"""From tensors to launches of the penalty's kernels: contiguous inputs, fresh outputs, a grid."""
+"""Launch the penalty's kernels: make inputs contiguous, allocate outputs, choose a grid."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from fdkernels.records import Affine, PenaltyRule
 
 
 class Scores(NamedTuple):
-    """Scores as they are given, or velocities and points that become p·v + q·x inside the kernel."""
+    """Given scores, or velocities and points that the kernel turns into scores p·v + q·x."""
 
     given: Tensor
     x: Tensor | None = None
     pairs: Tensor | None = None
-    """(p, q) of every row, or of all, in the place of the numbers."""
+    """(p, q) of each row, or of all rows; None if the numbers ``p`` and ``q`` serve all."""
     p: float = 1.0
     q: float = 0.0
 
@@ -34,7 +34,7 @@ def penalty(
 def velocity_penalty(
     displacement: Tensor, velocity: Tensor, x: Tensor, affine: Affine, rule: PenaltyRule, want_gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    """The same for s = p·v + q·x, or p·v; without the trace."""
+    """The same for s = p·v + q·x or s = p·v, without the trace."""
     pairs, layout = affine.of_rows(velocity.shape[:-1])
     scores = Scores(velocity, x if affine.use_x else None, pairs, affine.p, affine.q)
     kind = "velocity" if affine.use_x else "scaled"

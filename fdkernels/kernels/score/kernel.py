@@ -1,4 +1,4 @@
-"""score = p·v + q·x, the affine map from velocity to score once the time is known."""
+"""score = p·v + q·x, the affine map from velocity to score at a known time."""
 
 import triton
 import triton.language as tl
@@ -9,10 +9,10 @@ def score_kernel(
     velocity_ptr, x_ptr, coefficient_ptr, score_ptr, size, p, q,
     D: tl.constexpr, BLOCK: tl.constexpr, SCORE: tl.constexpr, COEFFICIENTS: tl.constexpr,
 ):  # fmt: skip
-    """p·v + q·x over a flat run; p·v alone where SCORE is "scaled". p and q come from a tensor if there is one."""
+    """Write p·v + q·x, or p·v if SCORE is "scaled", for a flat block. COEFFICIENTS says where p and q come from."""
     first = tl.program_id(0).to(tl.int64) * BLOCK
     e = first + tl.arange(0, BLOCK)
-    # Whole blocks carry no mask: one that cuts through a vector would forbid 128-bit access.
+    # Whole blocks have no mask: a mask that cuts through a vector prevents 128-bit access.
     if first + BLOCK <= size:
         _combine(velocity_ptr, x_ptr, coefficient_ptr, score_ptr, e, None, p, q, D, SCORE, COEFFICIENTS)
     else:

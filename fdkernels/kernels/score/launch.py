@@ -1,4 +1,4 @@
-"""From tensors to a launch of the score's kernel."""
+"""Launch the score's kernel."""
 
 from __future__ import annotations
 

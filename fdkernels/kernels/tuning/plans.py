@@ -1,8 +1,8 @@
-"""How a flow is integrated: the table's nearest entry, fitted to the network and the number of rows.
+"""Choose how a flow is integrated: the nearest entry of the table, fitted to the network and the number of rows.
 
 An entry holds the fields of :class:`FlowPlan`, and the ``problem_rows``, ``width`` and ``precision`` ("highest", "high"
-or "half") that it was chosen for. The nearest one in the logarithm is used, and a rule where there is none; nothing is
-searched for at run time.
+or "half") for which it was chosen. The nearest entry on a log scale is used, or a heuristic if there is none. Nothing
+is tuned at run time.
 """
 
 from __future__ import annotations
@@ -18,59 +18,59 @@ from fdkernels.kernels.tuning.tiles import next_power_of_two
 
 
 class Problem(NamedTuple):
-    """A network, its rows, and where they are integrated."""
+    """A network, its rows, and the GPU that integrates them."""
 
     gpu: Gpu
     num_multiprocessors: int
     widths: tuple[int, ...]
     d: int
     normalised: bool
-    """Whether there is a layer norm."""
+    """Whether the network has a layer norm."""
     precision: str
     """ "highest", "high" or "half"."""
     states: int
     num_samples: int
-    """The rows of one model; a fused kernel keeps a state's samples together."""
+    """One model has states·num_samples rows. A fused kernel keeps the samples of a state together."""
     models: int
 
 
 class FlowPlan(NamedTuple):
-    """How a flow is integrated; an entry of the table names these fields.
+    """How a flow is integrated. An entry of the table has these fields.
 
-    There are three ways, and which one is the fastest depends on how many rows there are to keep the GPU busy with:
+    There are three implementations. Which one is fastest depends on the number of rows:
 
     ``stationary``  few rows: groups of programs keep the weights on the chip for the whole solve (``stationary.py``).
-                    Hidden layers of one width, a power of two, without layer norm; a GPU that can launch cooperatively.
+                    Needs hidden layers of one power-of-two width, no layer norm, and a GPU with cooperative launches.
     ``streamed``    every program reads all weights at every evaluation. Any network, any GPU.
-    ``gemm``        many rows: cuBLAS multiplies, a launch for each hidden layer and one for what is between them
-                    (``turn.py``), all of them a CUDA graph. Any network, any GPU.
+    ``gemm``        many rows: cuBLAS multiplies, in one launch for each hidden layer; one more launch per evaluation
+                    does the rest (``turn.py``). All launches form one CUDA graph. Any network, any GPU.
     """
 
     implementation: str
     rows: int
-    """Rows that a program, or group, integrates at a time."""
+    """Rows that a program, or a group of programs, integrates at a time."""
     block_n: int
-    """Outputs of a layer computed at a time (stationary: all that the program has)."""
+    """Outputs of a layer computed at a time (stationary: all of the program's columns)."""
     block_inputs: int
     """Inputs of a layer multiplied at a time."""
     num_stages: int
     num_warps: int
     split: int = 1
-    """Programs in a group (stationary): as many as it takes to hold the weights."""
+    """Programs in a group (stationary): as many as are needed to hold the weights."""
 
 
-# A tile that every GPU has the registers and the shared memory for.
+# Tiles that fit into the registers and the shared memory of every GPU.
 FLOW_HEURISTICS = {
     "stationary": FlowPlan("stationary", rows=16, block_n=0, block_inputs=32, num_stages=1, num_warps=8),
     "streamed": FlowPlan("streamed", rows=16, block_n=64, block_inputs=32, num_stages=3, num_warps=8),
     "gemm": FlowPlan("gemm", rows=32, block_n=64, block_inputs=64, num_stages=2, num_warps=4),
 }
-MANY_ROWS = 8192  # keep any GPU busy with one layer at a time
-# Shared memory for weights, of a multiprocessor, where groups are launched at all; little in the interpreter, so that
-# small networks are split as well.
+MANY_ROWS = 8192  # enough to keep any GPU busy with one layer at a time
+# Shared memory of a multiprocessor for weights, for the GPU families on which groups are launched. The interpreter gets
+# little, so that it splits small networks too.
 ON_CHIP_BYTES = {"sm_90": 200 * 1024, "cpu": 16 * 1024}
-MAX_STATIONARY_D = 64  # beside the weights
-PROGRAMS_PER_SM = 4  # streamed programs beyond that take turns, so that their scratch stays in the L2 cache
+MAX_STATIONARY_D = 64  # more would not fit beside the weights
+PROGRAMS_PER_SM = 4  # with more streamed programs, their scratch would not stay in the L2 cache
 
 
 @functools.cache
@@ -80,14 +80,14 @@ def multiprocessors(device: torch.device) -> int:
 
 @remembers
 def flow_plan(problem: Problem, implementation: str | None, library: bool) -> FlowPlan:
-    """The entry whose network and number of rows are nearest, in the logarithm, fitted to the network at hand.
+    """The entry whose width and number of rows are nearest on a log scale, fitted to this network.
 
     Args:
-        implementation: insist on one.
-        library: whether "gemm" may be chosen where nobody insists.
+        implementation: the one that the caller insists on, or None.
+        library: whether "gemm" may be chosen if ``implementation`` is None.
 
     Raises:
-        ValueError: the one insisted on cannot serve this network.
+        ValueError: the implementation insisted on cannot serve this network.
     """
     widest, rows = max(problem.widths), problem.states * problem.num_samples
     together = next_power_of_two(problem.num_samples)
@@ -120,7 +120,7 @@ def flow_plan(problem: Problem, implementation: str | None, library: bool) -> Fl
 
 
 def _split(problem: Problem) -> tuple[int, str]:
-    """Into how many programs a stationary network is split, and why that cannot be."""
+    """The number of programs into which a stationary network is split, and the reason if it cannot be split."""
     widths, width, family = problem.widths, problem.widths[0], problem.gpu.family
     if family not in ON_CHIP_BYTES:
         return 1, f"is not for {family}"

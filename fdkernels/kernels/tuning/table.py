@@ -1,8 +1,8 @@
-"""What was found best for which GPU: the table that ships with the library, and the user's own beside it.
+"""The best settings for each GPU: a table that ships with the library, and a table of the user's.
 
-Both map a GPU -> kernel -> list of entries. An entry says what problem it is for, what was best there, and in
-``source`` what that rests on. The shipped table knows GPUs by family; ``python -m fdkernels.tune`` measures the GPU at
-hand and writes it to the user's table by name, which goes first.
+Both map a GPU -> kernel -> list of entries. An entry holds a problem, the settings that were best for it, and in
+``source`` where they come from. The shipped table lists GPUs by family. ``python -m fdkernels.tune`` measures the
+current GPU and adds it by name to the user's table, which takes precedence.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 Entry = dict[str, Any]
 SHIPPED_FILE = Path(__file__).with_name("shipped.json")
 PROBLEM = ("row_bytes", "precision", "problem_rows", "width")
-"""The fields that say what an entry is for."""
+"""The fields of an entry that describe its problem."""
 
 
 class Gpu(NamedTuple):
@@ -48,7 +48,7 @@ def user_file() -> Path:
 
 
 def read(file: Path) -> dict[str, dict[str, list[Entry]]]:
-    """Nothing, where there is no file that this process could read."""
+    """The table in a file; empty if there is no file or this process cannot read it."""
     try:
         table = json.loads(file.read_text())
         if not isinstance(table, dict):
@@ -66,7 +66,7 @@ TABLE = read(SHIPPED_FILE) | read(user_file())
 def nearest(
     gpu: Gpu, kernel: str, distance: Callable[[Entry], float], serves: Callable[[Entry], bool] = lambda entry: True
 ) -> Entry | None:
-    """The entry to go by: one of this very GPU if any serves, or else of its family."""
+    """The nearest entry that serves: one for this GPU by name or, if there is none, one for its family."""
     for key in gpu:
         choices = filter(serves, TABLE.get(key, {}).get(kernel, []))
         if found := min(choices, key=distance, default=None):
@@ -76,7 +76,7 @@ def nearest(
 
 @contextlib.contextmanager
 def only(gpu: Gpu, kernel: str, entry: Entry) -> Iterator[None]:
-    """With this one entry, and rules for everything else."""
+    """Use this one entry, and heuristics for everything else."""
     before = dict(TABLE)
     _replace({gpu.family: {kernel: [entry]}})
     try:
@@ -96,14 +96,14 @@ _read_once: list[Any] = []
 
 
 def remembers(function: Callable) -> Any:
-    """A function of the table that is called with every launch, and computed once for each of its arguments."""
+    """Cache a function of the table, which every launch calls. A change of the table clears the cache."""
     cached = functools.cache(function)
     _read_once.append(cached)
     return cached
 
 
 def write(file: Path, key: str, found: dict[str, list[Entry]]) -> None:
-    """Add what was found for a GPU, or a family. Earlier entries for the same problems go, all others stay."""
+    """Add entries for a GPU or a family. They replace earlier entries for the same problems; all others stay."""
     table = read(file)
     kernels = table.setdefault(key, {})
     for kernel, new in found.items():

@@ -1,7 +1,7 @@
-"""How large a tile a program of the penalty or the score has: the table's nearest entry, fitted to the problem.
+"""Choose the tile of a penalty or score program: the nearest entry of the table, fitted to the problem.
 
-An entry holds ``row_bytes``, of the padded row that it was chosen for, ``tile_bytes`` and ``num_warps``. The nearest
-one in the logarithm is used, and a rule where there is none; nothing is searched for at run time.
+An entry holds ``tile_bytes``, ``num_warps`` and ``row_bytes``, the size of the padded row for which it was chosen. The
+nearest entry on a log scale is used, or a heuristic if there is none. Nothing is tuned at run time.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class Config(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """Constants of a penalty kernel: ``rows`` × ``block_k`` × ``block_d`` padded elements at a time."""
+    """Constants of a penalty kernel, which handles ``rows`` × ``block_k`` × ``block_d`` padded elements at a time."""
 
     rows: int
     block_k: int
@@ -26,8 +26,8 @@ class Tile(NamedTuple):
     num_warps: int
 
 
-# 32 bytes a thread: at least one 16-byte load in each, though up to half of a padded tile holds nothing; far from the
-# end of the registers; and still several programs where a batch is small.
+# 32 bytes a thread: each makes at least one 16-byte load even if half of the padded tile is empty. That is far from
+# using up the registers, and a small batch still fills several programs.
 HEURISTIC = Config(tile_bytes=4096, num_warps=4)
 
 
@@ -43,7 +43,7 @@ def penalty_tile(gpu: Gpu, kernel: str, num_samples: int, d: int, itemsize: int)
     elements = tile_bytes // itemsize
     if block_k * block_d <= elements:
         return Tile(elements // (block_k * block_d), block_k, block_d, num_warps)
-    # A row that does not fit is walked over in blocks of K; a wide d asks for more threads, not for more registers.
+    # A row that does not fit is read in blocks of K. A wide d gets more threads, not more registers.
     return Tile(1, max(1, elements // block_d), block_d, max(num_warps, min(16, block_d // 128)))
 
 
