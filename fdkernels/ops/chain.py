@@ -1,6 +1,6 @@
 """flow_fisher_penalty: noise (models, states·K, d), displacement (models, states, d) -> penalty (models, states).
 
-Beside it the gradient to the displacement, and scores (models, states, K, d) where wanted. Without a body in PyTorch:
+It also returns the gradient to the displacement and, if wanted, scores (models, states, K, d). It has no PyTorch body:
 where the kernels do not serve, the public function goes step by step.
 """
 
@@ -47,7 +47,7 @@ def _vmap(info: Any, dims: Chain, call: Chain) -> Any:
 
 
 class _Gradient(Gradient):
-    """Differentiable in the displacement only; its gradient was left behind by the forward pass."""
+    """Differentiable in the displacement only, whose gradient the forward pass saved."""
 
     twice = False
 

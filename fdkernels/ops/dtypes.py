@@ -1,4 +1,4 @@
-"""In what an operator computes."""
+"""The dtype in which an operator computes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def accumulate_dtype(*tensors: Tensor) -> torch.dtype:
-    """float32 at least."""
+    """The promoted dtype, float32 at least."""
     dtype = torch.float32
     for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype)

@@ -1,6 +1,6 @@
 """integrate_flow: start (models, rows, d), cond (models, conds, c) -> end (models, rows, d), or all states.
 
-Without a body in PyTorch: where the kernels do not serve, ``solvers.integrate`` does.
+It has no PyTorch body: where the kernels do not serve, ``solvers.integrate`` does.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Call(NamedTuple):
 def fused_integrate(
     network: EncodedNetwork, x0: Tensor, cond: Tensor | None, solver: Solver, return_path: bool, way: Way
 ) -> Tensor:
-    """(..., d), or the states at all times (S + 1, ..., d)."""
+    """The ends (..., d), or the states at all times (S + 1, ..., d)."""
     prepare(solver, x0.device)
     start = x0.detach().reshape(1, -1, x0.shape[-1])
     out = _operator(Call(start, _rows_of(cond, x0.shape[:-1]), network, solver, return_path, way))
@@ -38,7 +38,7 @@ def fused_integrate(
 
 
 def prepare(solver: Solver, device: torch.device) -> None:
-    """What a compiled graph must find on the device."""
+    """Put on the device what a compiled graph must find there."""
     if torch.compiler.is_compiling():
         _put_on_device(tuple(solver.times), solver.method, device)
 
@@ -51,7 +51,7 @@ def _put_on_device(times: tuple[float, ...], method: str, device: torch.device) 
 
 
 def _rows_of(cond: Tensor | None, lead: torch.Size) -> Tensor | None:
-    """cond as (1, rows, c), each row for as many neighbouring rows of the flow; spread out where that cannot be."""
+    """cond as (1, rows, c). Each row serves equally many neighbouring rows of the flow; else cond is expanded."""
     if cond is None or cond.shape[-1] == 0:
         return None
     width = cond.shape[-1]

@@ -1,6 +1,6 @@
-"""Many networks at once: what ``torch.func.vmap`` over parameters makes of an operator over a flow.
+"""Rules by which ``torch.func.vmap`` over parameters becomes one call of a flow operator for many networks.
 
-Rows come as (models, rows, d), and weights either as a module holds them or stacked over the models.
+Rows have shape (models, rows, d). Weights have the shapes of a module, or are stacked over the models.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from fdkernels.layers import EncodedNetwork
 
 
 def fold(batch_size: int, call: Any, dims: Any) -> Any:
-    """The call over all of a mapped dimension: it becomes one of models where the weights are mapped too, and one of
-    rows if not. Unmapped tensors (models, rows, ...) are repeated.
+    """Fold a mapped dimension into the call: into models if the weights are mapped too, otherwise into rows.
+
+    Unmapped tensors (models, rows, ...) are repeated.
 
     Args:
         call: an operator's record of arguments, one of which is its ``network``.
-        dims: the same record of mapped dimensions.
+        dims: the same record, with mapped dimensions in it.
     """
     models = by_model(dims)
 
@@ -39,12 +40,12 @@ def fold(batch_size: int, call: Any, dims: Any) -> Any:
 
 
 def by_model(dims: Any) -> bool:
-    """Whether weights are mapped."""
+    """Whether the weights are mapped."""
     return any(dim is not None for dim in dims.network.parameters)
 
 
 def unfold(out: Tensor, batch_size: int, dims: Any, first: int = 0) -> tuple[Tensor, int | None]:
-    """The mapped dimension again; ``first`` is the dimension of models. What was not wanted is empty."""
+    """Split off the mapped dimension again; ``first`` is the dimension of models. Unwanted outputs are empty."""
     if out.ndim == 1:
         return out, None
     at = first if by_model(dims) else first + 1

@@ -34,7 +34,7 @@ def penalty_from_score(displacement: Tensor, score: Tensor, rule: PenaltyRule, t
 def penalty_formula(
     displacement: Tensor, score: Tensor, rule: PenaltyRule, want_gradient: bool = False
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """δᵀF̂δ/d in O(K·d), its gradient to δ where wanted, and tr F where it normalises."""
+    """δᵀF̂δ/d in O(K·d), its gradient to δ if wanted, and tr F if the rule normalises by it."""
     dtype = accumulate_dtype(displacement, score)
     displacement, score = displacement.to(dtype), score.to(dtype)
     num_samples, d = score.shape[-2:]
@@ -76,7 +76,7 @@ def _fake(call: Call) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class _Gradient(Gradient):
-    """The forward pass leaves the gradient to δ behind: it has the scores at hand, and need not be read twice."""
+    """The forward pass saves the gradient to δ, so that the scores need not be read twice."""
 
     @staticmethod
     def forward(ctx: Any, call: Call, needs: Any, values: Callable[[Call], Any]) -> tuple[Tensor, Tensor, Tensor]:

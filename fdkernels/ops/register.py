@@ -1,11 +1,11 @@
-"""How an operator joins ``torch.library``: one body, its shapes without data, a vmap rule, a gradient.
+"""Register an operator with ``torch.library``: its body, its output shapes, a vmap rule and a gradient.
 
-An operator's arguments are a record, a ``NamedTuple`` of tensors, options and records of those. Its fields, laid flat,
-are the schema; body, shapes, vmap rule and gradient all get the record back. Nobody else flattens.
+An operator's arguments are a record: a ``NamedTuple`` of tensors, options and records of these. Its flattened fields
+are the schema. Body, shapes, vmap rule and gradient all receive the record; only this module flattens one.
 
-The operators sit on a bare ``torch.library.Library`` with an autograd function of their own, which takes less of the
-host's time than ``torch.library.custom_op``; that counts at a batch of 256. Under autocast they run as they are: every
-floating dtype is read as it comes, and computed in float32 at least.
+The operators use a bare ``torch.library.Library`` and an autograd function of their own. That takes less host time than
+``torch.library.custom_op``, which matters at a batch of 256. Autocast does not change them: every floating dtype is
+read as it is, and computed in float32 at least.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ _TYPES: dict[Any, str] = {
 
 
 class Gradient:
-    """An operator's forward and backward pass, where a gradient is wanted."""
+    """An operator's forward and backward pass, used if a gradient is wanted."""
 
     twice = True
-    """Whether the backward pass can be differentiated in turn."""
+    """Whether the backward pass can itself be differentiated."""
 
     @staticmethod
     def forward(ctx: Any, call: Any, needs: Any, values: Callable[[Any], Any]) -> Any:
-        """What the operator returns.
+        """Compute what the operator returns.
 
         Args:
             call: the operator's arguments.
@@ -54,12 +54,12 @@ class Gradient:
 
     @staticmethod
     def backward(ctx: Any, needs: Any, *upstream: Tensor | None) -> dict[str, Tensor | None]:
-        """The gradients, by the names of the arguments."""
+        """The gradients by argument name."""
         raise NotImplementedError
 
 
 class Layout:
-    """A record of arguments, flat and back."""
+    """Flattens a record of arguments, and rebuilds it."""
 
     def __init__(self, record: type) -> None:
         self.names: list[str] = []
@@ -78,7 +78,7 @@ class Layout:
             self.names += inner
             schema += [f"{_TYPES[leaf]} {leaf_name}" for leaf_name, leaf in inner.items()]
         self.schema = f"({', '.join(schema)})"
-        # Written out, as the constructors of named tuples are, because they run several times in every call.
+        # Generated as code, like the constructors of named tuples, because they run several times in every call.
         names = classes | {"new": tuple.__new__}
         self.lift: Callable[[Sequence[Any]], Any] = eval(f"lambda args: new(record, ({', '.join(lift)},))", names)
         self.flat: Callable[[Any], tuple[Any, ...]] = eval(f"lambda call: ({', '.join(flat)},)", names)
@@ -96,12 +96,11 @@ def register(
     """Define fdkernels::name, and return it as a function of its record.
 
     Args:
-        returns: of the schema.
-        fake: outputs of the body's shapes, without data.
-        vmap: from ``info``, the record of mapped dimensions and the record of arguments to outputs and their
+        returns: the return type in the schema.
+        fake: makes outputs of the body's shapes, without data.
+        vmap: takes ``info``, the record of mapped dimensions and the record of arguments; returns outputs and their
             dimensions. None for an operator that takes any leading shape: the mapped dimension becomes the first.
-        gradient: its ``values`` are registered too, as fdkernels::name_values, and are what a compiler finds below
-            autograd.
+        gradient: its ``values`` are registered too, as fdkernels::name_values, which a compiler sees below autograd.
     """
     layout = Layout(record)
     operator = _define(name, layout, returns, body, fake)
@@ -110,7 +109,7 @@ def register(
         out = operator(*(_leading(arg, dim, info.batch_size) for arg, dim in zip(args, in_dims)))
         if isinstance(out, Tensor):
             return out, 0
-        return out, tuple(None if part.shape == (0,) else 0 for part in out)  # what was not wanted is empty
+        return out, tuple(None if part.shape == (0,) else 0 for part in out)  # unwanted outputs are empty
 
     def own(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         assert vmap is not None

@@ -56,7 +56,7 @@ def _fake(call: Call) -> Tensor:
 
 
 class _Gradient(Gradient):
-    """Linear in v and x; its backward pass is plain PyTorch, and can be differentiated again."""
+    """The score is linear in v and x. The backward pass is plain PyTorch and can be differentiated again."""
 
     @staticmethod
     def forward(ctx: Any, call: Call, needs: Call, values: Callable[[Call], Any]) -> Tensor:

@@ -1,4 +1,4 @@
-"""fisher_penalty_score_gradient: the penalty's gradient to the scores, from what its forward pass left behind."""
+"""fisher_penalty_score_gradient: the penalty's gradient to the scores, from what its forward pass saved."""
 
 from __future__ import annotations
 

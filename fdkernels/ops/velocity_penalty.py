@@ -39,7 +39,7 @@ def penalty_from_velocity(
     if triton and not (torch.is_grad_enabled() and any_requires_grad(velocity, x, t)):
         affine = score_rule.affine(t, velocity.ndim, dtype, x.device)
         return _operator(Call(displacement, velocity, x, affine, rule, False))[0]
-    # the scores in between are not rounded to half precision
+    # intermediate scores are not rounded to half precision
     score = score_from_velocity(velocity.to(dtype), x.to(dtype), t, score_rule, triton)
     return penalty_from_score(displacement, score, rule, triton)
 
@@ -59,7 +59,7 @@ def _fake(call: Call) -> tuple[Tensor, Tensor]:
 
 
 class _Gradient(Gradient):
-    """Differentiable in δ alone; the public function composes the two operators above where more is asked."""
+    """Differentiable in δ only. If more is asked, ``penalty_from_velocity`` composes two other operators."""
 
     @staticmethod
     def forward(ctx: Any, call: Call, needs: Call, values: Callable[[Call], Any]) -> tuple[Tensor, Tensor]:
