@@ -1,4 +1,4 @@
-"""A packed MLP's velocity on the CPU where nobody differentiates, by what the processor has (``processor.py``).
+"""A packed MLP's velocity on the CPU without gradients, in the way that suits the processor (``processor.py``).
 
 A flow spends its time in the products of the hidden layers, and in plain PyTorch another fifth in their activations.
 """
@@ -17,15 +17,15 @@ from fdkernels.cpu import processor
 from fdkernels.layers import Layer, Network, layer_norm
 from fdkernels.torch_private import has_onednn, onednn_linear, onednn_packed
 
-_FEW_ROWS = 16  # ten steps of one row: 2.1 ms instead of 2.5 in place; of 16 rows 5.4 instead of 5.1
-_FEW_ROWS_FOR_ONEDNN = 48  # ten steps of one row: 1.4 ms in PyTorch, 2.6 in oneDNN, with AVX-512
-_WORTH_PACKING = 768  # laying out 512² takes 0.12 ms once, and spares 0.09 at a step; of 1,536 rows 0.2, of 256 0.03
-_WIDE_CONDITION = 64  # from here on its share of the first layer is computed once, and costs memory at every step
+_FEW_ROWS = 16  # ten steps: 2.1 ms with plain layers and 2.5 in place for one row, 5.4 and 5.1 for 16 rows
+_FEW_ROWS_FOR_ONEDNN = 48  # ten steps of one row with AVX-512: 1.4 ms in PyTorch, 2.6 in oneDNN
+_WORTH_PACKING = 768  # packing 512² takes 0.12 ms once; a step saves 0.09, with 1,536 rows 0.2, with 256 0.03
+_WIDE_CONDITION = 64  # if wider, its share of the first layer is computed once, and takes memory traffic at every step
 Function = Callable[[Tensor], Tensor]
 
 
 def serves(x: Tensor) -> bool:
-    """Whether nothing looks on that wants plain formulas."""
+    """Whether x is a plain CPU tensor, and neither gradients nor a transform need plain formulas."""
     return not torch.is_grad_enabled() and cpu_layers.serves(x)
 
 
@@ -35,8 +35,8 @@ class CpuField:
     def __init__(self, mlp: Network, cond: Tensor | None, lead: Sequence[int]) -> None:
         num_rows = torch.Size(lead).numel()
         work = Workspace(mlp, num_rows)
-        # For few rows nothing is looked up or decided at a step, which took a tenth of the time. What is returned must
-        # not lie in shared memory.
+        # Lookups and decisions are made here, because at each step they took a tenth of the time for few rows. The
+        # result of a step must not lie in a shared buffer.
         columns = dict(mlp.columns)
         if cond is not None and cond.shape[-1] > _WIDE_CONDITION:
             share = mlp.cond_share(cond)
@@ -68,8 +68,10 @@ class CpuField:
 
 
 class Workspace:
-    """What layers need to write into the same memory at every step: in turn into two buffers, what GELU multiplies by
-    into a third. Fresh memory costs more than what is done with it here: it is in no cache, or not even mapped."""
+    """Buffers that layers write to at every step: two in turn for their outputs, a third for GELU's factor.
+
+    Fresh memory would cost more than the work done in it, because it is in no cache, or not even mapped.
+    """
 
     def __init__(self, mlp: Network, num_rows: int) -> None:
         widest = max(layer.weight.shape[0] for layer in (mlp.first, *mlp.middle))
@@ -79,7 +81,7 @@ class Workspace:
         self.fused = half or (num_rows >= _FEW_ROWS_FOR_ONEDNN and processor.has_avx512() and has_onednn())
 
     def layer(self, layer: Layer, operands: torch.dtype = torch.float32) -> Function:
-        """The layer as a function of rows, which it rounds to ``operands``."""
+        """The layer as a function of rows, which are rounded to ``operands``."""
         if self.fused:
             run = self._fused_layer(layer)
         elif self.num_rows < _FEW_ROWS:
@@ -93,7 +95,7 @@ class Workspace:
         return lambda h: run(h.to(operands).to(layer.weight.dtype))
 
     def finish(self, h: Tensor, layer: Layer) -> Tensor:
-        """What follows a product. tanh-GELU by a sigmoid, which takes half the time of PyTorch's own."""
+        """Apply what follows a product. tanh-GELU uses a sigmoid, in half the time of PyTorch's own."""
         if layer.activation != "gelu_tanh" or self.num_rows < _FEW_ROWS:
             return layer.finish(h)
         if layer.norm_before is not None:

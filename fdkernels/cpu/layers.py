@@ -1,8 +1,8 @@
-"""A network's layers on the CPU, with their gradients, by what the processor has (``processor.py``).
+"""A network's layers and their gradients on the CPU, in the way that suits the processor (``processor.py``).
 
-Each is PyTorch's own function with PyTorch's own result, to rounding, and is that function wherever this has nothing
-better: on other devices and dtypes, compiled, exported or traced, under ``torch.func``, forward-mode differentiation or
-autocast.
+Each gives the result of PyTorch's own function up to rounding, and calls that function where there is nothing better:
+on other devices and dtypes, when compiled, exported or traced, and under ``torch.func``, forward-mode differentiation
+or autocast.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fdkernels.cpu import processor
 from fdkernels.torch_private import forward_mode_active, onednn_linear, transforms_active
 
 _MANY_ROWS = 48
-_WIDE = 128  # 64 rows, inputs and outputs take either library the same time
+_WIDE = 128  # with 64 rows, inputs and outputs, both libraries take the same time
 _MANY_NUMBERS = 8192
 _SLOPE = 1.5957691216057308  # √(8/π)
 _CUBIC = 0.044715 * _SLOPE
@@ -26,7 +26,7 @@ _SLOPES = torch.tensor(_SLOPE, dtype=torch.float32, device="cpu")
 
 
 def serves(x: Tensor) -> bool:
-    """Whether this is a plain float32 tensor on the CPU, and nothing looks on that wants PyTorch's own functions."""
+    """Whether x is a plain float32 CPU tensor, and no tracer, transform or autocast needs PyTorch's own functions."""
     if is_compiling() or torch.jit.is_tracing() or transforms_active() or forward_mode_active():
         return False
     if type(x) not in (Tensor, nn.Parameter) or x.device.type != "cpu" or x.dtype != torch.float32:
@@ -35,14 +35,14 @@ def serves(x: Tensor) -> bool:
 
 
 def multiplies_apart(x: Tensor) -> bool:
-    """Whether networks side by side are faster one by one than as one batched product, which is PyTorch's alone."""
+    """Whether several networks run faster one by one than as one batched product, which only PyTorch has."""
     return serves(x) and x.numel() >= _MANY_ROWS * x.shape[-1] and processor.onednn_multiplies()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``F.linear``: x (..., in), weight (out, in), bias (out,). Differentiable, any number of times."""
-    # Size is asked first, so that a robot's one row waits for nothing else; never of a compiler, which would compile
-    # small and large apart.
+    # The size is checked first, so that the single row of a robot waits for no other check. It is not checked when
+    # compiling, because a compiler would compile small and large separately.
     if is_compiling() or x.numel() < _MANY_ROWS * _WIDE or not (serves(x) and onednn_suits(weight, bias)):
         return F.linear(x, weight, bias)
     if x.shape[-1] != weight.shape[1] or x.numel() < _MANY_ROWS * x.shape[-1]:
@@ -56,10 +56,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def onednn_suits(weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether oneDNN multiplies many rows by this weight, and faster than PyTorch."""
+    """Whether oneDNN can multiply many rows by this weight, and is faster than PyTorch."""
     if not (processor.onednn_multiplies() and serves(weight) and (bias is None or serves(bias))):
         return False
-    # a weight may lie in memory by rows or by columns; other views oneDNN would have to copy, and a bias's it ignores
+    # A weight may be stored by rows or by columns. oneDNN would copy other views, and ignores the strides of a bias.
     if weight.ndim != 2 or not (weight.is_contiguous() or weight.t().is_contiguous()) or min(weight.shape) < _WIDE:
         return False
     return bias is None or (bias.shape == weight.shape[:1] and bias.is_contiguous())
@@ -96,7 +96,7 @@ def gelu_tanh(h: Tensor) -> Tensor:
 
 
 def gelu_gate(h: Tensor, out: Tensor | None = None) -> Tensor:
-    """What tanh-GELU multiplies h by."""
+    """The factor by which tanh-GELU multiplies h."""
     return torch.addcmul(_SLOPES, h, h, value=_CUBIC, out=out).mul_(h).sigmoid_()
 
 
@@ -110,9 +110,9 @@ class _GELU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         h, gate = ctx.saved_tensors
-        if torch.is_grad_enabled():  # somebody differentiates this
+        if torch.is_grad_enabled():  # the backward pass is differentiated too
             return torch.ops.aten.gelu_backward(gradient, h, approximate="tanh")
-        # gate·(1 + h·u′·(1 − gate)) with u what the sigmoid was taken of, all in one buffer
+        # gate·(1 + h·u′·(1 − gate)) with gate = sigmoid(u), all in one buffer
         slope = torch.addcmul(_SLOPES, h, h, value=3 * _CUBIC).mul_(h)
         slope.addcmul_(slope, gate, value=-1)
-        return torch.addcmul(gate, gate, slope, out=slope) * gradient  # which may be several at once
+        return torch.addcmul(gate, gate, slope, out=slope) * gradient  # not in place: it may be a batch of gradients

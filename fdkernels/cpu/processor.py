@@ -1,32 +1,31 @@
-"""What is fast on this CPU. It is asked of PyTorch and of oneDNN, and never timed, so that a run gives the same numbers
-each time.
+"""Which methods are fast on this CPU, as PyTorch and oneDNN report it. Nothing is timed, so runs give equal numbers.
 
-Where nobody differentiates (``field.py``):
+Without gradients (``field.py``):
 
 ========================================  ============================================================================
-few rows                                  PyTorch's own functions, as few as can be: calling them is what takes time
-AVX-512, and half precision with units    oneDNN's products, which apply bias and activation to a block while that is
-for it                                    in the cache
-AVX2, or neither                          products into fresh memory (AMD: oneDNN's) or into buffers that all steps
-                                          share (PyTorch's), activations in place
-half precision without units              float32 products of operands that were rounded to half precision
+few rows                                  PyTorch's own functions, as few as possible: calling them takes most time
+AVX-512, or half precision with           oneDNN's products, which apply bias and activation to a block while it is in
+hardware units                            the cache
+AVX2 or less                              products into fresh memory (AMD: oneDNN's) or into buffers that all steps
+                                          share (PyTorch's); activations in place
+half precision without hardware units     float32 products of operands rounded to half precision
 ========================================  ============================================================================
 
 With gradients (``layers.py``):
 
 ========================================  ============================================================================
-AMD                                       oneDNN's products, network by network; tanh-GELU by a sigmoid
-Intel with AVX-512                        PyTorch's own functions, twin networks as one batched product
-others                                    the same, with tanh-GELU by a sigmoid
+AMD                                       oneDNN's products, network by network; tanh-GELU through a sigmoid
+Intel with AVX-512                        PyTorch's own functions; twin networks as one batched product
+others                                    the same, but tanh-GELU through a sigmoid
 ========================================  ============================================================================
 
-PyTorch multiplies with MKL, which takes AVX2 on AMD's processors whatever they have, and not the best of it. 256 rows,
-512 wide, 2 threads of an EPYC 9005: 0.63 ms, oneDNN's 0.29, held to AVX2 0.54. Its tanh is what makes GELU long: 78 µs
-of those rows, by a sigmoid 34; the gradient 83 and 43.
+PyTorch multiplies with MKL, which on AMD processors uses AVX2 whatever they have, and not at its best. A product of 256
+rows, 512 wide, on 2 threads of an EPYC 9005 takes 0.63 ms; oneDNN's takes 0.29, or 0.54 if held to AVX2. PyTorch's tanh
+makes GELU slow: 78 µs for those rows, 34 through a sigmoid; its gradient takes 83 and 43.
 
-A hidden layer of these rows, with AVX2 alone (EPYC 7003, 2 threads): 0.95 ms MKL's product, 1.07 with tanh-GELU in
-place, 1.25 with PyTorch's own, 1.58 with oneDNN's fused one, whose tanh gathers from a table there. PyTorch's bfloat16
-product takes 130 ms where the processor has no units for it.
+A hidden layer for these rows with AVX2 alone (EPYC 7003, 2 threads) takes 0.95 ms for MKL's product; with tanh-GELU it
+takes 1.07 in place, 1.25 with PyTorch's own, and 1.58 fused by oneDNN, whose tanh then gathers from a table. PyTorch's
+bfloat16 product takes 130 ms on a processor without units for it.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ from fdkernels.torch_private import half_units, has_onednn
 
 
 def multiplies(dtype: torch.dtype) -> bool:
-    """Whether products of this dtype are worth it: the processor has units for them, and PyTorch uses those."""
+    """Whether products in this dtype are worth it: the processor has units for them, and PyTorch uses these."""
     return dtype not in (torch.bfloat16, torch.float16) or half_units(dtype)
 
 
@@ -59,6 +58,6 @@ def sigmoid_is_fast() -> bool:
 
 @functools.cache
 def _is_amd() -> bool:
-    """PyTorch 2.11 tells, 2.9 does not; what does not tell is taken for what PyTorch was made for."""
+    """PyTorch 2.11 reports the processor, 2.9 does not. An unreported one is taken to suit PyTorch's own functions."""
     capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     return str(capabilities.get("cpu_name", "")).startswith("AMD")
