@@ -1,4 +1,4 @@
-"""The activations of a velocity MLP, a row each. Their kernels' side is ``kernels/activate.py``, a branch each."""
+"""The activations of a velocity MLP, one row each. ``kernels/activate.py`` has one branch for each in the kernels."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class GELU(nn.GELU):
 
 class Activation(NamedTuple):
     module: Callable[[], nn.Module]
-    """Makes one for a network."""
+    """Makes the module for a network."""
     recognises: Callable[[nn.Module], bool]
-    """Whether a module in a network of somebody's own is this activation."""
+    """Whether a module in a user's network is this activation."""
     function: Callable[[Tensor], Tensor]
     onednn: tuple[str, str] | None
-    """What oneDNN calls it, and which form of it; None where oneDNN does not fuse it into a product."""
+    """oneDNN's name and form of it; None if oneDNN does not fuse it into a product."""
 
 
 def _is(kind: type[nn.Module]) -> Callable[[nn.Module], bool]:
@@ -52,7 +52,7 @@ ACTIVATIONS: dict[str, Activation] = {
 
 
 def name_of(module: nn.Module) -> str | None:
-    """The activation that a module is, or None."""
+    """The name of the activation that a module is, or None."""
     for name, row in ACTIVATIONS.items():
         if row.recognises(module):
             return name

@@ -1,6 +1,6 @@
-"""Every decision on which way a call goes, made once, before autograd sees the tensors.
+"""Decide once, before autograd sees the tensors, which implementation serves a call.
 
-What is fast on this processor is said in ``cpu/processor.py``, how the kernels integrate in ``kernels/tuning``.
+``cpu/processor.py`` says what is fast on this processor, and ``kernels/tuning`` how the kernels integrate.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ Implementation = Literal["stationary", "streamed", "gemm"]
 Precision = Literal["highest", "high", "bf16"]
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-"""The precisions in which products take operands of a half-precision dtype; those of the others are float32."""
+"""Precisions whose products take half-precision operands, and their dtypes. All others take float32 operands."""
 MAX_FLOW_D = 128
-"""Dimensions of a flow that the kernels integrate."""
+"""The most dimensions of a flow that the kernels integrate."""
 MAX_PENALTY_D = 8192
-"""Dimensions of a displacement: it and its gradient stay in registers."""
+"""The most dimensions of a displacement: it and its gradient stay in registers."""
 
 _SERVED = (torch.float32, torch.bfloat16, torch.float16)
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
-INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"  # triton reads it once, too: when it is imported
+INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"  # triton, too, reads it only when imported
 
 
 def choose_backend(
@@ -45,8 +45,8 @@ def choose_backend(
     """``None`` picks Triton for CUDA tensors that it serves; an explicit choice that cannot be honoured raises.
 
     Args:
-        asked: what the caller wrote where that insists on Triton.
-        max_d: the most dimensions that the kernel serves.
+        asked: the caller's argument, for the message, if it insists on Triton.
+        max_d: the most dimensions that the kernel serves, or None.
     """
     check_choice(op, "backend", backend, (None, "triton", "torch"))
     on_gpu = tensors[0].device.type == "cuda"
@@ -84,8 +84,8 @@ def choose_fused(
 ) -> bool:
     """Whether the kernels integrate; a choice that cannot be honoured raises.
 
-    ``backend`` and ``implementation`` None take them for a packed MLP on CUDA. The plain path serves everything else,
-    such as a velocity that is no MLP (``packed`` None).
+    If ``backend`` and ``implementation`` are None, the kernels serve a packed MLP on CUDA. The plain path serves
+    everything else, such as a velocity that is not an MLP (``packed`` is None).
     """
     check_choice(op, "implementation", implementation, (None, "stationary", "streamed", "gemm"))
     if backend == "torch":
@@ -107,7 +107,7 @@ def choose_fused(
 
 
 def _why_not_fused(packed: PackedMLP | None, differentiable: bool) -> str | None:
-    """What about the network the kernels do not serve; devices and dtypes aside."""
+    """Why the kernels do not serve the network, devices and dtypes aside; None if they do."""
     if packed is None:
         return "serves a VelocityMLP or a packed MLP, and this velocity is neither"
     if differentiable and torch.is_grad_enabled():
@@ -122,14 +122,14 @@ def _why_not_fused(packed: PackedMLP | None, differentiable: bool) -> str | None
 
 
 def check_precision(op: str, precision: Precision | None, *dtypes: torch.dtype) -> None:
-    """A choice that these dtypes can have."""
+    """Check that tensors of these dtypes can have this precision."""
     check_choice(op, "precision", precision, (None, "highest", "high", "bf16"))
     if precision in ("high", "bf16") and torch.float64 in dtypes:
         raise ValueError(f"{op}: precision={precision!r} is less than float64 tensors have; use None or 'highest'")
 
 
 def settle_precision(precision: Precision | None, weights: torch.dtype, device: str) -> str:
-    """ "highest", "high", "bf16" or "fp16": what ``None`` stands for, for weights of that dtype, here and now."""
+    """ "highest", "high", "bf16" or "fp16". ``None`` follows autocast, the weights' dtype and PyTorch's setting."""
     if precision is not None:
         return precision
     autocast = torch.is_autocast_enabled(device) and weights != torch.float64
@@ -142,7 +142,7 @@ def settle_precision(precision: Precision | None, weights: torch.dtype, device: 
 
 
 def check_float32_products(op: str, precision: str | None, device: torch.device) -> None:
-    """PyTorch's float32 products follow one global setting, which is the caller's and is not touched here."""
+    """Check that PyTorch's global setting gives this precision. It belongs to the caller and is not changed here."""
     setting = float32_products()
     if precision in ("highest", "high") and (setting == "medium" or (device.type == "cuda" and setting != precision)):
         raise RuntimeError(
@@ -153,15 +153,15 @@ def check_float32_products(op: str, precision: str | None, device: torch.device)
 
 @constant_when_compiled
 def float32_products() -> str:
-    """What ``torch.set_float32_matmul_precision`` was told."""
+    """The setting of ``torch.set_float32_matmul_precision``."""
     return torch.get_float32_matmul_precision()
 
 
 def plain_is_better(*tensors: Tensor | None) -> bool:
     """On the PyTorch path, whether a plain formula serves better than an operator around it.
 
-    It does where a compiler or a ``torch.func`` transform looks on, which make more of it, and where no gradient is
-    wanted: sparing autograd's work is what the operator is for.
+    It does under a compiler or a ``torch.func`` transform, which can do more with a formula, and if no gradient is
+    wanted, because the operator is there to save autograd's work.
     """
     if torch.compiler.is_compiling() or transforms_active():
         return True
@@ -169,7 +169,7 @@ def plain_is_better(*tensors: Tensor | None) -> bool:
 
 
 def any_requires_grad(*args: Any) -> bool:
-    """Whether one of the tensors does, also of those in lists."""
+    """Whether a tensor requires a gradient, in lists too."""
     for arg in args:
         if isinstance(arg, Tensor):
             if arg.requires_grad:

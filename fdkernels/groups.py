@@ -1,4 +1,4 @@
-"""Several groups of rows as one, for whatever takes rows and conditions side by side."""
+"""Join several groups of rows, with a condition for each row, and split the result again."""
 
 from __future__ import annotations
 
@@ -16,6 +16,6 @@ def join(x0s: Sequence[Tensor], conds: Sequence[Tensor | None]) -> tuple[Tensor,
 
 
 def split(rows: Tensor, x0s: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Rows (N, d) in the shapes of their groups."""
+    """Split rows (N, d) into the shapes of their groups."""
     parts = rows.split([x0.shape[:-1].numel() for x0 in x0s])
     return tuple(part.reshape(x0.shape) for part, x0 in zip(parts, x0s))

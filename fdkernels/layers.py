@@ -1,6 +1,6 @@
-"""A network's weights at one moment, and what of a network is not a tensor.
+"""A network's weights at one moment, and its architecture.
 
-``PackedMLP`` (``networks.py``) holds modules, whose weights change; a solver reads them once, into a :class:`Network`.
+``PackedMLP`` (``networks.py``) holds modules, whose weights change. A solver reads them once, into a :class:`Network`.
 The operators take the same layers as a list of tensors and a text (:class:`EncodedNetwork`).
 """
 
@@ -22,7 +22,7 @@ Input = Literal["cond", "x", "t"]
 
 
 class Norm(NamedTuple):
-    """A layer norm's scale and shift, (width,) or of many networks (models, width), and its ε."""
+    """A layer norm's ε, and its scale and shift: (width,) or, for many networks, (models, width)."""
 
     weight: Tensor | None
     bias: Tensor | None
@@ -30,9 +30,9 @@ class Norm(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """A linear map and what follows it: norm_before, activation, norm_after, as far as they are there.
+    """A linear map, and the norm_before, activation and norm_after that follow it, if any.
 
-    Of many networks at once, every tensor has a dimension of models in front.
+    For many networks at once, every tensor has a leading dimension of models.
     """
 
     weight: Tensor
@@ -42,7 +42,7 @@ class Layer(NamedTuple):
     norm_after: Norm | None = None
 
     def to(self, dtype: torch.dtype) -> Layer:
-        """Weight and bias in another dtype; no copy where they have it already."""
+        """The layer with weight and bias in another dtype; no copy if they have it already."""
         if all(t is None or t.dtype == dtype for t in (self.weight, self.bias)):
             return self
         bias = None if self.bias is None else self.bias.to(dtype)
@@ -51,11 +51,11 @@ class Layer(NamedTuple):
 
     @property
     def normalises(self) -> bool:
-        """Whether there is a layer norm, which wants more than half precision."""
+        """Whether the layer has a layer norm, which needs more than half precision."""
         return self.norm_before is not None or self.norm_after is not None
 
     def finish(self, h: Tensor) -> Tensor:
-        """What follows the linear map, in h's dtype."""
+        """Apply what follows the linear map, in h's dtype."""
         if self.norm_before is not None:
             h = layer_norm(h, self.norm_before)
         if self.activation is not None:
@@ -64,7 +64,7 @@ class Layer(NamedTuple):
 
 
 def layer_norm(h: Tensor, norm: Norm) -> Tensor:
-    """In h's dtype; of many networks, scale and shift differ by network."""
+    """Normalise h in its dtype. For many networks, each has its own scale and shift."""
     weight, bias = (None if p is None else p.to(h.dtype) for p in (norm.weight, norm.bias))
     if all(p is None or p.ndim == 1 for p in (weight, bias)):
         return F.layer_norm(h, h.shape[-1:], weight, bias, norm.eps)
@@ -74,32 +74,32 @@ def layer_norm(h: Tensor, norm: Norm) -> Tensor:
 
 
 class Network(NamedTuple):
-    """A packed MLP's weights at one moment: the first weight by inputs, the layers in the dtypes they work in."""
+    """A packed MLP's weights at one moment. The first weight is split by input; each layer has its working dtype."""
 
     columns: dict[Input, Tensor]
     first: Layer
     middle: tuple[Layer, ...]
     last: Layer | None
-    """None where the first layer is the only one."""
+    """None if the first layer is the only one."""
     operands: torch.dtype
-    """What the hidden layers' operands are rounded to."""
+    """The dtype to which the hidden layers' operands are rounded."""
 
     def operand(self, h: Tensor, layer: Layer) -> Tensor:
-        """h as a hidden layer multiplies it."""
+        """h as an operand of a hidden layer."""
         return h.to(self.operands).to(layer.weight.dtype)
 
     def cond_share(self, cond: Tensor | None) -> Tensor | None:
-        """What the condition and the bias put into the first layer at every step, (..., H) in cond's leading shape."""
+        """Share of condition and bias in the first layer, the same at every step; (..., H), cond's leading shape."""
         if cond is None:
             return self.first.bias
         weight = self.columns["cond"]
         return F.linear(cond.to(weight.dtype), weight, self.first.bias)
 
     def field(self, cond: Tensor | None) -> Callable[[Tensor, float | Tensor], Tensor]:
-        """v(x, t) for a fixed condition, whose share of the first layer is computed once and not at every step.
+        """v(x, t) for a fixed condition, whose share of the first layer is computed once, not at every step.
 
         ``cond`` broadcasts against x, so that one row can serve many samples; t is a number or a tensor (..., 1).
-        For autograd, ``torch.func`` and ``torch.compile``.
+        Works under autograd, ``torch.func`` and ``torch.compile``.
         """
         offset = self.cond_share(cond)
         of_x, of_t = self.columns["x"], self.columns["t"].squeeze(1)
@@ -117,12 +117,12 @@ class Network(NamedTuple):
 
 
 class Architecture(NamedTuple):
-    """What of a velocity MLP is not a tensor, as the kernels know it; lists are per hidden layer."""
+    """The architecture of a velocity MLP, as the kernels take it. Tuples have one entry per hidden layer."""
 
     cond_dim: int
     action_dim: int
     at_cond: int
-    """Where the condition's columns begin in the first layer's weight, and so on."""
+    """Where the condition's columns begin in the first layer's weight; likewise for x and t."""
     at_x: int
     at_t: int
     widest: int
@@ -138,20 +138,22 @@ class Architecture(NamedTuple):
 
 
 class EncodedNetwork(NamedTuple):
-    """A network as operators take it."""
+    """A network in the form that operators take."""
 
     parameters: list[Tensor | None]
-    """For each layer weight, bias, and scale and shift of its layer norm."""
+    """For each layer: weight, bias, and the scale and shift of its layer norm."""
     text: str
-    """Its :class:`Architecture`."""
+    """The :class:`Architecture`, as text."""
 
     @property
     def architecture(self) -> Architecture:
         return _decode(self.text)
 
     def layers(self) -> list[Layer]:
-        """All but the last have what follows the product; tensors of many networks that are stacked more than once
-        become (models, ...). Contiguous."""
+        """The layers, with contiguous tensors. The last one is a product only.
+
+        Tensors of many networks that are stacked more than once become (models, ...).
+        """
         net = self.architecture
         layers = []
         for i in range(len(net.widths) + 1):
@@ -171,7 +173,7 @@ class EncodedNetwork(NamedTuple):
 
 
 def encode(layers: Sequence[Layer], order: Sequence[Input]) -> EncodedNetwork:
-    """The layers of one network, whose inputs have this order; a layer has one norm at most."""
+    """Encode the layers of one network, whose inputs have this order. A layer has at most one norm."""
     parameters: list[Tensor | None] = []
     norms: list[Norm | None] = []
     for layer in layers:

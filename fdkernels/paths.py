@@ -20,7 +20,7 @@ class AffinePath:
     """x_t = α_t·a + σ_t·x0, with the velocity field v(x, t) = E[α̇_t·a + σ̇_t·x0 | x_t = x].
 
     Attributes:
-        alpha, sigma: coefficients of data and noise, functions of a tensor of times (...,) that return its shape.
+        alpha, sigma: coefficients of data and noise: functions of a tensor of times (...,) that keep its shape.
         d_alpha, d_sigma: their time derivatives.
     """
 
@@ -30,7 +30,7 @@ class AffinePath:
     d_sigma: Callable[[Tensor], Tensor]
 
     def at(self, op: str, t: Time) -> tuple[Time, Time, Time, Time]:
-        """α, σ, α̇ and σ̇ of a time, or of a tensor of them."""
+        """α, σ, α̇ and σ̇ at a time, or at a tensor of times."""
         path: Any = self
         found = path.alpha(t), path.sigma(t), path.d_alpha(t), path.d_sigma(t)
         if isinstance(t, Tensor):
@@ -40,7 +40,7 @@ class AffinePath:
         return found
 
 
-# The built-in paths also take a Python float, and give one: a constant time then costs no tensor at all.
+# The built-in paths also take a Python float and return one, so that a constant time needs no tensor.
 def _exp(t: Time) -> Time:
     return torch.exp(t) if isinstance(t, Tensor) else math.exp(t)
 
@@ -96,12 +96,12 @@ PATHS: dict[str, AffinePath] = {
 
 
 def takes_numbers(path: AffinePath) -> bool:
-    """Whether it is a built-in one. PyTorch 2.7 compiles no ``in`` among the values of a dict."""
+    """Whether the path is built in. (PyTorch 2.7 cannot compile ``in`` for the values of a dict.)"""
     return any(path is known for known in PATHS.values())
 
 
 def resolve_path(op: str, path: PathName | AffinePath) -> AffinePath:
-    """The path of that name, or the one given."""
+    """The built-in path of this name, or the given path, checked."""
     if isinstance(path, str) and path in PATHS:
         return PATHS[path]
     if not isinstance(path, AffinePath):

@@ -17,9 +17,9 @@ def philox_normal(
     """N(0, 1) numbers from the counter-based generator Philox-4x32-10.
 
     Element i of the flattened shape is what Triton's ``tl.randn(seed, first + i)`` gives, up to the rounding of log and
-    cos: the first two words of Philox for the counter (first + i) become uniforms, and Box-Muller a normal of them. Two
-    calls whose ranges of positions do not meet are independent. (Before Triton 3.4 ``tl.randn`` itself takes a
-    generator with words of 64 bits where positions are int64; the kernels here do not.)
+    cos: the first two words of Philox for the counter (first + i) become uniforms, and Box-Muller makes them normal.
+    Calls whose ranges of positions do not overlap are independent. (Before Triton 3.4, ``tl.randn`` itself uses a
+    generator with 64-bit words if positions are int64; the kernels here do not.)
 
     Args:
         seed: 64 bits: an int from -2^63 to 2^64 - 1, or a 0-d integer tensor on ``device``, whose value is not read by
@@ -30,7 +30,7 @@ def philox_normal(
 
     Raises:
         TypeError: ``seed`` is not an integer or an integer tensor.
-        ValueError: ``seed`` or ``first`` is out of range, a tensor seed has dimensions or is elsewhere.
+        ValueError: ``seed`` or ``first`` is out of range, or a tensor seed has dimensions or is on another device.
 
     Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
     """
@@ -77,13 +77,13 @@ def philox(
 
 
 def _product(constant: int, word: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low word of a product of two words, without overflow of int64: the constant in two halves."""
+    """High and low word of a product of two words. Splitting the constant keeps int64 from overflowing."""
     high, low = word * (constant >> 16), word * (constant & 0xFFFF)
     return (high + (low >> 16)) >> 16, (((high & 0xFFFF) << 16) + low) & _WORD
 
 
 def _uniform(word: Tensor) -> Tensor:
-    """A word as a number in [0, 1), in Triton's way: x as a signed word, or -x - 1 where that is negative, times 2^-31.
+    """A word as a number in [0, 1), as Triton does it: x as a signed word, or -x - 1 if x is negative, times 2^-31.
 
     The scale is a little below 2^-31, so that the largest word stays below 1.
     """

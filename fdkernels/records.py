@@ -1,7 +1,7 @@
-"""What the options of the public functions become, checked once, and what an operator's schema is made of.
+"""Records that hold the checked options of the public functions, and that make up the schemas of the operators.
 
-A record is built at the public boundary, from there on travels whole, and is laid flat in one place: where a registered
-operator is called (``ops/register.py``). Solvers have theirs in ``solvers.py``, networks in ``layers.py``.
+A record is built at the public boundary, is passed on whole, and is flattened in one place: where a registered operator
+is called (``ops/register.py``). The record of a solver is in ``solvers.py``, those of a network in ``layers.py``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ REDUCTIONS = ("none", "mean", "sum")
 
 
 class PenaltyRule(NamedTuple):
-    """Of F = (1/K) Σ_k s_k s_kᵀ + λI, the damping λ, whether F̂ = F / max(tr F / d, ε) takes its place, and that ε."""
+    """The damping λ of F = (1/K) Σ_k s_k s_kᵀ + λI, whether F̂ = F / max(tr F / d, ε) replaces F, and ε."""
 
     damping: float
     normalize: bool
@@ -44,16 +44,16 @@ def reduce(penalty: Tensor, reduction: Reduction) -> Tensor:
 
 
 class Affine(NamedTuple):
-    """p and q of score = p·v + q·x: two numbers, or a tensor (..., 2) of pairs in their place."""
+    """p and q of score = p·v + q·x: two numbers, or instead a tensor (..., 2) of pairs."""
 
     pairs: Tensor | None
     p: float
     q: float
     use_x: bool
-    """Whether there is a q at all."""
+    """Whether the score depends on x; if not, q is unused."""
 
     def of_rows(self, rows: tuple[int, ...]) -> tuple[Tensor | None, str]:
-        """The pairs as a kernel reads them, and how it finds a row's: "scalar" (none), "one" for all, or by "rows"."""
+        """The pairs as a kernel reads them, and their layout: "scalar" (no pairs), "one" for all rows, or by "rows"."""
         if self.pairs is None:
             return None, "scalar"
         if self.pairs.numel() == 2:
@@ -62,20 +62,22 @@ class Affine(NamedTuple):
 
 
 class ScoreRule(NamedTuple):
-    """How a velocity becomes a score, but for the time."""
+    """How a velocity becomes a score, except for the time."""
 
     op: str
-    """The public function, for messages."""
+    """The name of the public function, for messages."""
     path: AffinePath
     exact: bool
-    """False: v / σ_t, the published implementation's."""
+    """False: v / σ_t, as in the published implementation."""
     min_sigma: float
     of_numbers: bool
-    """Whether the path also takes a Python float, and gives one."""
+    """Whether the path also takes a Python float and returns one."""
 
     def affine(self, t: Tensor | float, ndim: int, dtype: torch.dtype, device: torch.device) -> Affine:
-        """p and q at time t for velocities of so many dimensions. A number stays one on a built-in path, and costs the
-        device nothing."""
+        """p and q at time t, for velocities with ``ndim`` dimensions.
+
+        On a built-in path a number stays a number, which costs the device nothing.
+        """
         if self.of_numbers and not isinstance(t, Tensor):
             return Affine(None, *self._coefficients(t), self.exact)
         if isinstance(t, Tensor):
@@ -105,7 +107,7 @@ def check_score_rule(op: str, path: PathName | AffinePath, convention: Conventio
 
 
 def check_time(t: Tensor | float, rule: ScoreRule, like: Tensor, shape: tuple[int, ...]) -> Tensor | float:
-    """A tensor of times fits ``shape``; a number, which becomes a float, lies in [0, 1], where there is noise left."""
+    """A tensor must fit ``shape``; a number must be in [0, 1] and leave some noise (σ_t > 0), and becomes a float."""
     op, path = rule.op, rule.path
     if isinstance(t, Tensor):
         check_floating(op, like.device, t=t)
@@ -123,7 +125,7 @@ def check_time(t: Tensor | float, rule: ScoreRule, like: Tensor, shape: tuple[in
 
 
 class Way(NamedTuple):
-    """How the kernels integrate: decided in ``backend.py``."""
+    """How the kernels integrate, as decided in ``backend.py``."""
 
     precision: str
     """"highest", "high", "bf16" or "fp16"."""
@@ -132,30 +134,30 @@ class Way(NamedTuple):
 
 
 class Noise(NamedTuple):
-    """Where K samples of every state come from, rows (models, states·K, d)."""
+    """Where the K samples of every state come from. Rows are (models, states·K, d)."""
 
     start: Tensor | None
-    """Noise that the flow is integrated from, or, where the solver has no times, its ends."""
+    """The noise from which the flow is integrated or, if the solver has no times, the ends of the flow."""
     bridge: Tensor | None
-    """What brings the samples back to time t."""
+    """The noise that brings the samples back to time t."""
     seed: Tensor | None
-    """What is None above is drawn from it."""
+    """``start`` and ``bridge`` are drawn from it if they are None."""
     num_samples: int
 
 
 class TimedAffine(NamedTuple):
-    """Time, p and q of every sample: numbers, or a tensor (models, states·K, 3) in their place."""
+    """Time, p and q of every sample: numbers, or instead a tensor (models, states·K, 3)."""
 
     triples: Tensor | None
     t: float
     p: float
     q: float
     use_x: bool
-    """Whether there is a q at all."""
+    """Whether the score depends on x; if not, q is unused."""
 
 
 class Chain(NamedTuple):
-    """The arguments of the operator flow_fisher_penalty; rows come as (models, ...)."""
+    """The arguments of the operator flow_fisher_penalty; rows have shape (models, ...)."""
 
     noise: Noise
     cond: Tensor | None

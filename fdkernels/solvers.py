@@ -18,10 +18,10 @@ Field: TypeAlias = Callable[[Tensor, float | Tensor], Tensor]  # v(x, t) for a f
 
 
 class Stage(NamedTuple):
-    """One evaluation of the velocity within a step from x at time t of size h.
+    """One evaluation of the velocity within a step of size h from x at time t.
 
     Stage j evaluates k_j = v(z_j, t + at_j·h), where z_1 = x and z_{j+1} = x + reach_j·h·k_j. The step ends at
-    x + Σ_j weight_j·h·k_j. Methods in which a stage looks back further than to the one before it have no such form.
+    x + Σ_j weight_j·h·k_j. A method in which a stage needs more than the one before it does not fit this form.
     """
 
     at: float
@@ -38,19 +38,19 @@ METHODS: dict[str, tuple[Stage, ...]] = {
 
 
 class Solver(NamedTuple):
-    """What is asked of a solver. The flow's operators take these fields as they are."""
+    """A solver's settings. The flow's operators take these fields as they are."""
 
     times: list[float]
-    """S + 1 of them. None: what is given are ends of the flow, and nothing is integrated."""
+    """S + 1 of them. If empty, the given rows are ends of the flow already, and nothing is integrated."""
     method: str
     low: float
     high: float
     clip: str
-    """When the state is clipped to those bounds: at the "end", at every "step" or "never"."""
+    """When the state is clipped to [low, high]: at the "end", at every "step" or "never"."""
 
     def finished(self) -> Solver:
-        """The same where nothing is left to integrate."""
-        return Solver([], self.method, self.low, self.high, self.clip)  # not _replace: PyTorch 2.7 compiles none
+        """The same solver with nothing left to integrate."""
+        return Solver([], self.method, self.low, self.high, self.clip)  # PyTorch 2.7 does not compile _replace
 
 
 def check_solver(
@@ -88,9 +88,9 @@ def _check_times(op: str, num_steps: int, time_grid: Sequence[float] | Tensor | 
 
 
 def integrate(field: Field, x: Tensor, solver: Solver, return_path: bool = False) -> Tensor:
-    """The loop. Where autograd looks on, it keeps x of each step and computes the rest again.
+    """Integrate the field from x. Autograd keeps only x of each step; the rest is computed again.
 
-    ``torch.func`` transforms do not know checkpointing; under them autograd's usual memory is taken.
+    ``torch.func`` transforms do not support checkpointing, so autograd takes its usual memory under them.
     """
     stages = METHODS[solver.method]
     forget = torch.is_grad_enabled() and not transforms_active()

@@ -1,7 +1,7 @@
-"""Every name of PyTorch that is used here without being public, why, and what takes its place where PyTorch lacks it.
+"""Every private name of PyTorch that the library uses, why, and what replaces it where PyTorch lacks it.
 
-Operators of ATen that PyTorch's own derivatives are made of (``torch.ops.aten``) do not count.
-``make test-versions`` is what says that they are there, from the oldest PyTorch supported to the newest.
+The ATen operators of PyTorch's own derivatives (``torch.ops.aten``) do not count. ``make test-versions`` checks that
+the names exist, from the oldest supported PyTorch to the newest.
 """
 
 from __future__ import annotations
@@ -16,29 +16,29 @@ from torch import Tensor
 _Function = TypeVar("_Function", bound=Callable)
 
 transforms_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
-"""Whether a ``torch.func`` transform looks on; ``torch.func`` tells of single tensors only, and slowly.
+"""Whether a ``torch.func`` transform is active. ``torch.func`` itself reports on single tensors only, and slowly.
 
-Instead: as if one always did, which costs speed on the CPU, and gradients through the kernels.
+Instead: always True, which costs speed on the CPU, and gradients through the kernels.
 """
 
 
 def forward_mode_active() -> bool:
-    """Whether ``torch.autograd.forward_ad`` looks on. Its public functions ask tensor by tensor.
+    """Whether ``torch.autograd.forward_ad`` is active. Its public functions report on single tensors only.
 
-    Instead: as if it never did, and oneDNN's products would lose tangents.
+    Instead: always False, so that oneDNN's products would lose tangents.
     """
     return getattr(torch.autograd.forward_ad, "_current_level", -1) >= 0
 
 
 clear_cublas_workspaces: Callable[[], None] = getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)
-"""So that a CUDA graph gets a cuBLAS workspace of its own; no public function frees one.
+"""Free cuBLAS's workspaces, so that a CUDA graph gets one of its own. No public function does so.
 
-Instead: nothing. PyTorch without CUDA has no such name, and needs none.
+Instead: nothing. PyTorch without CUDA lacks the name and does not need it.
 """
 
 
 def linear_gelu(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """tanh-GELU of a linear map of rows (n, in), which cuBLAS applies as it writes the product; public functions don't.
+    """tanh-GELU of a linear map of rows (n, in). cuBLAS applies it while writing the product; no public function does.
 
     Instead: the product, then the activation.
     """
@@ -48,7 +48,7 @@ def linear_gelu(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def constant_when_compiled(function: _Function) -> _Function:
-    """``torch.compiler.assume_constant_result``, which would import the compiler, and Triton with it.
+    """``torch.compiler.assume_constant_result``, which itself would import the compiler, and with it Triton.
 
     Instead: a compiler that does not know the mark traces the function.
     """
@@ -58,22 +58,22 @@ def constant_when_compiled(function: _Function) -> _Function:
 
 @constant_when_compiled
 def half_units(dtype: torch.dtype) -> bool:
-    """Whether oneDNN has units of this processor for products in bfloat16 or float16; only private functions tell.
+    """Whether oneDNN uses hardware units for products in bfloat16 or float16. Only private functions report it.
 
-    Instead: no, which gives the same numbers at the speed of float32.
+    Instead: False, which gives the same numbers at the speed of float32.
     """
     if not has_onednn():
         return False
     supported = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}[dtype]
     if not getattr(torch.ops.mkldnn, supported, lambda: False)():
         return False
-    # for bfloat16 oneDNN also says yes where it makes do with AVX-512
+    # for bfloat16, oneDNN also says yes if it makes do with AVX-512
     real = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     return dtype != torch.bfloat16 or torch.backends.cpu.get_cpu_capability() != "AVX512" or bool(real())
 
 
 def has_onednn() -> bool:
-    """Whether :func:`onednn_linear` is there."""
+    """Whether :func:`onednn_linear` is available."""
     mkldnn = torch.backends.mkldnn
     return bool(mkldnn.is_available() and mkldnn.enabled) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
@@ -81,13 +81,13 @@ def has_onednn() -> bool:
 def onednn_linear(h: Tensor, weight: Tensor, bias: Tensor | None, activation: str, form: str) -> Tensor:
     """oneDNN's product with bias and activation fused, as ``torch.compile`` uses it for frozen models.
 
-    Instead: whoever calls it asks :func:`has_onednn` first.
+    Instead: nothing. Callers check :func:`has_onednn` first.
     """
     return torch.ops.mkldnn._linear_pointwise(h, weight, bias, activation, [], form)
 
 
 def onednn_packed(weight: Tensor, num_rows: int) -> Tensor:
-    """The weight as :func:`onednn_linear` would lay it out for itself at every call with this many rows.
+    """The weight in the layout into which :func:`onednn_linear` would convert it at every call with this many rows.
 
     Instead: the weight as it is.
     """

@@ -5,9 +5,9 @@
     python -m fdkernels.tune --dry-run                                  # only print
 
 Writes the winners to the user's table, $FDKERNELS_CONFIGS or ~/.cache/fdkernels/configs.json, under the GPU's name;
-processes started afterwards go by it. Without that table the shipped one is used, and rules for GPUs it does not know.
-The flow's candidates take seconds each to compile: as many processes as there are cores do that, a precision at a time,
-while the one before is timed. Each winner is written as soon as it is known, so that a run may be interrupted.
+processes started afterwards use it. Without it they use the shipped table, or heuristics for GPUs that are not in it.
+Each of the flow's candidates takes seconds to compile. One process per core compiles them, one precision at a time,
+while the precision before is timed. Each winner is written as soon as it is known, so a run may be interrupted.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from fdkernels.records import Affine, PenaltyRule
 
 Timer: TypeAlias = Callable[[Callable[[], object]], float]
 SIZES = [(4, 6), (4, 17), (16, 60), (64, 256), (256, 1024)]  # (K, d)
-PRECISIONS = {"bf16": "half", "high": "high", "highest": "highest"}  # and what the table calls it
+PRECISIONS = {"bf16": "half", "high": "high", "highest": "highest"}  # option -> name in the table
 
 TILES: list[Entry] = [
     {"tile_bytes": tile_bytes, "num_warps": num_warps}
@@ -48,7 +48,7 @@ TILES: list[Entry] = [
 
 
 def _flows(implementation: str, **choices: Sequence[int]) -> list[Entry]:
-    """All combinations."""
+    """All combinations of the choices."""
     combinations = itertools.product(*choices.values())
     return [{"implementation": implementation} | dict(zip(choices, chosen)) for chosen in combinations]
 
@@ -64,10 +64,10 @@ FLOWS: list[Entry] = [
 class Workload(NamedTuple):
     kernel: str
     problem: Entry
-    """What of an entry says what it is for."""
+    """The fields of an entry that describe its problem."""
     label: str
     run: Callable[[Entry], object]
-    """With a candidate, which the table holds meanwhile."""
+    """Called with a candidate while the table holds it."""
     candidates: list[Entry]
 
 
@@ -76,7 +76,7 @@ def _always(run: Callable[[], object]) -> Callable[[Entry], object]:
 
 
 def penalty_workloads(args: argparse.Namespace) -> Iterator[Workload]:
-    """float32 tensors, which no cache should hold."""
+    """Use float32 tensors that are too large for any cache."""
     rule = PenaltyRule(1e-3, True, 1e-6)
     for num_samples, d in SIZES:
         rows = math.ceil(args.elements / (num_samples * d))
@@ -107,7 +107,7 @@ def flow_workloads(args: argparse.Namespace) -> Iterator[Workload]:
         integrate = functools.partial(fdkernels.integrate_flow, velocity, x0, cond, precision=precision)
 
         def run(candidate: Entry, integrate: Any = integrate, precision: str = precision) -> object:
-            if precision != "bf16":  # cuBLAS follows it
+            if precision != "bf16":  # cuBLAS follows this setting
                 torch.set_float32_matmul_precision(precision)
             return integrate(implementation=candidate["implementation"])
 
@@ -119,7 +119,7 @@ WORKLOADS = {"penalty": penalty_workloads, "score": score_workloads, "flow": flo
 
 
 def measure(workload: Workload, candidate: Entry, gpu: Gpu, timer: Timer) -> tuple[float, str]:
-    """The timer's milliseconds with this candidate; infinite, and why, where it does not fit or serve."""
+    """The timer's milliseconds with this candidate, or infinity and the reason why it does not fit or serve."""
     with table.only(gpu, workload.kernel, workload.problem | candidate):
         try:
             return timer(lambda: workload.run(candidate)), ""
@@ -128,7 +128,7 @@ def measure(workload: Workload, candidate: Entry, gpu: Gpu, timer: Timer) -> tup
 
 
 def tune(workload: Workload, gpu: Gpu, timer: Timer) -> Entry | None:
-    """The fastest candidate, as an entry; every one is printed."""
+    """The fastest candidate, as an entry. All are printed."""
     timings = [(*measure(workload, candidate, gpu, timer), candidate) for candidate in workload.candidates]
     timings.sort(key=lambda timing: timing[0])
     for milliseconds, why_not, candidate in timings:
@@ -140,7 +140,7 @@ def tune(workload: Workload, gpu: Gpu, timer: Timer) -> Entry | None:
 
 
 def _compile(args: argparse.Namespace, precision: str, index: int) -> None:
-    """In a process of its own; what it compiles stays in Triton's cache. One number of rows will do for all."""
+    """Compile a candidate into Triton's cache, in a separate process. One number of rows serves for all."""
     args.rows, args.precision = args.rows[:1], [precision]
     for workload in flow_workloads(args):
         measure(workload, FLOWS[index], table.gpu_of(args.device), _once)
@@ -158,7 +158,7 @@ def _wall_time(run: Callable[[], object]) -> float:
 
 
 def _graph_time(run: Callable[[], object]) -> float:
-    """Median milliseconds on the GPU, in a graph: without what the host does, or the copies around a recorded solve."""
+    """Median milliseconds on the GPU in a graph, without the host's work or the copies around a recorded solve."""
     return triton.testing.do_bench_cudagraph(run, return_mode="median")
 
 
@@ -182,7 +182,7 @@ def main() -> None:
     args = parse()
     if torch.cuda.is_available():
         args.device, timer = torch.device("cuda", torch.cuda.current_device()), _graph_time
-    elif backend.INTERPRETER and args.dry_run:  # shows that everything runs, and not how fast
+    elif backend.INTERPRETER and args.dry_run:  # shows that everything runs, not how fast
         args.device, timer = torch.device("cpu"), _wall_time
     else:
         raise SystemExit("fdkernels.tune: no CUDA GPU here to measure; nothing was written")
@@ -198,7 +198,7 @@ def main() -> None:
         }
         for workload in itertools.chain.from_iterable(WORKLOADS[name](args) for name in args.only):
             for job in compiling.get(workload.problem.get("precision", ""), []):
-                job.result()  # raises what no candidate may
+                job.result()  # raises errors that no candidate may cause
             best = tune(workload, gpu, timer)
             if best and not args.dry_run:
                 table.write(file, key, {workload.kernel: [best | {"source": source}]})

@@ -1,4 +1,4 @@
-"""A velocity that somebody gives, tied to the dtypes and the precision of one call."""
+"""A velocity given by the user, bound to the dtypes and the precision of one call."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Velocity: TypeAlias = PackedMLP | nn.Module | Callable[[Tensor, Tensor, Tensor |
 
 
 Flow: TypeAlias = Callable[[Tensor, "Tensor | None", str, str], "tuple[Field, Tensor]"]
-"""From x0, cond and what to call them to v(x, t) and x0 as its state is carried."""
+"""Maps x0, cond and their names in messages to v(x, t) and x0 in the dtype of the solver's state."""
 
 
 class BoundVelocity(NamedTuple):
@@ -32,11 +32,11 @@ class BoundVelocity(NamedTuple):
     velocity: Any
     """v(x, t, cond)."""
     packed: PackedMLP | None
-    """The velocity where it is an MLP whose layers are known."""
+    """The velocity if it is an MLP whose layers are known, otherwise None."""
     asked: Precision | None
     """The precision that the caller asks for."""
     settled: str
-    """What that stands for: "highest", "high", "bf16" or "fp16"."""
+    """The precision that results: "highest", "high", "bf16" or "fp16"."""
     autocast: bool
 
     def way(self, implementation: str | None) -> Way:
@@ -44,12 +44,12 @@ class BoundVelocity(NamedTuple):
         return Way(self.settled, implementation)
 
     def encoded(self) -> EncodedNetwork:
-        """The weights of an MLP for the kernels."""
+        """The MLP in the form that the kernels take."""
         assert self.packed is not None
         return encode([layer.read() for layer in self.packed.layers], self.packed.order)
 
     def context(self, device: torch.device) -> contextlib.AbstractContextManager:
-        """In which PyTorch integrates."""
+        """The context in which PyTorch integrates."""
         check_float32_products(self.op, self.asked, device)
         if self.autocast and (self.packed is not None or self.asked in ("highest", "high")):
             return torch.autocast(device.type, enabled=False)  # an MLP's dtypes are settled
@@ -98,7 +98,7 @@ class BoundVelocity(NamedTuple):
         return flow
 
     def check_rows(self, x: Tensor, cond: Tensor | None, x_name: str, cond_name: str) -> None:
-        """x and cond have the widths that a packed MLP wants, and without autocast the dtype of its weights."""
+        """Check that x and cond have the widths of a packed MLP and, without autocast, the dtype of its weights."""
         op, packed = self.op, self.packed
         if packed is None:
             return
@@ -120,7 +120,7 @@ class BoundVelocity(NamedTuple):
 
 
 def bind(op: str, velocity: Velocity, like: Tensor, precision: Precision | None) -> BoundVelocity:
-    """The velocity for starts of ``like``'s dtype and device; a :class:`VelocityMLP` is packed."""
+    """Bind the velocity to the dtype and device of ``like``. A :class:`VelocityMLP` is packed."""
     if isinstance(velocity, VelocityMLP) and type(velocity).forward is VelocityMLP.forward:
         velocity = pack_mlp(velocity)
     if not callable(velocity):
@@ -137,7 +137,7 @@ def bind(op: str, velocity: Velocity, like: Tensor, precision: Precision | None)
 
 
 def check_start(op: str, x0: Tensor, cond: Tensor | None, x0_name: str, cond_name: str) -> None:
-    """x0 is (..., d), and cond (..., c) has a leading shape that broadcasts to x0's."""
+    """Check that x0 is (..., d), and that the leading shape of cond (..., c) broadcasts to x0's."""
     device = check_floating(op, None, **{x0_name: x0})
     if x0.ndim == 0:
         raise ValueError(f"{op}: {x0_name} must be (..., d), got a scalar")
