@@ -15,7 +15,7 @@ ActivationName = Literal["gelu_tanh", "gelu", "silu", "relu", "tanh"]
 
 
 class GELU(nn.GELU):
-    """``nn.GELU`` in its tanh form, in the way that suits the processor."""
+    """``nn.GELU`` in its tanh form, computed in the way that suits the processor."""
 
     def __init__(self) -> None:
         super().__init__(approximate="tanh")

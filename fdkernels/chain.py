@@ -39,7 +39,7 @@ from fdkernels.validation import check_choice, check_count, check_displacement, 
 from fdkernels.velocity import BoundVelocity, Velocity, bind
 
 _MAX_SAMPLES = 64
-"""Samples of one state that a program of the kernel keeps together."""
+"""The most samples of one state that a program of the kernel keeps together."""
 
 
 def flow_fisher_penalty(
@@ -74,29 +74,29 @@ def flow_fisher_penalty(
 
     For each state, K samples a_k of the flow are brought to time t by fresh noise, x_k = (1−t)·x0_k + t·a_k; the
     velocity there gives the score s_k (:func:`velocity_to_score`), and the scores weigh the displacement
-    (:func:`fisher_penalty`). For a packed MLP on CUDA one launch does it all (or one CUDA graph, where there are many
-    rows), and leaves behind the gradient to the displacement; from a ``seed`` it draws the noise as well.
+    (:func:`fisher_penalty`). For a packed MLP on CUDA one launch (or, for many rows, one CUDA graph) does it all, and
+    saves the gradient to the displacement; given a ``seed``, it draws the noise as well.
 
     Args:
         velocity: as in :func:`integrate_flow`; a callable gets x (..., K, d), t (..., K, 1), cond (..., K, c).
         cond: states (..., c).
         displacement: δ (..., d), same leading shape and device.
-        num_samples: K. Ignored when ``noise``, ``bridge_noise`` or ``samples`` says it.
-        t: where the score is taken, a number in [0, 1) or a tensor that broadcasts to (..., K, 1); see
+        num_samples: K. Ignored if ``noise``, ``bridge_noise`` or ``samples`` is given, whose K is used.
+        t: time at which the score is taken, a number in [0, 1) or a tensor that broadcasts to (..., K, 1); see
             :func:`velocity_to_score`.
         num_steps, method, time_grid, clip, clip_each_step: of the flow, as in :func:`integrate_flow`; the grid runs
             from noise to data.
         damping, normalize, eps, reduction: as in :func:`fisher_penalty`.
         convention, min_sigma: as in :func:`velocity_to_score`.
-        noise: where the samples start, (..., K, d); drawn N(0, I) when None.
+        noise: start of the samples, (..., K, d); drawn N(0, I) when None.
         bridge_noise: x0_k of the bridge, (..., K, d); drawn when None.
-        samples: a_k, (..., K, d), where the flow has been integrated already, as by :func:`integrate_flow_groups`.
-            Nothing is integrated then, the options of the solver play no part, and ``noise`` must be None.
+        samples: a_k, (..., K, d), if the flow has been integrated already, as by :func:`integrate_flow_groups`.
+            Nothing is integrated then, the options of the solver have no effect, and ``noise`` must be None.
         generator: draws ``noise``, then ``bridge_noise``, in the dtype of ``cond``. PyTorch's global one when None.
         seed: draw with a counter-based generator instead: the same numbers on every device and backend, whatever was
             drawn before. With n the number of elements of (..., K, d), ``noise`` has positions 0 ... n - 1 and
             ``bridge_noise`` n ... 2n - 1 of :func:`fdkernels.philox.philox_normal`. An int of 64 bits, or a 0-d
-            integer tensor on the device, which is not read by the host.
+            integer tensor on the device, which the host does not read.
         return_score: also return the scores (..., K, d), in the dtype of the samples.
         precision, backend, implementation: as in :func:`integrate_flow`.
 
@@ -105,10 +105,10 @@ def flow_fisher_penalty(
         velocities and scores are constants (stop-gradient), as in the published method.
 
     Raises:
-        TypeError: a tensor is not floating point, velocity is not callable.
-        ValueError: shapes do not fit, devices or dtypes differ, an option is out of its range, or two exclude each
-            other.
-        RuntimeError: the backend or the precision asked for cannot be had here.
+        TypeError: a tensor is not floating point, or velocity is not callable.
+        ValueError: shapes do not fit, devices or dtypes differ, an option is out of its range, or two options exclude
+            each other.
+        RuntimeError: the backend or the precision asked for is not available here.
 
     Source: "Fisher Decorator" (arXiv 2604.17919).
 
@@ -143,7 +143,7 @@ def flow_fisher_penalty(
     bound = bind(op, velocity, cond if start is None else start, precision)
     fused = choose_fused(op, backend, implementation, bound.packed, (displacement, cond))
 
-    # The kernel draws from a seed by itself, but cannot see which of its rows a transform has put together.
+    # The kernel can draw from a seed by itself, but cannot see which of its rows a transform has joined.
     transformed = not torch.compiler.is_compiling() and transforms_active()
     if not fused or seed is None or transformed:
         with torch.no_grad():
@@ -164,7 +164,7 @@ def flow_fisher_penalty(
 
 
 class _Request(NamedTuple):
-    """The checked arguments, noise drawn but for what the kernel draws from the seed."""
+    """The checked arguments. Noise is drawn already, except what the kernel draws from the seed."""
 
     cond: Tensor
     displacement: Tensor
@@ -183,7 +183,7 @@ class _Request(NamedTuple):
 
 
 def _check_given(op: str, given: dict[str, Tensor | None], num_samples: int, device: torch.device) -> int:
-    """The number of samples: what a given tensor says, or else what was asked for."""
+    """The number of samples: that of a given tensor, or else the one asked for."""
     tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
     if tensors:
         check_floating(op, device, **tensors)
@@ -198,7 +198,7 @@ def _check_given(op: str, given: dict[str, Tensor | None], num_samples: int, dev
 def _check_source(
     op: str, seed: int | Tensor | None, generator: torch.Generator | None, device: torch.device
 ) -> int | Tensor | None:
-    """The seed, where noise is drawn from one."""
+    """The checked seed, or None if noise is not drawn from one."""
     if seed is not None and generator is not None:
         raise ValueError(f"{op}: seed and generator exclude each other")
     if generator is not None and not isinstance(generator, torch.Generator):
@@ -209,7 +209,7 @@ def _check_source(
 
 
 def _fused(request: _Request, bound: BoundVelocity, way: Way) -> tuple[Tensor, Tensor | None]:
-    """One launch, or one graph of launches. Penalty (...) and, where asked, scores (..., K, d), float32."""
+    """Penalty (...) and, if asked, scores (..., K, d), in float32, by one launch or one graph of launches."""
     cond, displacement, num_samples, seed = request.cond, request.displacement, request.num_samples, request.seed
     start = cond.new_empty(0, displacement.shape[-1]) if request.start is None else request.start
     bound.check_rows(start, cond, request.start_name(), "cond")
@@ -217,7 +217,7 @@ def _fused(request: _Request, bound: BoundVelocity, way: Way) -> tuple[Tensor, T
     lead, d = displacement.shape[:-1], displacement.shape[-1]
     whole = num_samples <= _MAX_SAMPLES
     rows = displacement.reshape(1, -1, d)
-    if not whole:  # too many samples for one program: their scores first
+    if not whole:  # too many samples for one program: compute the scores first
         rows = rows.new_zeros((1, rows.shape[1] * num_samples, d))
     if isinstance(seed, int):
         seed = torch.full((), seed, dtype=torch.int64, device=cond.device)
@@ -237,7 +237,7 @@ def _fused(request: _Request, bound: BoundVelocity, way: Way) -> tuple[Tensor, T
 
 
 def _timed(request: _Request, rows: tuple[int, ...]) -> TimedAffine:
-    """t, p and q of the samples, numbers where all have the same."""
+    """t, p and q of the samples; numbers if all samples have the same."""
     t, like = request.t, request.displacement
     affine = request.score_rule.affine(t, like.ndim + 1, accumulate_dtype(like), like.device)
     if affine.pairs is None:
@@ -250,7 +250,7 @@ def _timed(request: _Request, rows: tuple[int, ...]) -> TimedAffine:
 
 
 def _step_by_step(request: _Request, bound: BoundVelocity, backend: Backend | None) -> tuple[Tensor, Tensor | None]:
-    """PyTorch integrates, and each step is an operator of its own."""
+    """The same penalty and scores, but PyTorch integrates and separate operators do the rest."""
     start, bridge_noise, t, solver = request.start, request.bridge_noise, request.t, request.solver
     displacement, score_rule, rule = request.displacement, request.score_rule, request.rule
     assert start is not None
@@ -279,7 +279,7 @@ def _drawn(
     generator: torch.Generator | None,
     seed: int | Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Both noises, those that are None drawn."""
+    """Both noises; one that is None is drawn."""
 
     def draw(first: int) -> Tensor:
         if seed is not None:

@@ -38,49 +38,49 @@ def integrate_flow(
     the result is a constant to autograd.
 
     For a :class:`VelocityMLP` or a packed MLP the condition's share of the first layer is computed once for each row
-    of ``cond``, not at every step, and nothing is concatenated. On CUDA the whole solve is one launch, or one CUDA
-    graph where there are many rows. On a CPU it goes the way that suits the processor (``cpu/processor.py``).
+    of ``cond``, not at every step, and nothing is concatenated. On CUDA the whole solve is one launch or, for
+    many rows, one CUDA graph. On a CPU it runs in the way that suits the processor (``cpu/processor.py``).
 
     Args:
         velocity: a :class:`VelocityMLP`, the result of :func:`pack_mlp`, or any callable v(x, t, cond) -> (..., d)
             with x (..., d), t (..., 1) in x's dtype and cond (..., c), expanded to x's leading shape.
-        x0: where to start, (..., d), at the first time of the grid.
+        x0: start of the flow (..., d), at the first time of the grid.
         cond: condition (..., c), or None. Its leading shape broadcasts to x0's: with (B, 1, c) against (B, K, d) one
             state serves K samples.
-        num_steps: S; the grid is then i/S, i = 0 ... S.
+        num_steps: S; the times are i/S, i = 0 ... S.
         method: ``"euler"``, ``"midpoint"``, ``"heun"`` (order 2) or ``"rk4"`` (order 4).
-        time_grid: S + 1 times of your own instead, in any direction: a sequence, or a 1-d tensor (read on the host).
+        time_grid: S + 1 times to use instead, in any direction: a sequence, or a 1-d tensor (read on the host).
         clip: bounds applied to the end of the path; None never clips.
-        clip_each_step: apply them after every step. Nothing to do with the inner stages of a step.
-        return_path: return the states at all times, (S + 1, ..., d), as stepped and clipped; x0 first, untouched.
-        differentiable: let autograd through to x0, cond and the weights, where gradients are enabled. Each step is
-            checkpointed: with the number of steps memory grows by the state x alone (and 5 kB, the state of the random
-            generator), and the backward pass computes every step again. Weights must not change in between.
-        precision: of the matrix products. ``None`` takes bfloat16 or float16 under autocast, the weights' own dtype
-            otherwise, float32 as ``torch.set_float32_matmul_precision`` says. ``"bf16"`` takes bfloat16 for the hidden
-            layers of a packed MLP; state, first layer and norms stay float32 (on CUDA the first layer's products are
-            TF32, the last layer's bfloat16; on the CPU both are float32). ``"highest"`` and
-            ``"high"`` take float32, whatever autocast says; they differ on CUDA only (float32-accurate and TF32). A
-            callable runs under autocast for ``"bf16"``, and without it for the other two.
-        backend: ``None`` picks by device; ``"torch"`` or ``"triton"`` insist.
-        implementation: how the kernels get at the weights, picked by a table from rows, widths, precision and GPU
-            unless given. ``"stationary"``: groups of programs hold them on the chip for the whole solve; for few rows,
-            and hidden layers of one width, a power of two, without layer norm. ``"streamed"``: every program reads all
-            of them at every evaluation; any network. ``"gemm"``: cuBLAS multiplies, layer by layer; for many rows. Its
-            launches are recorded as a CUDA graph at the second call with the same shapes and weights, on the default
-            stream, and replayed from then on; elsewhere they become part of the graph that the caller captures.
-            Float32 products follow ``torch.set_float32_matmul_precision`` there. ``python -m fdkernels.tune``
-            measures the table.
+        clip_each_step: apply them after every step. The inner stages of a step are never clipped.
+        return_path: return the states at all times, (S + 1, ..., d), as stepped and clipped; x0 comes first, unchanged.
+        differentiable: let autograd reach x0, cond and the weights if gradients are enabled. Each step is checkpointed:
+            it adds only the state x to memory (and 5 kB, the state of the random generator), and the backward pass
+            computes it again. The weights must not change in between.
+        precision: of the matrix products. ``None`` takes bfloat16 or float16 under autocast, otherwise the weights' own
+            dtype; float32 products follow ``torch.set_float32_matmul_precision``. ``"bf16"`` takes bfloat16 for the
+            hidden layers of a packed MLP; state, first layer and norms stay float32 (on CUDA the first layer's products
+            are TF32 and the last layer's bfloat16; on the CPU both are float32). ``"highest"`` and ``"high"`` take
+            float32, whatever autocast says; they differ on CUDA only (float32-accurate and TF32). A callable runs under
+            autocast for ``"bf16"``, and without it for the other two.
+        backend: ``None`` picks by device; ``"torch"`` and ``"triton"`` insist on one.
+        implementation: how the kernels read the weights. Unless given, a table picks by rows, widths, precision and
+            GPU. ``"stationary"``: groups of programs hold them on the chip for the whole solve; for few rows, and
+            hidden layers of one power-of-two width without layer norm. ``"streamed"``: every program reads all of them
+            at every evaluation; any network. ``"gemm"``: cuBLAS multiplies, layer by layer; for many rows. On the
+            default stream its launches are recorded as a CUDA graph at the second call with the same shapes and
+            weights, and replayed from then on; on other streams they become part of the graph that the caller captures.
+            Its float32 products follow ``torch.set_float32_matmul_precision``. ``python -m fdkernels.tune`` measures
+            the table.
 
     Returns:
-        (..., d), or (S + 1, ..., d) with ``return_path``, in x0's dtype. The state of a packed MLP in half precision
-        is float32 on the way.
+        (..., d), or (S + 1, ..., d) with ``return_path``, in x0's dtype. During the solve, the state of a packed MLP in
+        half precision is float32.
 
     Raises:
-        TypeError: x0 or cond is not a floating-point tensor, velocity is not callable.
+        TypeError: x0 or cond is not a floating-point tensor, or velocity is not callable.
         ValueError: shapes do not fit, devices or dtypes differ, an option is out of its range, or ``"high"`` or
             ``"bf16"`` is asked of float64.
-        RuntimeError: the backend or the precision asked for cannot be had here.
+        RuntimeError: the backend or the precision asked for is not available here.
 
     Example:
         >>> import torch, fdkernels
@@ -117,21 +117,21 @@ def integrate_flow_groups(
     backend: Backend | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Tensor, ...]:
-    """Several groups of rows along the flow of the same weights: :func:`integrate_flow` of each, in one call.
+    """Integrate several groups of rows along the same flow: :func:`integrate_flow` of each, in one call.
 
     One update of an agent needs next actions (B, d), base actions (B, d) and Fisher samples (B, K, d), the last with
-    one condition (B, 1, c) for K samples. The kernels take all rows at once, and so does the CPU where
-    nobody differentiates; elsewhere the groups run one after another.
+    one condition (B, 1, c) for K samples. The kernels take all rows at once, and so does a packed MLP on the CPU
+    without gradients; otherwise the groups run one after another.
 
     Args:
         velocity: as in :func:`integrate_flow`.
-        x0s: where to start, one tensor (..., d) for each group; leading shapes may differ, device and dtype may not.
-        conds: as many conditions (..., c), each broadcasting to its group's leading shape, or None.
+        x0s: starts, one tensor (..., d) for each group; leading shapes may differ, device and dtype may not.
+        conds: as many conditions (..., c) or None, each broadcasting to its group's leading shape.
         num_steps, method, time_grid, clip, clip_each_step, differentiable, precision, backend, implementation: as in
             :func:`integrate_flow`, for all groups.
 
     Returns:
-        The ends, one (..., d) for each group: what separate calls give, up to rounding.
+        The ends, one (..., d) for each group, equal to those of separate calls up to rounding.
 
     Raises:
         As :func:`integrate_flow`; the message names the group.
@@ -169,7 +169,7 @@ def integrate_flow_groups(
 
 
 def _check_groups(op: str, x0s: Sequence[Tensor], conds: Sequence[Tensor | None]) -> None:
-    """As many conditions as groups, all of one dtype on one device."""
+    """Check that there are as many conditions as groups, and one dtype and device for all groups."""
     lists = [isinstance(given, Sequence) and not isinstance(given, str) for given in (x0s, conds)]
     if not all(lists) or len(x0s) != len(conds):
         raise ValueError(f"{op}: x0s and conds must be sequences of one length, one entry for each group of rows")

@@ -1,4 +1,4 @@
-"""Velocity fields that are multi-layer perceptrons, in a form whose weights the operators can read in place."""
+"""Velocity fields that are multi-layer perceptrons, and a form of them whose weights operators read in place."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fdkernels.validation import check_at_least, check_choice, check_count, chec
 
 
 class Linear(nn.Linear):
-    """``nn.Linear``, in the way that suits the processor."""
+    """``nn.Linear``, computed in the way that suits the processor."""
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
@@ -35,10 +35,10 @@ class VelocityMLP(nn.Module):
         hidden: widths of the hidden layers.
         activation: a name in ``fdkernels.activations.ACTIVATIONS``, such as ``"gelu_tanh"`` or ``"silu"``.
         layer_norm: normalise after each activation.
-        layer_norm_eps: its ε.
+        layer_norm_eps: ε of the layer norms.
 
     Raises:
-        TypeError, ValueError: an argument is not of its kind, or out of its range.
+        TypeError, ValueError: an argument has the wrong type, or is out of its range.
     """
 
     def __init__(
@@ -79,9 +79,9 @@ def build_mlp(
     layer_norm: bool = False,
     layer_norm_eps: float = 1e-6,
 ) -> nn.Sequential:
-    """The stack inside a :class:`VelocityMLP`: linear, activation, optional layer norm, ...; a last linear.
+    """The stack inside a :class:`VelocityMLP`: linear, activation, optional layer norm, ..., and a last linear.
 
-    Glorot-uniform weights, zero biases. Policies and critics around a flow use the same.
+    Glorot-uniform weights, zero biases. Policies and critics around a flow use the same stack.
     """
     op = "build_mlp"
     check_count(op, "inputs", inputs)
@@ -114,10 +114,10 @@ def _check_stack(op: str, hidden: Sequence[int], activation: str, layer_norm: bo
 
 @dataclasses.dataclass(frozen=True)
 class LayerModules:
-    """Where a :class:`Layer` is read from.
+    """The modules from which a :class:`Layer` is read.
 
-    A solver reads it once and not at every step: under ``torch.func.functional_call`` the modules hold the given
-    tensors for the time of the call only, and a checkpointed step is computed again later.
+    A solver reads them once, not at every step: under ``torch.func.functional_call`` the modules hold the given tensors
+    only during the call, but a checkpointed step is computed again later.
     """
 
     linear: nn.Linear
@@ -136,7 +136,7 @@ def _read_norm(norm: nn.LayerNorm | None) -> Norm | None:
 
 @dataclasses.dataclass(frozen=True)
 class PackedMLP:
-    """A stack of layers that are read, never copied. Made by :func:`pack_mlp`; callable as v(x, t, cond)."""
+    """A stack of layers whose weights are read, never copied. Made by :func:`pack_mlp`; callable as v(x, t, cond)."""
 
     layers: tuple[LayerModules, ...]
     order: tuple[Input, ...]
@@ -167,10 +167,10 @@ class PackedMLP:
         return h
 
     def read(self, outer: torch.dtype, hidden: torch.dtype, products: torch.dtype | None = None) -> Network:
-        """The weights as they are now, the hidden layers' in ``hidden`` and the first and last in ``outer``.
+        """The weights as they are now: hidden layers in the dtype ``hidden``, the first and last layer in ``outer``.
 
-        ``products`` is the dtype in which the hidden layers are multiplied, on operands rounded to ``hidden``, where
-        that is another one.
+        ``products`` is the dtype in which the hidden layers are multiplied, on operands rounded to ``hidden``; None
+        stands for ``hidden``.
         """
         first, *rest = [layer.read() for layer in self.layers]
         widths = {"x": self.action_dim, "t": 1, "cond": self.cond_dim}
@@ -181,12 +181,12 @@ class PackedMLP:
 
 
 def pack_mlp(module: nn.Module, order: Sequence[Input] = ("cond", "x", "t")) -> PackedMLP:
-    """Read an existing stack of Linear / activation / LayerNorm as a velocity field, in place.
+    """Use an existing stack of Linear / activation / LayerNorm as a velocity field, in place.
 
-    Nothing is copied: an optimiser step on ``module`` is seen by the next call. Activations are GELU (either form),
-    SiLU, ReLU and Tanh; a LayerNorm stands after or before the activation. Nested ``nn.Sequential`` and modules that
-    wrap exactly one child are looked through, ``nn.Identity`` and ``nn.Dropout`` in eval mode are passed over. What a
-    ``forward`` of your own does beside calling its children cannot be seen, so it is tried out on two rows.
+    Nothing is copied: the next call sees an optimiser step on ``module``. Activations are GELU (either form), SiLU,
+    ReLU and Tanh; a LayerNorm comes after or before the activation. Nested ``nn.Sequential`` and modules that wrap
+    exactly one child are unwrapped; ``nn.Identity`` and ``nn.Dropout`` in eval mode are skipped. What a custom
+    ``forward`` does besides calling its children cannot be seen, so it is tried out on two rows.
 
     Args:
         module: a :class:`VelocityMLP`, an ``nn.Sequential``, or a module that wraps one.
@@ -197,7 +197,7 @@ def pack_mlp(module: nn.Module, order: Sequence[Input] = ("cond", "x", "t")) -> 
         The packed MLP, callable as v(x, t, cond) and accepted wherever a velocity is.
 
     Raises:
-        TypeError: the module holds something else than the above, or computes something else than its stack.
+        TypeError: the module holds anything else, or does not compute what its stack computes.
         ValueError: widths do not chain, or ``order`` is not a permutation of its names.
 
     Example:
@@ -229,7 +229,7 @@ _known: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[object, ...], PackedMLP
 
 
 def _pack_known(module: VelocityMLP) -> PackedMLP:
-    """Packing takes as long as half a launch, so what was made is kept for as long as it is what would be made."""
+    """Packing takes half as long as a launch, so the result is kept until the module changes."""
     stack = module.net
     if torch.compiler.is_compiling() or not isinstance(stack, nn.Sequential):
         return _pack(stack, module.order)
@@ -238,7 +238,7 @@ def _pack_known(module: VelocityMLP) -> PackedMLP:
     before, packed = _known.get(module, ((), None))
     if packed is None or made_of != before:
         packed = _pack(stack, module.order)
-        if all(next(layer.children(), None) is None for layer in stack):  # further down nothing would be noticed
+        if all(next(layer.children(), None) is None for layer in stack):  # changes further down would go unnoticed
             _known[module] = made_of, packed
     return packed
 
@@ -264,12 +264,12 @@ def _pack(module: nn.Module, order: Sequence[Input]) -> PackedMLP:
 
 @torch.no_grad()
 def _try_out(module: nn.Module, packed: PackedMLP) -> None:
-    """A module must compute what the layers found in it compute."""
+    """Check that the module computes what the layers found in it compute."""
     width = packed.layers[0].linear.in_features
     rows = torch.linspace(-1, 1, 2 * width, dtype=packed.dtype, device=packed.device).view(2, width)
     try:
         same = torch.allclose(module(rows), packed.run(rows), rtol=1e-3, atol=1e-5)
-    except Exception as error:  # whatever a forward of somebody's own raises
+    except Exception as error:  # whatever a custom forward raises
         raise TypeError(
             f"pack_mlp: {type(module).__name__} cannot be called with the concatenated inputs alone "
             f"({type(error).__name__}: {error}); pass the nn.Sequential inside it"
@@ -279,7 +279,7 @@ def _try_out(module: nn.Module, packed: PackedMLP) -> None:
 
 
 def _leaves(module: nn.Module) -> Iterator[nn.Module]:
-    """The modules that compute, in order of execution, as far as that can be known."""
+    """The modules that compute, in order of execution as far as it can be known."""
     if isinstance(module, nn.Sequential):
         for child in module:
             yield from _leaves(child)

@@ -1,4 +1,4 @@
-"""The Fisher trust region: how far a displacement moves, measured by the scores of the behaviour density."""
+"""The Fisher trust region: the size of a displacement, measured by the scores of the behaviour density."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def fisher_penalty(
 ) -> Tensor:
     r"""Fisher-weighted size δᵀF̂δ / d of a displacement, without forming the d×d matrix.
 
-    With F = (1/K) Σ_k s_k s_kᵀ + λI and F̂ = F / max(tr F / d, ε), computed in O(K·d) as
+    With F = (1/K) Σ_k s_k s_kᵀ + λI and F̂ = F / max(tr F / d, ε), the penalty is, in O(K·d),
 
         [ (1/K) Σ_k (s_k·δ)² + λ‖δ‖² ] / max( (1/K) Σ_k ‖s_k‖² + λd, εd ).
 
@@ -53,14 +53,14 @@ def fisher_penalty(
         normalize: ``"trace"`` for F̂; ``"none"`` for δᵀFδ / d.
         eps: ε > 0, lower bound of tr F / d.
         reduction: ``"none"`` keeps the leading shape; ``"mean"`` and ``"sum"`` give a scalar.
-        backend: ``None`` takes Triton for CUDA tensors in float32, bfloat16 or float16, PyTorch otherwise; ``"torch"``
-            or ``"triton"`` insist. The kernels read contiguous tensors; others are copied first.
+        backend: ``None`` picks Triton for CUDA tensors in float32, bfloat16 or float16, otherwise PyTorch; ``"torch"``
+            and ``"triton"`` insist on one. The kernels read contiguous tensors; others are copied first.
 
     Returns:
         Penalty (...), or a scalar; float64 for float64 inputs, float32 otherwise. Differentiable in ``displacement``
-        and in ``score`` (the true derivative, normaliser included, and none through the normaliser where ε bounds
-        it), to any order. An agent that treats the trust region as given passes ``score.detach()``. NaN and infinite
-        values propagate to their own row only. Zero scores with ``damping=0`` give zero.
+        and in ``score``, to any order: the true derivative, through the normaliser too except where ε bounds it.
+        An agent that treats the trust region as fixed passes ``score.detach()``. NaN and infinite values propagate to
+        their own row only. Zero scores with ``damping=0`` give zero.
 
     Raises:
         TypeError: a tensor is missing or not floating point.
@@ -107,7 +107,7 @@ def velocity_fisher_penalty(
         s_k = (α_t·v_k − α̇_t·x_k) / (σ_t·(α̇_t·σ_t − α_t·σ̇_t)),    F = (1/K) Σ_k s_k s_kᵀ + λI,
 
     but one Triton kernel reads velocities and samples once and writes no scores. The PyTorch path, and a call that
-    wants gradients to ``velocity``, ``x`` or ``t``, does compose the two functions.
+    needs gradients to ``velocity``, ``x`` or ``t``, compose the two functions.
 
     Args:
         displacement: δ, shape (..., d); float32, bfloat16, float16 or float64.
@@ -119,9 +119,9 @@ def velocity_fisher_penalty(
         backend: as in :func:`fisher_penalty`.
 
     Returns:
-        Penalty (...), or a scalar; float64 where an input is, float32 otherwise. Differentiable in ``displacement``,
-        and in ``velocity``, ``x`` and a tensor ``t`` where they require it. The scores are not rounded to half
-        precision on the way.
+        Penalty (...), or a scalar; float64 if an input is, float32 otherwise. Differentiable in ``displacement``, and
+        in ``velocity``, ``x`` and a tensor ``t`` if they require it. Intermediate scores are not rounded to half
+        precision.
 
     Raises:
         TypeError: a tensor is missing or not floating point.
@@ -153,15 +153,15 @@ def fisher_spectrum(score: Tensor, *, damping: float = 1e-3) -> Tensor:
     """Eigenvalues of F = (1/K) Σ_k s_k s_kᵀ + λI, largest first: how anisotropic the behaviour density is.
 
     A diagnostic, not for hot paths. ``spectrum[..., 0] / spectrum.sum(-1)`` is the share of the stiffest direction
-    (1/d when isotropic); few samples exaggerate it, K = 1 gives almost 1 whatever the density.
+    (1/d when isotropic); few samples exaggerate it, and K = 1 gives almost 1 for any density.
 
     Args:
         score: scores at K samples, (..., K, d); float32, bfloat16, float16 or float64.
         damping: λ ≥ 0.
 
     Returns:
-        Eigenvalues (..., d), descending; float64 for a float64 input, float32 otherwise; NaN where a score of the row
-        is NaN or infinite. Differentiable where they are distinct.
+        Eigenvalues (..., d), descending; float64 for a float64 input, float32 otherwise; NaN if a score of the row is
+        NaN or infinite. Differentiable where the eigenvalues are distinct.
 
     Raises:
         TypeError: ``score`` is not a floating-point tensor.
@@ -178,9 +178,9 @@ def fisher_spectrum(score: Tensor, *, damping: float = 1e-3) -> Tensor:
         raise ValueError(f"{op}: score must be (..., K, d) with K and d of at least 1, got {tuple(score.shape)}")
     damping = check_at_least(op, "damping", damping, 0.0)
     score = score.to(torch.promote_types(score.dtype, torch.float32))
-    with torch.autocast(score.device.type, enabled=False):  # in half precision small eigenvalues come out negative
+    with torch.autocast(score.device.type, enabled=False):  # half precision makes small eigenvalues negative
         fisher = score.mT @ score / score.shape[-2]
-        # a solver would refuse the whole batch
+        # one matrix that is not finite would make eigvalsh refuse the whole batch
         finite = fisher.isfinite().all(-1).all(-1)[..., None]
         spectrum = torch.linalg.eigvalsh(torch.where(finite[..., None], fisher, 0)).flip(-1) + damping
         return torch.where(finite, spectrum, torch.nan)

@@ -31,17 +31,17 @@ def velocity_to_score(
 
     Args:
         velocity: v(x, t), shape (..., d); float32, bfloat16, float16 or float64.
-        x: where it was evaluated, (..., d), same device.
-        t: time, a number in [0, 1] at which σ_t > 0, or a tensor that broadcasts to (..., 1). The values of a tensor
-            are not read, which would synchronise the device: outside [0, 1] they give NaN, and where σ_t is zero
-            ``min_sigma`` takes its place.
+        x: the points at which it was evaluated, (..., d), same device.
+        t: time, a number in [0, 1] at which σ_t > 0, or a tensor that broadcasts to (..., 1). The values of a
+            tensor are not read, because that would synchronise the device: times outside [0, 1] give NaN, and
+            ``min_sigma`` replaces a σ_t of zero.
         path: ``"linear"`` (noise at t = 0, data at t = 1), ``"linear_reversed"`` (data at t = 0), ``"vp"``
             (variance preserving, β from 0.1 to 20), ``"cosine"``, or an :class:`AffinePath`.
-        convention: ``"exact"`` as above. ``"velocity"`` is v / (1 − t), what the published implementation of the
-            Fisher decorator uses; it is not the score of any density and exists for parity with it (linear path only).
+        convention: ``"exact"`` as above. ``"velocity"`` is v / (1 − t), as in the published implementation of
+            the Fisher decorator. It is not the score of any density and exists only for parity (linear path only).
         min_sigma: lower bound of σ_t in the denominator.
-        backend: ``None`` takes Triton for CUDA tensors in float32, bfloat16 or float16, PyTorch otherwise; ``"torch"``
-            or ``"triton"`` insist. The kernels read contiguous tensors; others are copied first.
+        backend: ``None`` picks Triton for CUDA tensors in float32, bfloat16 or float16, otherwise PyTorch; ``"torch"``
+            and ``"triton"`` insist on one. The kernels read contiguous tensors; others are copied first.
 
     Returns:
         Score (..., d) in the promoted dtype of ``velocity`` and ``x``; computed in float32 at least. Differentiable
@@ -52,8 +52,8 @@ def velocity_to_score(
         ValueError: shapes do not fit, devices differ, or an option is out of its range.
         RuntimeError: the backend asked for cannot serve these tensors.
 
-    Source: Lipman et al., "Flow Matching Guide and Code" (arXiv 2412.06264), section 4.8; for the linear path it is
-    E[x0 | x_t] = x − t·v.
+    Source: Lipman et al., "Flow Matching Guide and Code" (arXiv 2412.06264), section 4.8. On the linear path it follows
+    from E[x0 | x_t] = x − t·v.
 
     Example:
         >>> import torch, fdkernels
