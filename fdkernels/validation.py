@@ -1,4 +1,4 @@
-"""Checks at the public boundary. Every message names the operator and the argument, what it got and what it wants."""
+"""Checks at the public boundary. Every message names the operator, the argument, what was wanted and what was given."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from torch import Tensor
 _LARGEST = sys.float_info.max
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_COUNT = 2**16
-"""Steps, samples and widths beyond this are taken for a mistake, and not for a patient user."""
+"""More steps or samples than this, or a larger width, are taken for a mistake."""
 
 
 def check_floating(op: str, device: torch.device | None = None, **tensors: Tensor) -> torch.device:
-    """All of these are dense floating-point tensors on one device, which is returned."""
+    """Check that all are dense floating-point tensors on one device, and return the device."""
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(tensor).__name__}")
@@ -38,7 +38,7 @@ def _layout(tensor: Tensor) -> str:
 
 
 def check_choice(op: str, name: str, value: object, choices: Collection[str | None]) -> None:
-    # not `in` alone, which an array answers with another array
+    # not `in` alone, which gives an array for an array
     if not (value is None or isinstance(value, str)) or value not in choices:
         raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, choices))}, got {_brief(value)}")
 
@@ -49,12 +49,12 @@ def check_flag(op: str, name: str, value: object) -> None:
 
 
 def is_number(value: object) -> bool:
-    """Whether it is a real number, of Python or of NumPy; a tensor is none, for its value may be on another device."""
+    """Whether this is a real number of Python or NumPy. A tensor is not: its value may be on another device."""
     return isinstance(value, (int, float, numbers.Real)) and not isinstance(value, (bool, np.bool_))
 
 
 def check_at_least(op: str, name: str, value: float, least: float, *, exclusive: bool = False) -> float:
-    """The number as a float."""
+    """Check the number, and return it as a float."""
     if not is_number(value):
         raise TypeError(f"{op}: {name} must be a number, got {_brief(value)}")
     if not least <= value <= _LARGEST or (exclusive and value == least):  # NaN is in no interval
@@ -70,7 +70,7 @@ def check_count(op: str, name: str, value: int, least: int = 1) -> None:
 
 
 def check_bounds(op: str, name: str, value: tuple[float, float]) -> tuple[float, float]:
-    """A pair of numbers in order, as floats."""
+    """Check that this is a pair of numbers in order, and return floats."""
     pair = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else ()
     if len(pair) != 2 or not all(map(is_number, pair)) or not pair[0] <= pair[1]:
         raise ValueError(f"{op}: {name} must be None or (low, high) with low <= high, got {_brief(value)}")
@@ -86,21 +86,21 @@ def check_shape(op: str, name: str, tensor: Tensor, shape: tuple[int, ...], want
 
 
 def check_broadcast(op: str, name: str, tensor: Tensor, shape: tuple[int, ...], wants: str) -> None:
-    """``tensor`` broadcasts to ``shape`` without enlarging it."""
+    """Check that ``tensor`` broadcasts to ``shape`` without enlarging it."""
     sizes = tensor.shape
     if len(sizes) > len(shape) or not all(a == b or a == 1 for a, b in zip(reversed(sizes), reversed(shape))):
         raise ValueError(f"{op}: {name} must broadcast to {wants} = {tuple(shape)}, got {tuple(sizes)}")
 
 
 def check_displacement(op: str, displacement: Tensor) -> int:
-    """displacement is (..., d) with d of at least 1, which is returned."""
+    """Check that displacement is (..., d) with d of at least 1, and return d."""
     if displacement.ndim == 0 or displacement.shape[-1] == 0:
         raise ValueError(f"{op}: displacement must be (..., d) with d of at least 1, got {tuple(displacement.shape)}")
     return displacement.shape[-1]
 
 
 def check_samples(op: str, displacement: Tensor, name: str, samples: Tensor) -> None:
-    """displacement is (..., d) and ``samples`` (..., K, d), d and K at least 1."""
+    """Check that displacement is (..., d) and ``samples`` (..., K, d), with d and K at least 1."""
     d = check_displacement(op, displacement)
     lead_fits = samples.ndim >= 2 and samples.shape[:-2] == displacement.shape[:-1] and samples.shape[-1] == d
     if not lead_fits or samples.shape[-2] == 0:
@@ -111,7 +111,7 @@ def check_samples(op: str, displacement: Tensor, name: str, samples: Tensor) -> 
 
 
 def _brief(value: Any) -> str:
-    """What was given, in one line that fits on a screen."""
+    """The given value, in one line that fits on a screen."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
     if isinstance(value, np.ndarray):
