@@ -215,9 +215,9 @@ def _fused(request: _Request, bound: BoundVelocity, way: Way) -> tuple[Tensor, T
     bound.check_rows(start, cond, request.start_name(), "cond")
     prepare(request.solver, cond.device)
     lead, d = displacement.shape[:-1], displacement.shape[-1]
-    whole = num_samples <= _MAX_SAMPLES
+    together = num_samples <= _MAX_SAMPLES
     rows = displacement.reshape(1, -1, d)
-    if not whole:  # too many samples for one program: compute the scores first
+    if not together:  # too many samples for one program: compute the scores first
         rows = rows.new_zeros((1, rows.shape[1] * num_samples, d))
     if isinstance(seed, int):
         seed = torch.full((), seed, dtype=torch.int64, device=cond.device)
@@ -225,13 +225,13 @@ def _fused(request: _Request, bound: BoundVelocity, way: Way) -> tuple[Tensor, T
     def flat(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.detach().reshape(1, -1, tensor.shape[-1])
 
-    want_score = request.return_score or not whole
-    noise = Noise(flat(request.start), flat(request.bridge_noise), seed, num_samples if whole else 1)
+    want_score = request.return_score or not together
+    noise = Noise(flat(request.start), flat(request.bridge_noise), seed, num_samples if together else 1)
     at = _timed(request, (*lead, num_samples))
     obs = flat(cond) if cond.shape[-1] else None
     penalty, score = chain(Chain(noise, obs, rows, at, bound.encoded(), request.solver, request.rule, want_score, way))
     scores = score.reshape(*lead, num_samples, d) if want_score else None
-    if scores is not None and not whole:
+    if scores is not None and not together:
         penalty = penalty_from_score(displacement, scores, request.rule, triton=True)
     return penalty.reshape(lead), scores if request.return_score else None
 

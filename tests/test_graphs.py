@@ -36,10 +36,10 @@ def test_what_was_not_called_for_longest_is_forgotten() -> None:
     for _ in range(2):
         graphs._remembered("kept", record)
     kept = graphs._remembered("kept", record)
-    for i in range(3 * graphs.MOST):
+    for i in range(3 * graphs.MAX_RECORDINGS):
         graphs._remembered(i, record)
         assert graphs._remembered("kept", record) is kept
-    assert len(graphs._recordings) == graphs.MOST
+    assert len(graphs._recordings) == graphs.MAX_RECORDINGS
     assert graphs._remembered(0, record) is None
 
 

@@ -3,9 +3,9 @@
 import triton
 import triton.language as tl
 
-OLDEST = triton.__version__.startswith("3.3.")
+IS_OLDEST = triton.__version__.startswith("3.3.")
 
-GATHERS = tl.constexpr(not OLDEST)
+GATHERS = tl.constexpr(not IS_OLDEST)
 """Whether a gather within a long run compiles. In Triton 3.3 it fails an internal assertion.
 
 Instead: rows whose size is not a multiple of the vector's are read one number at a time.
@@ -14,7 +14,7 @@ Instead: rows whose size is not a multiple of the vector's are read one number a
 if not hasattr(tl.constexpr, "__getitem__"):  # index a constant tuple, as every newer Triton can
     tl.constexpr.__getitem__ = lambda self, index: self.value[getattr(index, "value", index)]
 
-if OLDEST:  # likewise, read the fields of a constant record
+if IS_OLDEST:  # likewise, read the fields of a constant record
 
     def _field(self, name):
         if not hasattr(type(self.__dict__.get("value")), "_fields"):

@@ -109,15 +109,16 @@ def register(
         out = operator(*(_leading(arg, dim, info.batch_size) for arg, dim in zip(args, in_dims)))
         if isinstance(out, Tensor):
             return out, 0
-        return out, tuple(None if part.shape == (0,) else 0 for part in out)  # unwanted outputs are empty
+        # an output that is not wanted is empty
+        return out, tuple(None if part.shape == (0,) and info.batch_size else 0 for part in out)
 
-    def own(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+    def own_rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         assert vmap is not None
         return vmap(info, layout.lift(in_dims), layout.lift(args))
 
-    torch.library.register_vmap(f"fdkernels::{name}", own if vmap else any_leading_shape, lib=_LIBRARY)
+    torch.library.register_vmap(f"fdkernels::{name}", own_rule if vmap else any_leading_shape, lib=_LIBRARY)
     if gradient is not None:
-        _give(name, layout, gradient, _define(f"{name}_values", layout, returns, body, fake))
+        _add_gradient(name, layout, gradient, _define(f"{name}_values", layout, returns, body, fake))
     flat = layout.flat
     return lambda call: operator(*flat(call))
 
@@ -130,7 +131,7 @@ def _define(name: str, layout: Layout, returns: str, body: Callable, fake: Calla
     return getattr(torch.ops.fdkernels, name).default
 
 
-def _give(name: str, layout: Layout, gradient: type[Gradient], operator: Callable[..., Any]) -> None:
+def _add_gradient(name: str, layout: Layout, gradient: type[Gradient], operator: Callable[..., Any]) -> None:
     lift, flat = layout.lift, layout.flat
 
     def values(call: Any) -> Any:

@@ -137,6 +137,11 @@ def test_vmap(backend: str) -> None:
         assert_agree(part, torch.stack([row[i] for row in looped]), truth)
 
 
+def test_vmap_over_nothing() -> None:
+    mapped = torch.func.vmap(functools.partial(fdkernels.fisher_penalty, backend="triton"))
+    assert mapped(draw(0, 6), draw(0, 4, 6)).shape == (0,)
+
+
 def test_functional_gradients() -> None:
     score = draw(5, 4, 6)
 

@@ -12,7 +12,7 @@ import triton
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("nothing is compiled under Triton's interpreter", allow_module_level=True)
 
-from fdkernels.kernels.oldest_triton import OLDEST
+from fdkernels.kernels.oldest_triton import IS_OLDEST
 from tools import static_report
 
 TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
@@ -39,7 +39,7 @@ def test_no_spills_and_wide_loads(architecture: str, dtype: torch.dtype) -> None
     wide = rows
     # tiles were chosen with 3.7; compilers before it are a few registers short in the largest of sm_90
     allowed = 32 if architecture == "sm_90" and TRITON < (3, 7) else 0
-    if OLDEST:  # spills more there and in long rows, and reads flat only what vectors divide
+    if IS_OLDEST:  # spills more there and in long rows, and reads flat only what vectors divide
         fast = [row for row in fast if row["arch"] == "sm_80" and row["d"] < 1000]
         wide = [row for row in rows if row["d"] % 8 == 0 or "case" in row]
     assert [row for row in fast if row["spilled_bytes"] > allowed] == []

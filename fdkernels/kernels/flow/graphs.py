@@ -14,7 +14,7 @@ from torch import Tensor
 from fdkernels.torch_private import clear_cublas_workspaces
 
 Function: TypeAlias = Callable[[Any, Any, Any], tuple[Tensor, ...]]
-MOST = 16
+MAX_RECORDINGS = 16
 """Sequences remembered. The least recently called one is forgotten first, and the others reuse its memory."""
 
 
@@ -65,7 +65,7 @@ def _remembered(key: Hashable, record: Callable[[], Recording]) -> Recording | N
         recording = record()
     _recordings[key] = recording
     _recordings.move_to_end(key)
-    if len(_recordings) > MOST:
+    if len(_recordings) > MAX_RECORDINGS:
         _recordings.popitem(last=False)
     return recording
 
