@@ -1,7 +1,7 @@
-"""How an agent acts once it has learned: which of its possible actions it takes, refined or not.
+"""How a trained agent acts: how many actions it draws, which of them it takes, and whether it refines them.
 
 Every rule maps standardised observations (B, obs_dim) and N(0, I) noise (B, N, d), N at least one, to actions (B, d)
-within [-1, 1]. The first three are the published ones of FiDec (arXiv 2604.17919); its N is 10.
+within [-1, 1]. The first three are FiDec's published rules (arXiv 2604.17919), with N = 10.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ REFINEMENTS = 5
 
 @dataclasses.dataclass(frozen=True)
 class Acting:
-    """A rule with its settings; called as a policy (agent, observations, noise)."""
+    """A rule with its settings. It is a policy: call it with (agent, observations, noise)."""
 
     rule: RuleName = "sample"
     num_samples: int = 10
-    """N."""
+    """N, the actions drawn per state."""
     temperature: float = 0.004
-    """Of the weighted means, as a share of |Q|."""
+    """Softmax temperature of the weighted means, as a share of mean |Q|."""
 
     def __post_init__(self) -> None:
         if self.rule not in RULES:
@@ -51,7 +51,7 @@ class Acting:
         return self.rule.replace("-n", f"-{self.num_samples}")
 
     def draw(self, agent: Agent, rows: int, generator: torch.Generator) -> Tensor:
-        """Noise for that many states."""
+        """Noise for ``rows`` states, (rows, N, d)."""
         count = self.num_samples if self.rule.endswith("-n") else 1
         device, dtype = agent.obs_mean.device, agent.obs_mean.dtype
         return torch.randn(rows, count, agent.action_dim, generator=generator, device=device, dtype=dtype)
@@ -61,7 +61,7 @@ class Acting:
 
 
 def flow_alone(agent: Agent, obs: Tensor, noise: Tensor) -> Tensor:
-    """δ = 0."""
+    """One action of the flow, without its displacement (δ = 0)."""
     return agent.flow_action(obs, noise[:, 0])
 
 
@@ -71,12 +71,12 @@ def sample(agent: Agent, obs: Tensor, noise: Tensor, _: float) -> Tensor:
 
 
 def best_of_n(agent: Agent, obs: Tensor, noise: Tensor, temperature: float) -> Tensor:
-    """Of N flow actions the one with the highest mean Q, refined once."""
+    """Draw N flow actions, take the one with the highest mean Q, and refine it once."""
     return agent.refine(obs, best_flow_of_n(agent, obs, noise, temperature))
 
 
 def iterated(agent: Agent, obs: Tensor, noise: Tensor, _: float) -> Tensor:
-    """Refined five times from one flow action; of the six the one with the highest mean Q."""
+    """Refine one flow action five times; of these six actions, take the one with the highest mean Q."""
     iterates = [flow_alone(agent, obs, noise)]
     for _i in range(REFINEMENTS):
         iterates.append(agent.refine(obs, iterates[-1]))
@@ -84,12 +84,12 @@ def iterated(agent: Agent, obs: Tensor, noise: Tensor, _: float) -> Tensor:
 
 
 def best_flow_of_n(agent: Agent, obs: Tensor, noise: Tensor, _: float) -> Tensor:
-    """Of N flow actions the one with the highest mean Q, as it is."""
+    """The flow action with the highest mean Q of N, not refined."""
     return highest_q(agent, obs, agent.flow_action(each(obs, noise), noise))
 
 
 def best_refined_of_n(agent: Agent, obs: Tensor, noise: Tensor, _: float) -> Tensor:
-    """Of N of the policy's actions the one with the highest mean Q."""
+    """The policy's action with the highest mean Q of N."""
     return highest_q(agent, obs, agent.act(each(obs, noise), noise))
 
 
@@ -117,19 +117,19 @@ FOR_REFINING_AGENTS: tuple[RuleName, ...] = ("best-of-n", "iterated")
 
 
 def each(obs: Tensor, noise: Tensor) -> Tensor:
-    """Each state's observation, repeated for every noise of that state."""
+    """Each state's observation, repeated for each of its noise vectors: (B, N, obs_dim)."""
     return obs.unsqueeze(1).expand(-1, noise.shape[1], -1)
 
 
 def mean_q(agent: Agent, obs: Tensor, actions: Tensor) -> Tensor:
-    """Q of each state's actions (B, N, d), the mean over both critics: (B, N)."""
+    """Mean of both critics' Q for each state's actions (B, N, d): (B, N)."""
     qs = agent.critic(each(obs, actions).flatten(0, 1), actions.flatten(0, 1))
     return qs.mean(0).view(actions.shape[:2])
 
 
 @torch.no_grad()
 def highest_q(agent: Agent, obs: Tensor, actions: Tensor) -> Tensor:
-    """Of each state's actions (B, N, d) the one of highest `mean_q`: (B, d)."""
+    """For each state, the action with the highest `mean_q` among (B, N, d): (B, d)."""
     return actions[torch.arange(len(actions), device=actions.device), mean_q(agent, obs, actions).argmax(1)]
 
 
@@ -137,9 +137,9 @@ def highest_q(agent: Agent, obs: Tensor, actions: Tensor) -> Tensor:
 def weighted_mean(agent: Agent, obs: Tensor, actions: Tensor, temperature: float) -> Tensor:
     """The mean of each state's actions (B, N, d), weighted by exp(Q / (temperature · mean |Q|)): (B, d).
 
-    Weights of this form are those of path-integral control (MPPI, arXiv 1509.01149). Where the data's modes differ in
-    value they choose between them; within a mode they average, and a mean is less extreme than the best of many by a
-    critic that errs.
+    Path-integral control weights its samples in the same way (MPPI, arXiv 1509.01149). The weights choose between
+    modes of the data that differ in value, and average within a mode. An average is less extreme than the best of many
+    actions, which exploits the critic's errors.
     """
     q = mean_q(agent, obs, actions)
     weights = (q / (temperature * q.abs().mean(1, keepdim=True))).softmax(1)

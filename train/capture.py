@@ -1,12 +1,13 @@
-"""An update as CUDA graphs: recorded once, then replayed with one launch and hardly any work for the host.
+"""Updates as CUDA graphs: recorded once, then replayed with one launch and hardly any work for the host.
 
-A graph is recorded for each set of losses, with and without what is logged. The first updates of each set run plainly,
-on a stream of their own: Triton compiles its kernels then, and cuBLAS makes its workspaces. They are updates like the
-others, and so is the recorded one: nothing runs while it is recorded, and it is replayed at once.
+Each set of losses has two graphs, with and without logging. The first updates of each kind run without a graph, on a
+side stream, so that Triton compiles its kernels and cuBLAS makes its workspaces. They are updates like the others, and
+so is the recorded one: recording runs nothing, and the graph is replayed at once.
 
-Replays draw as plain updates do: the generators are registered with the graph, which advances them by what it draws, so
-that their states, and with them checkpoints, are those of a run without graphs. Everything else that changes between
-replays is read from device memory: the data, the parameters, Adam's state and count of steps, the learning rate.
+Replays draw the same random numbers as plain updates. The generators are registered with the graph, which advances them
+by what it draws, so their states, and therefore the checkpoints, are those of a run without graphs. Everything else
+that changes between replays is read from device memory: the data, the parameters, Adam's state and step count, and the
+learning rate.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from train.agents.base import Parts
 
 Output = TypeVar("Output")
 PLAIN_UPDATES = 3
-"""Before a graph is recorded, as PyTorch's notes on CUDA graphs advise."""
+"""Updates before a graph is recorded, as PyTorch's notes on CUDA graphs advise."""
 
 
 class CaptureError(RuntimeError):
@@ -29,15 +30,15 @@ class CaptureError(RuntimeError):
 
 
 class CapturedUpdate(Generic[Output]):
-    """``update(parts, log)`` with graphs in its place as soon as there are any.
+    """Calls ``update(parts, log)`` until its graph is recorded, then replays the graph.
 
     Args:
-        update: one whole update on the current CUDA device. It must not wait for the device, and what it reads and
-            writes must stay where it is.
-        generators: every CUDA generator that it draws from.
+        update: one whole update on the current CUDA device. It must not wait for the device, and the tensors that it
+            reads and writes must stay in place.
+        generators: all CUDA generators that it draws from.
 
-    A call returns what ``update`` returns; with graphs these are the same tensors each time, which the next call with
-    the same arguments overwrites.
+    A call returns what ``update`` returns. With graphs these are the same tensors each time: the next call with the
+    same arguments overwrites them.
     """
 
     def __init__(self, update: Callable[[Parts, bool], Output], generators: Sequence[torch.Generator]) -> None:

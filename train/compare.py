@@ -3,9 +3,9 @@
     python train/compare.py --env halfcheetah-medium-expert --preset standard
     python train/compare.py --env hopper-medium-expert --preset quick --agents fidec fql --seeds 0 1 -- --lr 3e-4
 
-Whatever follows ``--`` goes to every run (``python train/run.py --help``). Each run has its own folder; called again,
-this reads the finished runs and continues the one that was interrupted. Behaviour cloning is the flow alone (δ = 0),
-which every run trains and evaluates. The table and the picture (compare.md, compare.png) are redrawn after every run.
+Options after ``--`` go to every run (``python train/run.py --help``). Each run has its own folder; a second call reads
+the finished runs and continues the interrupted one. Behaviour cloning is the flow alone (δ = 0), which every run trains
+and evaluates. The table and the picture (compare.md, compare.png) are redrawn after every run.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from train.settings import PresetName
 
 @dataclasses.dataclass(frozen=True)
 class CompareConfig:
-    """Train several agents on several seeds and put their scores side by side; behind -- what goes to every run."""
+    """Train several agents on several seeds and put their scores side by side. Options after -- go to every run."""
 
     env: str
-    """What to learn; `python train/environments.py` lists the names."""
+    """The environment; `python train/environments.py` lists the names."""
     preset: PresetName = "auto"
-    """Of every run."""
+    """Preset of every run."""
     agents: tuple[AgentName, ...] = tuple(AGENTS)
     seeds: tuple[int, ...] = (0, 1, 2)
     out: Path | None = None
-    """Folder; runs/compare-ENV when not given."""
+    """Folder of the comparison; runs/compare-ENV by default."""
 
     def __post_init__(self) -> None:
         for name in ("agents", "seeds"):
@@ -52,21 +52,21 @@ class CompareConfig:
 
 
 class Line(NamedTuple):
-    """Last scores of one way to act, one a seed."""
+    """The last scores of one way to act, one per seed."""
 
     name: str
     scores: list[float]
 
     @property
     def middle(self) -> tuple[float, tuple[float, float]]:
-        """Interquartile mean over seeds, and its interval; of one seed it has no width."""
+        """The interquartile mean over seeds and its interval, which has no width for a single seed."""
         if len(self.scores) == 1:
             return self.scores[0], (self.scores[0], self.scores[0])
         return interquartile_mean(self.scores)
 
 
 def lines_of(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Line]:
-    """From the summaries of finished runs (result.json), by agent."""
+    """One `Line` per way to act, from each agent's summaries of finished runs (result.json)."""
 
     def scores(summaries: Sequence[Mapping[str, Any]], role: str) -> list[float]:
         return [summary["results"][role]["last"]["score_mean"] for summary in summaries]
@@ -116,14 +116,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         for seed in config.seeds
         for agent in config.agents
     }
-    for (agent, seed), options in plan.items():  # all of them before any is run
+    for (agent, seed), options in plan.items():  # check all of them before any runs
         parsed = run.parse(options)
         asked = parsed.env, parsed.agent, parsed.seed, parsed.num_seeds, parsed.out
         if asked != (config.env, agent, seed, 1, config.folder / f"{agent}-seed{seed}"):
             print("error: behind -- there can be no --env, --agent, --seed, --num-seeds or --out", file=sys.stderr)
             return 2
     results: dict[str, list[dict[str, Any]]] = {}
-    # seed by seed, so that there is something to compare soon
+    # seed by seed, so that there is soon something to compare
     for (agent, seed), options in plan.items():
         print(f"\n== {agent}, seed {seed}", flush=True)
         if code := run.main(options):

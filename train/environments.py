@@ -1,6 +1,6 @@
-"""The environments by the names people know; ``python train/environments.py`` lists them.
+"""All environments by name; ``python train/environments.py`` lists them.
 
-A new family needs its own file in ``train/data`` and its entry here.
+A new family needs its own file in ``train/data`` and an entry here.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ ENVIRONMENTS: dict[str, EnvSpec] = {spec.name: spec for family in FAMILIES for s
 
 
 class UnknownEnvironment(ValueError):
-    """No environment of that name; the message gives the nearest ones."""
+    """There is no environment of that name; the message suggests the nearest ones."""
 
 
 def resolve(name: str) -> EnvSpec:
     """The environment of that name.
 
     Raises:
-        UnknownEnvironment: there is none.
+        UnknownEnvironment: no environment has that name.
     """
     if name in ENVIRONMENTS:
         return ENVIRONMENTS[name]

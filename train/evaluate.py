@@ -12,16 +12,16 @@ from train.agents.base import Agent
 from train.simulator import make_vector_env
 
 ROLES = ("policy", "sample", "flow")
-"""The policy, acting by the rule that the run is judged by; one sample of it; the behaviour flow alone (δ = 0)."""
+"""The policy under the run's acting rule; one sample of the policy; the behaviour flow alone (δ = 0)."""
 
 
 def run_episodes(env_id: str, policy: Callable[[np.ndarray], np.ndarray], *, episodes: int, seed: int) -> np.ndarray:
-    """Play whole episodes side by side, each from a seed of its own.
+    """Play whole episodes side by side, each from its own seed.
 
     Args:
         env_id: gymnasium environment id.
         policy: maps observations (episodes, obs_dim) to actions (episodes, action_dim).
-        episodes: their number, all stepped together.
+        episodes: number of episodes, all stepped together.
         seed: episode i starts from ``seed + i``.
 
     Returns:
@@ -41,7 +41,7 @@ def run_episodes(env_id: str, policy: Callable[[np.ndarray], np.ndarray], *, epi
 
 
 def evaluate(agent: Agent, env_id: str, acting: Acting, *, episodes: int, seed: int) -> dict[str, np.ndarray]:
-    """Returns of each of `ROLES`, from the same initial states; the last two from the same noise."""
+    """Returns of each of the `ROLES` from the same initial states; the last two also share their noise."""
 
     def returns(acting: Acting, act: Policy | None = None) -> np.ndarray:
         return run_episodes(env_id, player(agent, acting, seed, act), episodes=episodes, seed=seed)
@@ -53,9 +53,9 @@ def evaluate(agent: Agent, env_id: str, acting: Acting, *, episodes: int, seed: 
 
 
 def player(agent: Agent, acting: Acting, seed: int, act: Policy | None = None) -> Callable[[np.ndarray], np.ndarray]:
-    """The agent as a map from raw observations (B, obs_dim) to actions (B, d), with noise of its own.
+    """The agent as a function from raw observations (B, obs_dim) to actions (B, d), which draws its own noise.
 
-    It acts by ``act`` on the noise that ``acting`` draws, or by ``acting`` itself.
+    ``acting`` draws the noise; ``act`` acts on it, or ``acting`` itself if that is None.
     """
     generator = torch.Generator(agent.obs_mean.device).manual_seed(seed)
 

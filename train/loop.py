@@ -1,4 +1,4 @@
-"""The loop of a run: its stages from the first update to the last, evaluations and checkpoints between them."""
+"""The loop of a run: its stages from the first update to the last, with evaluations and checkpoints."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Stage(NamedTuple):
 
 
 class Run:
-    """Data, agents and optimiser of one run, and the loop over them. Each of several seeds is a member."""
+    """Data, agents and optimiser of one run, and its training loop. Each seed is a member."""
 
     def __init__(self, config: RunConfig, spec: EnvSpec, dataset: OfflineDataset, device: torch.device) -> None:
         self.config, self.spec = config, spec
@@ -106,7 +106,7 @@ class Run:
         return update
 
     def _update(self, parts: Parts, log: bool) -> tuple[Batch, dict[str, Tensor]]:
-        """One update, the sampling of its batch included."""
+        """Sample a batch and make one update."""
         dataset = self.warmup_dataset if "data_critic" in parts else self.dataset
         batch, draws = self.learner.sample(dataset, self.config.batch_size, self.generators)
         return batch, self.learner.update(self.optimizer, batch, draws, parts, log=log)
@@ -114,7 +114,7 @@ class Run:
     # -- the loop ------------------------------------------------------------------------------------------------
 
     def train(self) -> None:
-        """Go through the stages from the step reached so far. At the end, a checkpoint holds all that was done."""
+        """Train through the remaining stages. At the end, a checkpoint holds the result."""
         for member in self.members:
             member.open_record(self.step)
         self.clock = time.perf_counter() - self.seconds
@@ -172,7 +172,7 @@ class Run:
             self.save()
 
     def parts(self, stage: Stage) -> Parts:
-        """The losses that the next update takes."""
+        """The losses of the next update."""
         flow_warmup, critic_warmup, _ = self.stages
         if stage is flow_warmup:
             return ("flow",)
@@ -181,7 +181,7 @@ class Run:
         return self.learner.agent_parts(self.step - stage.start)
 
     def set_learning_rate(self, stage: Stage) -> None:
-        """Anneal it in each warm-up, which a noisy last iterate would spoil, and for the agent if asked to."""
+        """Anneal it in each warm-up, whose last iterate would otherwise be noisy, and for the agent if ``anneal``."""
         warming_up = stage is not self.stages[-1]
         lr = self.config.warmup_lr if warming_up else self.config.hyper.lr
         if warming_up or self.config.anneal:
@@ -192,17 +192,17 @@ class Run:
         self.learning_rate = lr
         for group in self.optimizer.param_groups:
             if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(lr)  # where a captured update reads it
+                group["lr"].fill_(lr)  # in place, because a captured update reads it there
             else:
                 group["lr"] = lr
 
     def request_stop(self, signum: int, frame: FrameType | None) -> None:
-        """Signal handler: finish what is under way, write a checkpoint, leave. A second signal ends the run at once."""
+        """Signal handler: stop with a checkpoint after this update or evaluation. A second signal stops at once."""
         signal.signal(signum, signal.SIG_DFL)
         tqdm.write("stopping after this update or evaluation, with a checkpoint; once more to stop at once")
         self.stop_requested = True
 
-    # -- what it leaves behind -----------------------------------------------------------------------------------
+    # -- results and checkpoints ---------------------------------------------------------------------------------
 
     def evaluate(self) -> None:
         for member in self.members:
@@ -221,7 +221,7 @@ class Run:
             member.save(self.step, self.seconds)
 
     def resume(self) -> None:
-        """Continue from the newest whole checkpoint that all members have; if there is none at all, start anew."""
+        """Continue from the newest intact checkpoint that all members share; start anew if there is none at all."""
         folders = [member.config.folder / "checkpoints" for member in self.members]
         checkpoints, problems = newest_checkpoints(folders)
         for problem in problems:
@@ -241,7 +241,7 @@ class Run:
         self.step, self.seconds = checkpoints[0].step, checkpoints[0].notes["seconds"]
 
     def finish(self) -> None:
-        """Leave weights and summary, and print the final table."""
+        """Write weights and summary, and print the final table."""
         for member in self.members:
             member.finish(self.seconds)
         minutes, results = self.seconds / 60, [member.result for member in self.members]
@@ -258,7 +258,7 @@ def captures(config: RunConfig, device: torch.device) -> bool:
 
 
 def postfix(numbers: list[dict[str, float]]) -> str:
-    """The figures that fit behind a progress bar, averaged over the members."""
+    """Figures to show beside the progress bar, averaged over the members."""
     shown = {"flow": "flow_loss", "td": "critic_loss", "penalty": "penalty", "α": "alpha", "Q": "q_policy"}
     shown |= {"‖δ‖": "displacement_norm", "λ₁/Σλ": "top_eigenvalue_share"}
     means = {name: sum(row[name] for row in numbers) / len(numbers) for name in numbers[0]}

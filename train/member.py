@@ -1,4 +1,4 @@
-"""One agent of a run, with what it takes to train it and what is kept of it in its folder."""
+"""One agent of a run, with its optimiser, its generator and its output folder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from train.settings import RunError
 
 
 class Member:
-    """An agent with its optimiser and generator; the configuration in ``result`` is the one that trains it alone."""
+    """An agent with its optimiser and generator; ``result.config`` is the configuration that trains it alone."""
 
     def __init__(
         self, result: Result, agent: Agent, optimizer: torch.optim.Optimizer, generator: torch.Generator
@@ -32,7 +32,7 @@ class Member:
         self.record = Record(self.config.folder, step, self.result.evaluations, tuple(self.agent.metric_names))
 
     def log(self, step: int, stage: str, updates_per_second: float, figures: Mapping[str, Tensor]) -> dict[str, float]:
-        """Write a row of metrics, and return them as numbers."""
+        """Write a row of metrics, and return the metrics as numbers."""
         numbers = {name: value.item() for name, value in figures.items()}
         self.record.add_metrics(step, stage, updates_per_second, numbers)
         broken = [f"{name} = {value}" for name, value in numbers.items() if not math.isfinite(value)]
@@ -44,14 +44,14 @@ class Member:
         return numbers
 
     def evaluate(self, step: int, *, last: bool) -> dict[str, dict[str, Any]]:
-        """Play, write a row for each of `ROLES`, and redraw the curve."""
+        """Play episodes, write a row for each of the `ROLES`, and redraw the curve."""
         config, spec = self.config, self.result.spec
         returns = evaluate(
             self.agent,
             spec.env_id,
             config.acts,
             episodes=config.eval_episodes if last else config.interim_episodes or config.eval_episodes,
-            # the same initial states at every evaluation, other ones for another seed
+            # the same initial states at every evaluation, but others for another seed
             seed=1_000_000 * (config.seed + 1),
         )
         rows = self.result.add(step, returns)
@@ -76,6 +76,6 @@ class Member:
         self.result.evaluations = checkpoint.notes["evaluations"]
 
     def finish(self, seconds: float) -> None:
-        """Leave the policy and the summary."""
+        """Write the policy and the summary."""
         save_policy(self.config, self.agent)
         self.result.write(seconds)

@@ -1,4 +1,4 @@
-"""Play a finished run: what it earns, and what that looks like.
+"""Play a finished run, print its scores, and film it if asked to.
 
 python train/play.py runs/halfcheetah-medium-expert/fidec-seed0
 python train/play.py RUN --acting best-of-n --acting-samples 16 --record cheetah.gif
@@ -27,29 +27,29 @@ WIDTH, HEIGHT = 480, 320
 
 
 class PlayError(RuntimeError):
-    """Something the user can mend."""
+    """A problem that the user can fix."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PlayConfig:
-    """Play a finished run: what it earns, and what that looks like."""
+    """Play a finished run, print its scores, and film it if asked to."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """Folder of the run, with policy.safetensors."""
     acting: RuleName | None = None
-    """How to act, see `train/run.py --help`; as the run was judged when not given."""
+    """Acting rule, see `train/run.py --help`; by default the run's own."""
     acting_samples: int | None = None
-    """N of the rules that choose, likewise."""
+    """N, for rules that draw several actions; by default the run's own."""
     acting_temperature: float | None = None
-    """Of the means, likewise."""
+    """Temperature of the weighted means; by default the run's own."""
     episodes: int = 10
     """Episodes to play, side by side."""
     seed: int = 0
-    """Of the initial states and the noise."""
+    """Seed of the initial states and the noise."""
     record: Path | None = None
     """Also film one episode: a .gif, or with `pip install imageio[ffmpeg]` an .mp4."""
     seconds: float = 10.0
-    """Of the film."""
+    """Length of the film."""
 
     def __post_init__(self) -> None:
         require("seed", self.seed, self.seed >= 0, "zero or more")
@@ -57,7 +57,7 @@ class PlayConfig:
             require(name, getattr(self, name), (value := getattr(self, name)) is None or value > 0, "positive")
 
     def acts(self, judged_by: Acting) -> Acting:
-        """As asked for, and else as the run was judged."""
+        """The acting rule asked for; settings that were not given are the run's own."""
         asked: dict[str, Any] = {
             "rule": self.acting,
             "num_samples": self.acting_samples,
@@ -67,7 +67,7 @@ class PlayConfig:
 
 
 def film(spec: EnvSpec, act: Callable[[np.ndarray], np.ndarray], path: Path, seed: int, seconds: float) -> str:
-    """The first seconds of an episode, in real time."""
+    """Film the first seconds of an episode, in real time."""
     if sys.platform == "linux" and "DISPLAY" not in os.environ:
         os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen
     import gymnasium as gym
@@ -87,12 +87,12 @@ def film(spec: EnvSpec, act: Callable[[np.ndarray], np.ndarray], path: Path, see
         options: dict[str, Any] = {"fps": fps}
         shown = frames
         if path.suffix == ".gif":
-            # it counts in hundredths of a second, and viewers slow down what is faster than two of them a frame
+            # GIF counts in hundredths of a second, and viewers slow down frames shorter than two of them
             every = next(n for n in range(1, fps + 1) if n * 1000 % (10 * fps) == 0 and n * 1000 >= 20 * fps)
             shown, options = frames[::every], {"duration": every * 1000 // fps, "loop": 0}
         path.parent.mkdir(parents=True, exist_ok=True)
         imageio.imwrite(path, np.stack(shown), **options)
-    except Exception as error:  # of the renderer, or of what writes the file
+    except Exception as error:  # from the renderer or the file writer
         raise PlayError(f"--record {path}: {type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
     finally:
         env.close()

@@ -1,7 +1,7 @@
-"""What stands behind ``--preset``: settings that were measured to go together.
+"""The presets of ``--preset``: settings that were measured to work together.
 
-A preset's settings are those in `PRESETS`, then what the agent changes in them (`Agent.presets`), then what the
-environment does (`EnvSpec.preset_changes`).
+A preset's settings are those in `PRESETS`, then the agent's changes (`Agent.presets`), then the environment's
+(`EnvSpec.preset_changes`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from train.agents.base import Agent
 from train.environments import ENVIRONMENTS
 from train.settings import RunConfig
 
-# Measured on two CPU cores. The flow is trained first and then left alone: everything rests on how faithful it is. Next
+# Measured on two CPU cores. The flow is trained first and then frozen: everything depends on how faithful it is. Next
 # come critics of the behaviour, whose targets sum ten rewards; then displacement and critics together.
 QUICK: Mapping[str, Any] = {
     "steps": 2_000,
@@ -51,11 +51,11 @@ QUICK: Mapping[str, Any] = {
 }
 LONGER = {"steps": 10_000, "flow_warmup": 60_000, "critic_warmup": 10_000, "eval_every": 2_500}
 PRESETS: dict[str, Mapping[str, Any]] = {"quick": QUICK, "standard": {**QUICK, **LONGER}, "full": {}}
-"""Settings of a run and hyper-parameters, by name; what is not there has its published value."""
+"""The run settings and hyper-parameters of each preset; those not listed have their published values."""
 
 
 def choose_preset(name: str, device: str) -> str:
-    """What ``auto`` stands for: full on a GPU, quick without one."""
+    """Resolve ``auto``: full on a GPU, quick without one."""
     if name != "auto":
         return name
     on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
@@ -63,7 +63,7 @@ def choose_preset(name: str, device: str) -> str:
 
 
 def preset_config(name: str, agent: str, env: str | None) -> RunConfig:
-    """The settings behind ``--preset quick``, ``standard`` and ``full``; names that are unknown change nothing."""
+    """The settings of ``--preset quick``, ``standard`` and ``full``; unknown names change nothing."""
     kind = AGENTS.get(agent, Agent)
     settings = {**PRESETS.get(name, {}), **kind.presets.get(name, {})}
     if env in ENVIRONMENTS:

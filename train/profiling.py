@@ -1,4 +1,4 @@
-"""A trace of a few updates, for people to look at, and a table of what took longest."""
+"""A trace of a few updates, and a table of the operations that took longest."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from train.agents.base import Parts
 
 Output = TypeVar("Output")
 FIRST, LAST = 10, 15
-"""Updates of the agent that are traced: by then graphs are recorded and memory is allocated."""
+"""The agent's updates to trace: by then graphs are recorded and memory is allocated."""
 
 
 class ProfiledUpdate(Generic[Output]):
-    """``update(parts, log)``, some updates of the whole agent among them traced into ``path``."""
+    """Calls ``update(parts, log)``, and traces a few updates of the whole agent into ``path``."""
 
     def __init__(self, update: Callable[[Parts, bool], Output], path: Path) -> None:
         self._update, self._path = update, path
@@ -39,7 +39,7 @@ class ProfiledUpdate(Generic[Output]):
         return output
 
     def close(self) -> None:
-        """Write what has been traced. Call it wherever training ends: a profiler must not be left running."""
+        """Write the trace so far. Call this however training ends: a profiler must not be left running."""
         if self._profile is None:
             return
         if torch.cuda.is_available():
@@ -53,7 +53,7 @@ class ProfiledUpdate(Generic[Output]):
 
     @property
     def outcome(self) -> str:
-        """A line for people: where the trace is, or why there is none."""
+        """A line to print: where the trace is, or why there is none."""
         if self.traced:
             table = self._path.with_suffix(".txt").name
             return (

@@ -22,14 +22,14 @@ from train.settings import RunConfig, RunError
 
 
 def parse(argv: Sequence[str]) -> RunConfig:
-    """The command line, on top of the preset that it asks for."""
+    """The settings: the command line's flags on top of the preset that it asks for."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--env", nargs="?", help=argparse.SUPPRESS)
     first.add_argument("--preset", default="auto")
     first.add_argument("--agent", default="fidec")
     first.add_argument("--device", default="auto")
     known, _ = first.parse_known_args(argv)
-    # a misspelt preset or agent is left to tyro, which names the choices, and a misspelt environment to `resolve`
+    # misspelt names pass through: tyro reports presets and agents with the choices, `resolve` reports environments
     default = preset_config(choose_preset(known.preset, known.device), known.agent, known.env)
     return tyro.cli(RunConfig, args=argv, default=default, config=(tyro.conf.OmitArgPrefixes,))
 
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if device.type == "cuda":
             torch.cuda.set_device(device)
             torch.set_float32_matmul_precision(config.matmul_precision)
-            # the first updates run without a graph, all of them with --capture off
+            # some updates run without a graph: the first ones, and all with --capture off
             warnings.filterwarnings("ignore", message="This instance was constructed with capturable=True")
         singles = config.of_each_seed()
         for single in singles:
@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UnknownEnvironment, DatasetUnavailable, RunError, CaptureError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:  # before training, or a second one during it
+    except KeyboardInterrupt:  # before training, or a second Ctrl-C during it
         print("stopped", file=sys.stderr)
         return 130
     if run.stop_requested:

@@ -1,4 +1,4 @@
-"""The settings of a run. The fields are the command line's flags, and their docstrings its help."""
+"""The settings of a run. The fields are the command line's flags, and their docstrings are its help."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MAY_CHANGE_ON_RESUME = {
 
 
 class RunError(RuntimeError):
-    """Something the user can mend; shown without a traceback."""
+    """A problem that the user can fix; shown without a traceback."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,73 +31,75 @@ class RunConfig:
     """Train an offline RL agent on Minari data and evaluate it in MuJoCo."""
 
     env: str
-    """What to learn, such as halfcheetah-medium-expert; `python train/environments.py` lists the names."""
+    """The environment, such as halfcheetah-medium-expert; `python train/environments.py` lists the names."""
     agent: Annotated[AgentName, tyro.conf.arg(help=_AGENTS_HELP)] = "fidec"
     preset: PresetName = "auto"
-    """full: the published setting. quick: minutes on a laptop's CPU. standard: a quarter of an hour there. auto: quick
-    where no GPU is used. Flags given beside it win."""
+    """full: the published setting. quick: minutes on a laptop's CPU. standard: a quarter of an hour there. auto: full
+    on a GPU, else quick. Other flags override the preset."""
     steps: int = 1_000_000
     """Updates of the agent, after the warm-ups."""
     flow_warmup: int = 0
-    """Updates before that of the flow alone. Not in the published schedule."""
+    """Updates at the start in which the flow alone learns. Not in the published schedule."""
     critic_warmup: int = 0
-    """Updates between the two of the critics alone, on the data's own next actions. Not in the published schedule."""
+    """Then updates in which the critics alone learn, on the data's next actions. Not in the published schedule."""
     critic_warmup_n_step: int = 1
-    """Rewards that a critic's target sums in its warm-up before it bootstraps. They are the data's own, so that nothing
-    has to be corrected."""
+    """Rewards that a target sums before it bootstraps, in the critics' warm-up. The data's own actions earned them, so
+    they need no off-policy correction."""
     warmup_lr: float = 1e-3
-    """Learning rate at the start of each warm-up; it falls along half a cosine to a twentieth of that."""
+    """Learning rate at the start of each warm-up; it falls along half a cosine to a twentieth of this."""
     anneal: bool = False
-    """Let the agent's learning rate fall in the same way, towards the last of --steps, which then stays as it is."""
+    """Let the agent's learning rate fall in the same way until the last of --steps; --resume must then keep --steps."""
     batch_size: int = 256
     """Transitions per update."""
     seed: int = 0
-    """Of everything drawn: parameters, batches, noise, evaluation."""
+    """Seed of everything random: parameters, batches, noise, evaluation."""
     num_seeds: int = 1
-    """Train so many agents side by side, with seeds from --seed upward, each as if alone: AGENT-seedN is its folder."""
+    """Train this many agents side by side, with seeds from --seed upward. Each learns as if alone, and has its own
+    folder AGENT-seedN."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
     capture: Literal["auto", "on", "off"] = "auto"
-    """Replay updates as CUDA graphs. auto: where a CUDA device is used."""
+    """Replay updates as CUDA graphs. auto: on CUDA devices."""
     compile: bool = False
     """Compile the losses with torch.compile; the first update of each kind then takes a minute or more."""
     matmul_precision: Literal["highest", "high"] = "high"
-    """Of float32 products on CUDA. high: TF32, as JAX does there. No effect on the CPU."""
+    """Precision of float32 products on CUDA. high: TF32, as in JAX. No effect on the CPU."""
     profile: bool = False
-    """Write a trace of a few updates of the agent to trace.json in the folder; ui.perfetto.dev opens it."""
+    """Write a trace of a few of the agent's updates to trace.json in the run's folder, for ui.perfetto.dev."""
     out: Path | None = None
-    """Folder of the run; runs/ENV/AGENT-seedN when not given. With several seeds, the folder that holds theirs."""
+    """Folder of the run; runs/ENV/AGENT-seedN by default. With several seeds, the parent of their folders."""
     resume: bool = False
-    """Go on from the last checkpoint in the folder, if there is one."""
+    """Continue from the last checkpoint in the folder, if there is one."""
     overwrite: bool = False
-    """Delete what another run left in the folder."""
+    """Delete the files of an earlier run in the folder."""
     acting: RuleName = "sample"
-    """How the agent acts when it is evaluated. sample: one action of the policy. best-of-n: of N flow actions the one
-    of highest Q, refined. iterated: refined five times, the best of these. best-flow-of-n: the best of N, not
-    refined. best-refined-of-n: the best of N refined ones. mean-flow-of-n, mean-refined-of-n: in the place of the best
-    their mean, weighted by exp(Q / (temperature · mean |Q|))."""
+    """How the agent acts when it is evaluated. sample: one action of the policy. best-of-n: the flow action with the
+    highest Q of N, refined. iterated: one flow action, refined five times; the best of these. best-flow-of-n: the best
+    of N flow actions, not refined. best-refined-of-n: the best of N refined actions. mean-flow-of-n,
+    mean-refined-of-n: the mean of N instead of the best, weighted by exp(Q / (temperature · mean |Q|))."""
     acting_samples: int = 10
-    """That N."""
+    """N of the acting rule."""
     acting_temperature: float = 0.004
-    """That temperature."""
+    """Temperature of the acting rule's weighted mean."""
     eval_every: int = 100_000
-    """Updates between evaluations, from when critics learn; also evaluated before those, and at the end."""
+    """Updates between evaluations, counted from the end of the flow's warm-up, where the first evaluation is made.
+    There is always one at the end."""
     eval_episodes: int = 50
-    """Episodes of the evaluation at the end, played side by side."""
+    """Episodes of the final evaluation, played side by side."""
     interim_episodes: int | None = None
-    """Episodes of those before. None: as many."""
+    """Episodes of earlier evaluations. None: as many as the final one."""
     log_every: int = 5_000
     """Updates between rows of metrics."""
     checkpoint_every: int = 50_000
-    """Updates between checkpoints; also written at the end and on Ctrl-C."""
+    """Updates between checkpoints; one is also written after each stage and on Ctrl-C."""
     dataset_size: Size = "default"
-    """Size of generated data: 100 or 1,000 episodes per behaviour policy. Downloaded data is always whole."""
+    """Size of generated data: 100 or 1,000 episodes per behaviour policy. Downloaded data are always whole."""
     standardize_observations: bool = False
     """Shift and scale observations by the dataset's mean and standard deviation."""
     scale_rewards: bool = False
     """Divide rewards by the dataset's standard deviation."""
     center_critics: bool = False
-    """Start both critics at the dataset's mean reward / (1 − γ) instead of near 0, so that they need not climb."""
+    """Start both critics at the dataset's mean reward / (1 − γ) instead of near 0, to spare them the climb."""
     hyper: AgentConfig = dataclasses.field(default_factory=AgentConfig)
     """Hyper-parameters."""
 
@@ -136,11 +138,11 @@ class RunConfig:
 
     @property
     def group_folder(self) -> Path:
-        """The folder that holds those of several seeds."""
+        """The parent of the folders of several seeds."""
         return self.out or Path("runs") / self.env
 
     def of_each_seed(self) -> list[RunConfig]:
-        """For each agent, the settings that would train it alone."""
+        """For each seed, the settings that would train its agent alone."""
         if self.num_seeds == 1:
             return [self]
         alone = [dataclasses.replace(self, seed=self.seed + i, num_seeds=1) for i in range(self.num_seeds)]
@@ -149,12 +151,12 @@ class RunConfig:
         return [dataclasses.replace(config, out=self.out / f"{config.agent}-seed{config.seed}") for config in alone]
 
     def as_json(self) -> dict[str, Any]:
-        """As it comes back from JSON: lists for tuples, text for paths."""
+        """The settings as they come back from JSON: tuples as lists, paths as text."""
         return json.loads(json.dumps(dataclasses.asdict(self), default=str))
 
 
 def role_names(config: RunConfig) -> dict[str, str]:
-    """What tables call the roles of an evaluation. "sample" is left out where it is how the agent acts anyway."""
+    """Names of the evaluation's roles in tables. "sample" is left out if it is the acting rule anyway."""
     names = {
         "policy": f"{config.agent}, {config.acts}",
         "sample": f"{config.agent}, one sample",

@@ -1,4 +1,4 @@
-"""Gymnasium's environments side by side, and its MuJoCo made quiet."""
+"""Vectorised Gymnasium environments, and a quiet MuJoCo."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 
 
 def make_vector_env(env_id: str, num_envs: int, autoreset_mode: AutoresetMode = AutoresetMode.NEXT_STEP) -> VectorEnv:
-    """``num_envs`` copies, stepped in turn in this process: MuJoCo steps are too short for worker processes."""
+    """``num_envs`` copies, stepped one by one in this process: MuJoCo's steps are too short for worker processes."""
     return gym.make_vec(
         env_id, num_envs=num_envs, vectorization_mode="sync", vector_kwargs={"autoreset_mode": autoreset_mode}
     )
 
 
 def _on_mujoco_warning(message: str) -> None:
-    # Gymnasium's model files still use an attribute that MuJoCo 3.17 deprecates; nothing a user can act on.
+    # Gymnasium's model files still use an attribute that MuJoCo 3.17 deprecates; users can do nothing about it.
     if "settotalmass" not in message:
         warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
-# Without a handler MuJoCo prints, and appends every warning to MUJOCO_LOG.TXT in the working folder.
+# Without a handler MuJoCo prints every warning and appends it to MUJOCO_LOG.TXT in the working folder.
 mujoco.set_mju_user_warning(_on_mujoco_warning)

@@ -1,4 +1,4 @@
-"""The agents by the names that ``--agent`` takes. A new one needs its own file and its entry here."""
+"""The agents, under the names that ``--agent`` takes. A new agent needs its own file and an entry here."""
 
 from __future__ import annotations
 
@@ -14,4 +14,4 @@ AGENTS: dict[str, type[Agent]] = {"fidec": FiDec, "deflow": DeFlow, "fql": FQL}
 if TYPE_CHECKING:
     AgentName: TypeAlias = str
 else:
-    AgentName = Literal[tuple(AGENTS)]  # from which the command line knows the choices
+    AgentName = Literal[tuple(AGENTS)]  # the command line lists these choices

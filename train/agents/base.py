@@ -1,8 +1,9 @@
-"""What all agents share: networks, critic, flow matching, optimiser, and the update from a batch to new parameters.
+"""The code that all agents share: networks, critic, flow matching, optimiser, and the update.
 
-One update is `Learner.update`: integrate the flow wherever the losses need its actions, add critic loss, flow-matching
-loss and actor loss, take gradients, move the target network, step Adam. An agent is a subclass of `Agent` in a file of
-its own; its methods say how it learns and acts, its class attributes what the rest of the project must know about it.
+`Learner.update` makes one update: it integrates the flow for the actions that the losses need, adds critic loss,
+flow-matching loss and actor loss, takes gradients, moves the target network and steps Adam. An agent is a subclass of
+`Agent` in its own file. Its methods define how it learns and acts; its class attributes hold what the rest of the
+project must know about it.
 """
 
 from __future__ import annotations
@@ -38,33 +39,33 @@ METRICS = {
 
 
 class Panel(NamedTuple):
-    """One of the small plots below the scores in curve.png, against updates."""
+    """One of the small plots below the scores in curve.png; the x axis counts updates."""
 
     title: str
     lines: Mapping[str, str]
-    """Columns of metrics.csv, and their names in the legend; at most three."""
+    """Columns of metrics.csv and their names in the legend; at most three."""
     log_scale: bool = False
     target: str | None = None
-    """A hyper-parameter that is drawn as the target."""
+    """A hyper-parameter to draw as the target."""
 
 
 class Draws(NamedTuple):
-    """Every random number that one update uses; B the batch size, d the action width, K the Fisher samples."""
+    """All random numbers of one update. B is the batch size, d the action width, K the number of Fisher samples."""
 
     next_noise: Tensor
-    """Start of the policy's next action in the critic target, (B, d) normal."""
+    """Noise for the policy's next action in the critic target, (B, d) normal."""
     flow_x0: Tensor
     """Noise end of the flow-matching path, (B, d) normal."""
     flow_t: Tensor
-    """Its time, (B, 1) uniform on [0, 1)."""
+    """Time on the flow-matching path, (B, 1) uniform on [0, 1)."""
     base_noise: Tensor
-    """Start of the action that is improved, (B, d) normal."""
+    """Noise for the action that the actor improves, (B, d) normal."""
     fisher_noise: Tensor | None = None
-    """Start of the Fisher samples, (B, K, d) normal."""
+    """Noise that the Fisher samples start from, (B, K, d) normal."""
     bridge_noise: Tensor | None = None
-    """What brings them back to time t, (B, K, d) normal."""
+    """Noise that takes the Fisher samples back to time t, (B, K, d) normal."""
     fisher_t: Tensor | None = None
-    """That time where it varies, (B, K, 1); None for a constant one."""
+    """Time t of each Fisher sample, (B, K, 1); None if t is constant."""
 
 
 Part = Literal["critic", "data_critic", "flow", "frozen_flow", "actor"]
@@ -73,11 +74,11 @@ ALL_PARTS: Parts = ("critic", "flow", "actor")
 
 
 class Learner(nn.Module, abc.ABC):
-    """One update, from a batch to new parameters: of one agent, or of several side by side (``train/agents/seeds.py``).
+    """The update of one agent, or of several side by side (``train/agents/seeds.py``).
 
-    Calling it takes what `integrate` found and returns the sum of the losses of ``parts``, which `update`
-    differentiates, and the intermediate tensors that `Agent.metrics` reads. With ``log=False`` there are no such
-    tensors, and nothing is computed just for them.
+    A call takes the results of `integrate`. It returns the sum of the losses in ``parts``, which `update`
+    differentiates, and the intermediate tensors that `Agent.metrics` reads. With ``log=False`` it returns no such
+    tensors and computes nothing just for them.
     """
 
     config: AgentConfig
@@ -86,7 +87,7 @@ class Learner(nn.Module, abc.ABC):
     target_critic: TwinCritic
 
     def make_optimizer(self) -> torch.optim.Adam:
-        """One Adam over everything that learns. Call it once the module is on its device."""
+        """One Adam for all trainable parameters. Call this once the module is on its device."""
         learning = [p for p in self.parameters() if p.requires_grad]
         on_gpu = learning[0].is_cuda
         # A captured update reads the learning rate and counts its steps on the device, and cannot create state.
@@ -98,11 +99,11 @@ class Learner(nn.Module, abc.ABC):
         return optimizer
 
     def agent_parts(self, updates: int) -> Parts:
-        """Losses of the next update of the whole agent, after ``updates`` such updates."""
+        """The losses of the whole agent's next update, after ``updates`` of them."""
         flow_until, critic_until = self.config.freeze_flow_after, self.config.freeze_critic_after
         critic: Parts = ("critic",) if critic_until is None or updates < critic_until else ()
         flow: Parts = ("flow",) if flow_until is None or updates < flow_until else ("frozen_flow",)
-        if flow_until == 0:  # momentum left by a warm-up, at another learning rate, would throw it off
+        if flow_until == 0:  # the warm-up's momentum, at another learning rate, would damage the flow
             flow = ()
         return (*critic, *flow, "actor")
 
@@ -115,13 +116,13 @@ class Learner(nn.Module, abc.ABC):
         *,
         log: bool = False,
     ) -> dict[str, Tensor]:
-        """Batch to parameters. Returns what `Agent.metrics` reads, if it is to be logged."""
+        """Make one update. With ``log``, returns the tensors that `Agent.metrics` reads."""
         seen = self.backward(batch, draws, parts, log=log)
         self.step(optimizer, parts)
         return seen
 
     def backward(self, batch: Batch, draws: Draws, parts: Parts = ALL_PARTS, *, log: bool = False) -> dict[str, Tensor]:
-        """Gradients of the sum of the losses, into ``.grad``. Returns the intermediate tensors, detached."""
+        """Write the gradients of the summed losses to ``.grad``. Returns the intermediate tensors, detached."""
         self.zero_grad()
         flows = self.integrate(batch, draws, parts)
         total_loss, seen = self(batch, draws, flows, parts, log)
@@ -133,7 +134,7 @@ class Learner(nn.Module, abc.ABC):
         return {name: tensor.detach() for name, tensor in seen.items()}
 
     def step(self, optimizer: torch.optim.Optimizer, parts: Parts = ALL_PARTS) -> None:
-        """Clip the gradients, move the target network if its critic moves, move the parameters."""
+        """Clip the gradients, move the target network if the critic learns, and step the optimiser."""
         if self.config.grad_clip is not None:
             self.clip_gradients(self.config.grad_clip)
         if "critic" in parts or "data_critic" in parts:
@@ -143,13 +144,13 @@ class Learner(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def integrate(self, batch: Batch, draws: Draws, parts: Parts) -> dict[str, Tensor]:
-        """Everything that an update integrates along the flow, without gradient."""
+        """Integrate the flow for all actions that an update needs, without gradient."""
 
     @abc.abstractmethod
     def sample(
         self, dataset: OfflineDataset, batch_size: int, generators: Sequence[torch.Generator]
     ) -> tuple[Batch, Draws]:
-        """A batch and the random numbers of one update, from a generator for each agent."""
+        """A batch and the random numbers of one update, drawn from one generator per agent."""
 
     @abc.abstractmethod
     def figures(self, batch: Batch, seen: dict[str, Tensor]) -> list[dict[str, Tensor]]:
@@ -161,39 +162,39 @@ class Learner(nn.Module, abc.ABC):
 
 
 class Agent(Learner):
-    """What all agents share. A new one defines `next_actions`, `actor_loss`, `act`, and the attributes that differ."""
+    """Base of all agents. A new agent defines `next_actions`, `actor_loss`, `act`, and the attributes that differ."""
 
     title: ClassVar[str]
-    """Its name in tables and pictures, such as "FQL"."""
+    """Name in tables and pictures, such as "FQL"."""
     summary: ClassVar[str]
-    """A few words on it for ``--help``."""
+    """A few words about the agent for ``--help``."""
     hyperparameters: ClassVar[type[AgentConfig]] = AgentConfig
-    """A subclass if the agent has hyper-parameters that no other has; they become flags of its runs."""
+    """A subclass of `AgentConfig` if the agent has hyper-parameters of its own; they become flags of its runs."""
     published: ClassVar[Mapping[str, Any]] = {}
-    """Hyper-parameters whose published values are not the defaults of ``hyperparameters``."""
+    """Hyper-parameters whose published values differ from the defaults of ``hyperparameters``."""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
-    """By a preset's name, the settings and hyper-parameters in which it differs for this agent."""
+    """For each preset, the settings and hyper-parameters that this agent changes in it."""
     refines: ClassVar[bool] = False
-    """Whether it has `refine`, which some rules of acting call."""
+    """Whether the agent has `refine`, which some acting rules call."""
     metric_names: ClassVar[Mapping[str, str]] = METRICS
-    """Columns of metrics.csv, and what they are. An agent that logs more adds to these."""
+    """Columns of metrics.csv and what they mean. An agent that logs more adds its own."""
     panels: ClassVar[tuple[Panel, Panel, Panel]] = (
         Panel("size of the displacement", {"penalty": "penalty"}, log_scale=True),
         Panel("mean Q", {"q_policy": "policy", "q_data": "dataset"}),
         Panel("action error", {"action_error": "policy − dataset, squared"}),
     )
-    """What curve.png shows below the scores."""
+    """The plots below the scores in curve.png."""
     q_scale_floor: ClassVar[float] = 0.0
-    """Least mean |Q| that `normalize_q` divides by."""
+    """Lower bound of the mean |Q| that `normalize_q` divides by."""
 
     @classmethod
     def published_config(cls, **changes: Any) -> AgentConfig:
-        """The published hyper-parameters, but for ``changes``."""
+        """The published hyper-parameters, except for ``changes``."""
         return cls.hyperparameters(**{**cls.published, **changes})
 
     @classmethod
     def flow_evaluations(cls, config: AgentConfig) -> int:
-        """How often an update evaluates the velocity network to integrate the flow, for each row of the batch."""
+        """Evaluations of the velocity network, per row of the batch, that integrating the flow costs in one update."""
         return config.flow_steps
 
     def __init__(self, config: AgentConfig, obs_dim: int, action_dim: int) -> None:
@@ -201,13 +202,13 @@ class Agent(Learner):
         self.config = config
         self.action_dim = action_dim
         self.flow = fdkernels.VelocityMLP(obs_dim, action_dim, config.actor_hidden, layer_norm=config.actor_layer_norm)
-        # from [observation, base action or noise] to the displacement or the action
+        # maps [observation, base action or noise] to the displacement or the action
         self.actor = fdkernels.build_mlp(
             obs_dim + action_dim, config.actor_hidden, action_dim, layer_norm=config.actor_layer_norm
         )
         self.critic = TwinCritic(obs_dim, action_dim, config.critic_hidden, config.critic_layer_norm)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
-        # raw observations are standardised with these before the networks see them
+        # used to standardise raw observations before the networks see them
         self.register_buffer("obs_mean", torch.zeros(obs_dim))
         self.register_buffer("obs_std", torch.ones(obs_dim))
         self.obs_mean: Tensor
@@ -215,7 +216,7 @@ class Agent(Learner):
 
     @torch.no_grad()
     def center_critics(self, mean_reward: float) -> None:
-        """Let both critics start at r̄/(1 − γ), the value of earning the mean reward forever."""
+        """Start both critics at r̄/(1 − γ), the value of earning the mean reward for ever."""
         for critic in (self.critic, self.target_critic):
             critic.biases[-1].fill_(mean_reward / (1 - self.config.discount))
 
@@ -258,7 +259,7 @@ class Agent(Learner):
                 loss, part_seen = self.critic_loss(batch, self.next_actions(batch, draws, flows))
             elif part == "data_critic":
                 assert batch.next_actions is not None
-                # the action that the data took next (SARSA): the value of the behaviour, not of the policy
+                # SARSA: the data's own next action gives the value of the behaviour, not of the policy
                 loss, part_seen = self.critic_loss(batch, batch.next_actions)
             elif part == "flow":
                 loss, part_seen = self.flow_matching_loss(batch, draws)
@@ -273,7 +274,7 @@ class Agent(Learner):
 
     @torch.no_grad()
     def integrate(self, batch: Batch, draws: Draws, parts: Parts) -> dict[str, Tensor]:
-        """All of `starts` in one call; returns where they end, by the same names."""
+        """Integrate all `starts` in one call; returns the ends under the same names."""
         starts = self.starts(batch, draws, parts)
         noises, observations = [noise for noise, _ in starts.values()], [obs for _, obs in starts.values()]
         config = self.config
@@ -283,9 +284,10 @@ class Agent(Learner):
         return dict(zip(starts, ends))
 
     def starts(self, batch: Batch, draws: Draws, parts: Parts) -> dict[str, tuple[Tensor, Tensor]]:
-        """Where `integrate` begins: noise (..., d) and observations that broadcast to it, by the names that losses use.
+        """The starts of `integrate`, under the names that the losses use.
 
-        Here ``base``, the action that the actor loss starts from; an agent adds what else it needs.
+        Each is noise (..., d) with observations that broadcast to it. This is only ``base``, the action that the actor
+        loss starts from; an agent adds the others that it needs.
         """
         return {"base": (draws.base_noise, batch.observations)} if "actor" in parts else {}
 
@@ -321,10 +323,10 @@ class Agent(Learner):
     def actor_loss(
         self, batch: Batch, draws: Draws, flows: dict[str, Tensor], log: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The agent's own part: climb Q, stay near the data."""
+        """The agent's own loss: climb Q, stay near the data."""
 
     def q_loss(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """−Q of the actions, critics held constant; in units of mean |Q| with ``normalize_q``."""
+        """−Q of the actions with the critics held constant; with ``normalize_q`` in units of mean |Q|."""
         qs = self.critic(obs, actions, frozen=True)
         q = qs.mean(0)
         loss = -q.mean()
@@ -344,14 +346,14 @@ class Agent(Learner):
         """The policy's action (..., d), in [-1, 1], for standardised observations and N(0, I) noise (..., d)."""
 
     def refine(self, obs: Tensor, action: Tensor) -> Tensor:
-        """A better action (..., d) near ``action``; only where the agent ``refines``."""
+        """A better action (..., d) near ``action``; only for agents that set ``refines``."""
         raise TypeError(f"this rule refines an action, and {type(self).__name__} has nothing that does")
 
     # -- logging -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def metrics(self, batch: Batch, seen: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Those of `metric_names` that the tensors of a logged update give."""
+        """The `metric_names` that can be computed from the tensors of a logged update."""
         figures = {name: tensor for name, tensor in seen.items() if name in self.metric_names}
         if "critic_q" in seen:
             figures["q_data"] = seen["critic_q"].mean()

@@ -1,4 +1,4 @@
-"""The twin critic, its weights stacked so that both networks can run as one batched product."""
+"""The twin critic. The weights of its two networks are stacked, so that both can run as one batched product."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from fdkernels.cpu.layers import gelu_tanh
 
 
 class TwinCritic(nn.Module):
-    """Two independent Q networks on [observation, action]: linear, GELU (tanh form), layer norm; a last linear.
+    """Two independent Q networks on [observation, action]: linear, GELU (tanh form), layer norm; last a linear layer.
 
-    Parameters are stacked on a leading axis of two, ``weights[i]`` (2, inputs, outputs); Glorot-uniform, biases zero.
+    Parameters have a leading axis of two: ``weights[i]`` is (2, inputs, outputs). Weights start Glorot-uniform, biases
+    at zero.
 
     Args:
         obs_dim, action_dim: widths of the inputs.
@@ -40,10 +41,10 @@ class TwinCritic(nn.Module):
                 self.shifts.append(nn.Parameter(torch.zeros(2, 1, width)))
 
     def forward(self, obs: Tensor, action: Tensor, *, frozen: bool = False) -> Tensor:
-        """Q values (2, batch). ``frozen`` holds the parameters constant, so that only the action gets a gradient."""
+        """Q values (2, batch). With ``frozen`` the parameters are constant, and only the action gets a gradient."""
         parameters = (self.weights, self.biases, self.scales, self.shifts)
         constant = (lambda p: p.detach()) if frozen else (lambda p: p)
-        # by number, which PyTorch 2.7 compiles too
+        # by index, which PyTorch 2.7 can compile too
         weights, biases, scales, shifts = ([constant(ps[i]) for i in range(len(ps))] for ps in parameters)
         rows = torch.cat([obs, action], dim=-1)
         if cpu_layers.multiplies_apart(rows):

@@ -1,4 +1,4 @@
-"""Agents that add a displacement δ to the flow's action, inside a trust region; how δ is measured is left open."""
+"""Agents that add a displacement δ to the flow's action, inside a trust region; subclasses measure the size of δ."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from train.data.transitions import Batch
 
 
 class DecoratorAgent(Agent):
-    """π(s) = clip(a + δ(s, a)), a the flow's action, with the size of δ held at ``target_divergence``."""
+    """π(s) = clip(a + δ(s, a)) for the flow's action a, with the size of δ held at ``target_divergence``."""
 
     refines = True
     panels = (
@@ -38,11 +38,11 @@ class DecoratorAgent(Agent):
             nn.init.zeros_(self.actor[-1].weight)  # type: ignore[arg-type]
 
     def displacement(self, obs: Tensor, action: Tensor) -> Tensor:
-        """δ(s, a), (..., d), unclipped."""
+        """δ(s, a), (..., d), not clipped."""
         return self.actor(torch.cat([obs, action], dim=-1))
 
     def starts(self, batch: Batch, draws: Draws, parts: Parts) -> dict[str, tuple[Tensor, Tensor]]:
-        """Also ``next``, for the critic's target."""
+        """Adds ``next``, the flow action in the critic's target."""
         starts = super().starts(batch, draws, parts)
         if "critic" in parts:
             starts["next"] = draws.next_noise, batch.next_observations
@@ -56,7 +56,7 @@ class DecoratorAgent(Agent):
     def penalty(
         self, obs: Tensor, displacement: Tensor, draws: Draws, flows: dict[str, Tensor], log: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Size of each displacement, (B,), and the tensors to log. Only the displacement gets a gradient."""
+        """The size of each displacement, (B,), and the tensors to log. Only the displacement gets a gradient."""
 
     def actor_loss(
         self, batch: Batch, draws: Draws, flows: dict[str, Tensor], log: bool

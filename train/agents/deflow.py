@@ -9,7 +9,7 @@ from train.agents.decorator import DecoratorAgent
 
 
 class DeFlow(DecoratorAgent):
-    """The isotropic trust region: the size is ‖δ‖²/d."""
+    """The isotropic trust region: the size of δ is ‖δ‖²/d."""
 
     title = "DeFlow"
     summary = "isotropic trust region"

@@ -13,7 +13,7 @@ from train.data.transitions import Batch
 
 
 class FiDec(DecoratorAgent):
-    """Fisher decorator: the size is δᵀF̂δ/d, F̂ the behaviour density's normalised Fisher matrix."""
+    """Fisher decorator: the size of δ is δᵀF̂δ/d, where F̂ is the normalised Fisher matrix of the behaviour density."""
 
     title = "FiDec"
     summary = "Fisher trust region"
@@ -44,7 +44,7 @@ class FiDec(DecoratorAgent):
         return draws._replace(fisher_t=low + (high - low) * uniform)
 
     def starts(self, batch: Batch, draws: Draws, parts: Parts) -> dict[str, tuple[Tensor, Tensor]]:
-        """Also ``fisher``, K samples for each state."""
+        """Adds ``fisher``, K samples for each state."""
         starts = super().starts(batch, draws, parts)
         if "actor" in parts:
             assert draws.fisher_noise is not None

@@ -20,24 +20,24 @@ def require(name: str, value: object, holds: bool, wants: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class AgentConfig:
-    """Hyper-parameters of an agent; the defaults are the published ones, but for the score convention."""
+    """Hyper-parameters of an agent; the defaults are the published ones, except for the score convention."""
 
     actor_hidden: tuple[int, ...] = (512, 512, 512, 512)
-    """Hidden widths of the flow and of the displacement (or one-step) network."""
+    """Hidden widths of the flow network and of the displacement (or one-step) network."""
     critic_hidden: tuple[int, ...] = (512, 512, 512, 512)
     """Hidden widths of both critics."""
     actor_layer_norm: bool = False
-    """Layer norm in flow and displacement network."""
+    """Layer norm in the flow and displacement networks."""
     critic_layer_norm: bool = True
     """Layer norm in the critics."""
     lr: float = 3e-4
-    """Adam's learning rate, for everything."""
+    """Adam's learning rate, the same for all parameters."""
     grad_clip: float | None = 5.0
-    """Bound of the global gradient norm; None leaves it (FQL's published setting)."""
+    """Clip the global gradient norm to this. None: no clipping (FQL's published setting)."""
     discount: float = 0.99
-    """γ."""
+    """The discount γ."""
     tau: float = 0.005
-    """Rate of the target critics."""
+    """τ, the rate at which the target critics follow the critics."""
     q_aggregation: Literal["mean", "min"] = "mean"
     """How the two target critics are combined."""
     normalize_q: bool = False
@@ -45,30 +45,30 @@ class AgentConfig:
     flow_steps: int = 10
     """Euler steps of the flow."""
     flow_precision: Literal["highest", "high", "bf16"] | None = None
-    """Precision of the matrix products where the flow is integrated in training, which takes no gradient. None: that
-    of everything else. bf16: bfloat16 with float32 sums, faster where the hardware has it."""
+    """Precision of the matrix products when training integrates the flow, which needs no gradient. None: as everywhere
+    else. bf16: bfloat16 with float32 sums, faster on hardware with bfloat16 units."""
     freeze_flow_after: int | None = None
-    """Stop the flow-matching loss after this many updates of the agent; Adam's momentum goes on a while. 0 leaves the
-    flow exactly as its warm-up made it."""
+    """Stop the flow-matching loss after this many updates of the agent; Adam's momentum still moves the flow for a
+    while. 0 leaves the flow exactly as its warm-up left it."""
     freeze_critic_after: int | None = None
-    """Stop the critics' loss after this many updates of the agent. 0 leaves the critics as their warm-up made them, of
-    the behaviour: one step of policy improvement, without a critic that follows the policy (arXiv 2106.08909)."""
+    """Stop the critics' loss after this many updates of the agent. 0 keeps the warm-up's critics of the behaviour: one
+    step of policy improvement, with critics that do not follow the policy (arXiv 2106.08909)."""
 
     alpha: float = 10.0
-    """Weight of the penalty: where the multiplier starts, or the constant weight without one."""
+    """Weight of the penalty: the initial value with lagrange, constant without."""
     lagrange: bool = True
     """Adapt the weight so that the penalty meets target_divergence (fidec, deflow)."""
     target_divergence: float = 1e-3
-    """Size of the trust region: mean of δᵀF̂δ/d (fidec) or ‖δ‖²/d (deflow)."""
+    """Size of the trust region: the mean of δᵀF̂δ/d (fidec) or ‖δ‖²/d (deflow)."""
     zero_init_displacement: bool = False
     """Start with δ = 0, so that refinement begins at the behaviour flow (fidec, deflow)."""
 
     num_fisher_samples: int = 4
-    """K, samples of the flow per state (fidec)."""
+    """K, the flow samples per state (fidec)."""
     fisher_t: float = 0.95
-    """Time at which the score is taken."""
+    """Time t at which the score is taken."""
     fisher_t_width: float = 0.0
-    """Draw that time uniformly from [fisher_t − width, fisher_t)."""
+    """Draw the score's time uniformly from [fisher_t − width, fisher_t)."""
     fisher_damping: float = 1e-3
     """λ, added to the diagonal of F."""
     fisher_trace_eps: float = 1e-6
@@ -76,7 +76,7 @@ class AgentConfig:
     min_sigma: float = 1e-6
     """Lower bound of 1 − t in the score."""
     score_convention: Literal["exact", "velocity"] = "exact"
-    """exact: (t·v − x)/(1 − t), the score. velocity: v/(1 − t), what the published code uses."""
+    """exact: (t·v − x)/(1 − t), the score. velocity: v/(1 − t), as in the published code."""
 
     def __post_init__(self) -> None:
         require_finite(self)

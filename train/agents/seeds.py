@@ -1,11 +1,11 @@
 """Several agents that differ only in their seed, trained side by side with batched weights.
 
-Every parameter of the agents is stacked on a leading axis of N; the agents keep theirs as views of the stack, so that
-whoever evaluates, saves or restores one of them sees and writes the weights that are being trained. An update is the
-single agent's (`train.agents.base.Learner`) with its losses under ``torch.func.vmap``, where each linear layer becomes
-one grouped product: gradients of one seed's loss reach only that seed's weights, and Adam treats every number by
-itself. The norm that clips gradients is taken seed by seed. On CUDA the flows of all seeds are integrated in one call;
-on the CPU one after another, and so are the losses on a processor that multiplies faster that way.
+Every parameter is stacked on a leading axis of N. Each agent's parameters are views of the stack, so evaluating,
+saving or restoring an agent reads and writes the weights being trained. An update is the single agent's
+(`train.agents.base.Learner`) with its losses under ``torch.func.vmap``, which makes each linear layer one grouped
+product. The seeds stay independent: gradients of one seed's loss reach only that seed's weights, Adam is elementwise,
+and gradients are clipped by each seed's own norm. On CUDA one call integrates the flows of all seeds. The CPU
+integrates them one after another, and on processors where that is faster it computes the losses one by one too.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from train.data.transitions import Batch, OfflineDataset
 
 
 class SeedGroup(Learner):
-    """N agents of one class and configuration, on one device; from here on their parameters are views."""
+    """N agents of one class and configuration, on one device; their parameters become views of the stack."""
 
     def __init__(self, agents: Sequence[Agent]) -> None:
         super().__init__()
-        self.agents = list(agents)  # a list, so that their parameters are not counted beside the stacked ones
+        self.agents = list(agents)  # a list, to keep their parameters out of this module's own
         first = self.agents[0]
         self.config = first.config
         stacked = copy.deepcopy(first)
@@ -36,16 +36,16 @@ class SeedGroup(Learner):
             whole.data = torch.stack([p.data for p in single])
             for i, p in enumerate(single):
                 p.data = whole.data[i]
-        # the names are those of an agent, for functional_call and for what an update reads
+        # named as in an agent, because functional_call and the update look them up by name
         for name, module in stacked.named_children():
             self.add_module(name, module)
         for name, parameter in stacked.named_parameters(recurse=False):
             self.register_parameter(name, parameter)
 
     def optimizer_of(self, i: int, optimizer: torch.optim.Adam) -> torch.optim.Adam:
-        """The optimiser of agent i, for its checkpoints: its state is a view of the group's ``optimizer``'s.
+        """The optimiser of agent i, for its checkpoints; its state is a view of the state of the group's ``optimizer``.
 
-        All agents share Adam's count of steps.
+        All agents share Adam's step count.
         """
         own = self.agents[i].make_optimizer()
         learning = [p for p in self.parameters() if p.requires_grad]
@@ -80,7 +80,7 @@ class SeedGroup(Learner):
     def forward(
         self, batch: Batch, draws: Draws, flows: dict[str, Tensor], parts: Parts, log: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Losses (N,), and the intermediate tensors with N as their first dimension."""
+        """The losses (N,), and the intermediate tensors with N as their first dimension."""
 
         def losses(
             parameters: dict[str, Tensor], batch: dict[str, Tensor], draws: dict[str, Tensor], flows: dict[str, Tensor]
@@ -121,7 +121,7 @@ class SeedGroup(Learner):
 
 
 class _Integration(nn.Module):
-    """An agent's integration as a forward pass, in which ``functional_call`` can replace its parameters."""
+    """An agent's `integrate` as a forward pass, so that ``functional_call`` can replace its parameters."""
 
     def __init__(self, agent: Agent) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ def _given(columns: Batch | Draws) -> dict[str, Tensor]:
 
 
 def _unbound(tensors: dict[str, Tensor], n: int) -> list[dict[str, Tensor]]:
-    """Each agent's share of them. Unbound together, so that their gradients are stacked once and not agent by agent."""
+    """Each agent's slices. All are unbound at once, so that their gradients are stacked once, not agent by agent."""
     columns = {name: tensor.unbind() for name, tensor in tensors.items()}
     return [{name: column[i] for name, column in columns.items()} for i in range(n)]
 

@@ -1,4 +1,4 @@
-"""The behaviour policies that make the embedded data: a tanh-squashed Gaussian MLP in plain numpy, stored in fp16."""
+"""The behaviour policies behind the embedded data: a tanh-squashed Gaussian MLP in plain numpy, stored in fp16."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ POLICIES = Path(__file__).parent / "policies"
 
 
 class BehaviourPolicy:
-    """a = tanh(mean(s) + std(s)·ε), two hidden layers of ReLU.
+    """a = tanh(mean(s) + std(s)·ε), with two hidden ReLU layers.
 
     Args:
-        weights: arrays named as in ``train.behaviour.sac.Actor``; (outputs, inputs) each.
+        weights: arrays named as in ``train.behaviour.sac.Actor``, each (outputs, inputs).
     """
 
     def __init__(self, weights: dict[str, np.ndarray]) -> None:
@@ -37,7 +37,7 @@ class BehaviourPolicy:
         return np.tanh(mean + np.exp(np.clip(log_std, -5, 2)) * noise)
 
     def save(self, path: Path, note: dict[str, str]) -> None:
-        """Write the weights, and ``note`` (how it was trained, what it scores) as metadata."""
+        """Write the weights, with ``note`` (how the policy was trained, what it scores) as metadata."""
         save_file(self.weights, path, metadata=note)
 
     @classmethod
@@ -47,6 +47,6 @@ class BehaviourPolicy:
 
 
 def policy_note(path: Path) -> dict[str, str]:
-    """What was written beside the weights: environment, return over fresh episodes, training length and seed."""
+    """The metadata of the weights: environment, return over fresh episodes, training length and seed."""
     with safe_open(path, framework="numpy") as f:
         return f.metadata()

@@ -23,19 +23,19 @@ Policy = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
 
 def collect(env_id: str, policy: Policy, *, episodes: int, seed: int, num_envs: int = 4) -> Iterator[EpisodeBuffer]:
-    """Yield ``episodes`` whole episodes, in the order in which they end.
+    """Yield ``episodes`` whole episodes in the order in which they end.
 
-    An episode of T steps has T actions, rewards and flags, and T + 1 observations, the last one where it ended. Its
-    ``seed`` is the one its environment was reset with. The same arguments give the same episodes.
+    An episode of T steps has T actions, rewards and flags, and T + 1 observations; the last is its final state. Its
+    ``seed`` is the one that its environment was reset with. The same arguments give the same episodes.
 
     Args:
         env_id: gymnasium environment id; the environment must have a time limit.
         policy: maps observations (n, obs_dim) and a generator to actions (n, action_dim).
-        episodes: how many, at least one.
-        seed: of the initial states and of the policy's noise.
-        num_envs: environments stepped together; few, because OpenBLAS spreads a policy call on more rows over threads,
-            whose spinning slows the simulator down (measured: by 4 on two busy cores) and whose help gains nothing.
-            Where all episodes are equally long, a divisor of ``episodes`` wastes no steps.
+        episodes: number of episodes, at least one.
+        seed: seeds the initial states and the policy's noise.
+        num_envs: environments stepped together. Few, because with more rows OpenBLAS spreads a policy call over
+            threads: they gain nothing, and their spinning slows the simulator down (by a factor of 4, measured on two
+            busy cores). If all episodes are equally long, a divisor of ``episodes`` wastes no steps.
     """
     horizon = gym.spec(env_id).max_episode_steps
     if horizon is None:
@@ -43,7 +43,7 @@ def collect(env_id: str, policy: Policy, *, episodes: int, seed: int, num_envs: 
     n = min(num_envs, episodes)
     rng = np.random.default_rng(seed)
     seeds = rng.integers(2**31, size=episodes)
-    # Autoreset off: the automatic modes draw initial states that no stored seed can bring back.
+    # Autoreset is off because the automatic modes draw initial states that no stored seed can reproduce.
     envs = make_vector_env(env_id, n, AutoresetMode.DISABLED)
     try:
         obs, _ = envs.reset(seed=seeds[:n].tolist())
@@ -63,8 +63,8 @@ def collect(env_id: str, policy: Policy, *, episodes: int, seed: int, num_envs: 
             if not over.any():
                 continue
             for i in np.flatnonzero(over):
-                # Kept are the first to start, not the first to end: that would favour short episodes. An environment
-                # without work plays on, and what it plays is dropped.
+                # Keep the first episodes to start; keeping the first to end would favour short ones. An environment
+                # with nothing left to do plays on, and its episodes are dropped.
                 if playing[i] < episodes:
                     t, kept = steps[i], kept + 1
                     last = np.arange(t) == t - 1
@@ -86,7 +86,7 @@ def collect(env_id: str, policy: Policy, *, episodes: int, seed: int, num_envs: 
 def store_rollouts(folder: Path, dataset_id: str, spec: EnvSpec, policy_file: Path, episodes: int) -> None:
     """Write ``episodes`` episodes of a stored policy into ``folder``, which becomes the Minari dataset ``dataset_id``.
 
-    Minari's own writers choose the folder by the id; here it is free, so that the caller can write aside and rename.
+    Minari's own writers derive the folder from the id. Here the caller chooses it, to write it elsewhere and rename it.
     """
     seed = zlib.crc32(dataset_id.encode())  # no two datasets share their initial states
     env = gym.make(spec.env_id)

@@ -1,7 +1,7 @@
 """Soft actor-critic (Haarnoja et al., arXiv 1812.05905), sized to train the behaviour policies on one CPU core.
 
-The policies that ship in ``train/behaviour/policies`` are snapshots of these runs, each stopped soon after, within an
-hour of one core:
+The policies that ship in ``train/behaviour/policies`` are snapshots of these runs. Each run was stopped soon after its
+snapshot, within an hour on one core:
 
     python train/behaviour/sac.py --eval-every 10000 --seed 0 --out runs/sac00    # simple, after 60,000 transitions
     python train/behaviour/sac.py --seed 1 --out runs/sac1    # medium, after 150,000
@@ -15,8 +15,8 @@ hour of one core:
     python train/behaviour/sac.py $walker --eval-every 25000 --seed 0 --out runs/walker0    # medium, after 575,000
     # and expert, after 700,000
 
-*simple* and *medium* are the first snapshots that reach ``simple_return`` and ``medium_return``, *expert* is the best.
-The return written beside the weights is that of other episodes than those by which the snapshot was chosen.
+*simple* and *medium* are the first snapshots that reach ``simple_return`` and ``medium_return``; *expert* is the best.
+The return stored with the weights is measured on other episodes than those that chose the snapshot.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class SACConfig:
     hidden: int = 256
     gamma: float = 0.99
     tau: float = 0.005
-    """Rate of the target critics."""
+    """Rate at which the target critics follow the critics."""
     critic_lr: float = 1e-3
     actor_lr: float = 6e-4
     policy_delay: int = 2
@@ -228,12 +228,12 @@ def main(config: SACConfig) -> None:
         print(f"{buffer.size:>9,} transitions  {minutes:5.1f} min  return {mean:7.0f}", flush=True)
         family = config.env_id.split("-")[0].lower()
         for level, least in list(wanted.items()):
-            if not mean >= least:  # nor is a return that is not a number
+            if not mean >= least:  # also skips NaN
                 continue
             trained = {"transitions": str(buffer.size), "updates": str(agent.updates), "seed": str(config.seed)}
             note = trained | measure(policy, config)
             policy.save(config.out / f"{family}-{level}.safetensors", note)
-            wanted[level] = mean if level == "expert" else np.inf  # the best of all, and the first to reach it
+            wanted[level] = mean if level == "expert" else np.inf  # expert: the best; others: the first
 
 
 def play(policy: BehaviourPolicy, config: SACConfig, seed: int) -> np.ndarray:
@@ -242,7 +242,7 @@ def play(policy: BehaviourPolicy, config: SACConfig, seed: int) -> np.ndarray:
 
 
 def measure(policy: BehaviourPolicy, config: SACConfig) -> dict[str, str]:
-    """Return over fresh episodes, as it is written beside the weights."""
+    """Return over fresh episodes, in the form stored with the weights."""
     returns = play(policy, config, seed=0)
     return {
         "env_id": config.env_id,

@@ -1,4 +1,4 @@
-"""Rollouts of the behaviour policies that ship with the project, made once and kept in Minari's folder."""
+"""Rollouts of the behaviour policies that ship with the project, generated once and kept in Minari's folder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EPISODES: dict[Size, int] = {"default": 100, "full": 1000}
 
 @dataclasses.dataclass(frozen=True)
 class Rollouts(Source):
-    """Rollouts of behaviour policies, a dataset of each, concatenated."""
+    """Rollouts of behaviour policies: one dataset per policy, concatenated."""
 
     policies: tuple[str, ...]
 
@@ -46,7 +46,7 @@ class Rollouts(Source):
         return [_read_or_generate(dataset_id, spec, file, EPISODES[wanted.size]) for dataset_id, file in named]
 
     def dataset_ids(self, wanted: Wanted) -> list[str]:
-        # raise -v0 when the policies change, or the way they are played
+        # raise -v0 when the policies or the way they are played change
         return [f"fdkernels/{policy.replace('-', '/', 1)}-{EPISODES[wanted.size]}ep-v0" for policy in self.policies]
 
     def can_generate(self, wanted: Wanted) -> bool:
@@ -62,8 +62,8 @@ def _read_or_generate(dataset_id: str, spec: EnvSpec, policy_file: Path, episode
         return Part(dataset_id, f"{origin}, local cache", minari_cache.read(dataset_id))
     folder = get_dataset_path(dataset_id)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # Written aside and moved into place whole, so that a killed run leaves nothing that looks like data; one process
-    # at a time, the others wait and read. The lock of a killed process is released.
+    # Written elsewhere and moved into place whole, so that a killed run leaves nothing that looks like data. One
+    # process generates; the others wait and then read. A killed process releases its lock.
     staging = folder.with_name(f".{folder.name}.partial")
     with FileLock(folder.with_name(f".{folder.name}.lock")):
         with contextlib.suppress(minari_cache.Unreadable):

@@ -1,4 +1,4 @@
-"""Datasets that Minari hosts: from its local cache, or downloaded into it."""
+"""Datasets that Minari hosts, read from its local cache or downloaded into it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PROBE_SECONDS = 3.0
 
 @dataclasses.dataclass(frozen=True)
 class Hosted(Source):
-    """Minari's datasets, concatenated."""
+    """Hosted datasets of Minari, concatenated."""
 
     dataset_ids: tuple[str, ...]
 
@@ -59,16 +59,16 @@ class Hosted(Source):
 
 
 def _download(dataset_ids: Sequence[str]) -> str | None:
-    """Complete the local cache; what went wrong, or None."""
+    """Download what the local cache lacks; returns what went wrong, or None."""
     problem = _hub_problem()
     if problem is not None:
         return problem
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=UserWarning, module="minari")  # on namespaces, newer versions
+            warnings.filterwarnings("ignore", category=UserWarning, module="minari")  # namespaces, newer versions
             for dataset_id in dataset_ids:
                 if not minari_cache.is_cached(dataset_id):
-                    # forced, else the folder of an interrupted download would be skipped instead of completed
+                    # forced, because Minari would otherwise skip the folder of an interrupted download
                     minari.download_dataset(dataset_id, force_download=True)
     except Exception as error:  # Minari, the hub's client and the HTTP library share no base class
         return f"failed ({minari_cache.brief(error)})"
@@ -78,9 +78,9 @@ def _download(dataset_ids: Sequence[str]) -> str | None:
 def _hub_problem() -> str | None:
     """Why the hub that hosts Minari's datasets cannot be reached; None if it answers.
 
-    The hub's client retries for half a minute without a network, so one request decides beforehand. That client sends
-    it, hence through the same proxy and with the same certificates; a thread does, because the time limit of a request
-    covers neither the look-up of the name nor the trial of several addresses.
+    Without a network the hub's client retries for half a minute, so a single request finds out first. The client itself
+    sends it, through the same proxy and with the same certificates. It runs in a thread, because a request's time limit
+    covers neither the name look-up nor trying several addresses.
     """
     hub = constants.ENDPOINT
     answers: list[str | None] = []
@@ -88,9 +88,9 @@ def _hub_problem() -> str | None:
     def ask() -> None:
         try:
             status = utils.get_session().head(hub, timeout=PROBE_SECONDS).status_code
-            refused = status >= 500 or status in (403, 407)  # a proxy, or a hub that is down: retries would go on
+            refused = status >= 500 or status in (403, 407)  # by a proxy, or the hub is down: the client retries
             answers.append(f"{hub} cannot be reached (HTTP status {status})" if refused else None)
-        except Exception as error:  # of the HTTP library that this version of the client is built on
+        except Exception as error:  # from whichever HTTP library the client uses
             answers.append(f"{hub} cannot be reached ({minari_cache.brief(error)})")
 
     thread = threading.Thread(target=ask, daemon=True)

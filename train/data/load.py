@@ -1,4 +1,4 @@
-"""From an environment to its transitions, through the first of its sources that has data."""
+"""Load an environment's transitions from the first of its sources that has data."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from train.environments import ENVIRONMENTS
 def load_dataset(
     spec: EnvSpec, *, size: Size = "default", download: bool = True, policies: Path = POLICIES
 ) -> OfflineDataset:
-    """Read the data of an environment, getting it first if need be.
+    """Read the data of an environment, downloading or generating it first if needed.
 
-    A source whose data are on this machine already goes before those that would have to get theirs, so that a resumed
-    run keeps its data when a network has come or gone. Otherwise the sources are tried in their order. The parts of a
-    combined dataset all come from the same source.
+    A source whose data are already on this machine takes precedence, so that a resumed run keeps its data when the
+    network comes or goes. Otherwise the sources are tried in order. All parts of a combined dataset come from the same
+    source.
 
     Args:
         spec: a row of ``train.environments.ENVIRONMENTS``.
-        size: of generated data, ``train.data.generated.EPISODES`` per policy. Hosted datasets have the size they have.
-        download: whether to look for hosted datasets beyond the local cache.
+        size: size of generated data, ``train.data.generated.EPISODES`` per policy. Hosted datasets are always whole.
+        download: whether to download hosted datasets that are not in the local cache.
         policies: folder of the behaviour policies.
 
     Raises:
-        DatasetUnavailable: no source has data, or one has data that are damaged.
+        DatasetUnavailable: no source has data, or the data are damaged.
     """
     wanted = Wanted(size, download, policies, tuple(ENVIRONMENTS.values()))
     cached = next((source for source in spec.sources if source.is_cached(wanted)), None)

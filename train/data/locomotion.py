@@ -1,4 +1,4 @@
-"""Gymnasium's MuJoCo locomotion, with Minari's data or rollouts of the behaviour policies that ship."""
+"""Gymnasium's MuJoCo locomotion, with Minari's data or rollouts of the shipped behaviour policies."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from train.data.generated import Rollouts
 from train.data.hosted import Hosted
 from train.data.spec import EnvSpec
 
-# References of D4RL (infos.py), measured there on the v2 environments.
+# Reference returns from D4RL (infos.py), which measured them on the v2 environments.
 ROBOTS = {
     "halfcheetah": ("HalfCheetah-v5", -280.178953, 12135.0),
     "hopper": ("Hopper-v5", -20.272305, 3234.3),
@@ -34,7 +34,7 @@ def _rows() -> Iterator[EnvSpec]:
                 ),
                 random_return=random_return,
                 expert_return=expert_return,
-                camera="track",  # which runs beside the body; the default stays where it is
+                camera="track",  # follows the body; the default camera stands still
             )
 
 

@@ -1,4 +1,4 @@
-"""What a family of environments consists of: rows of `EnvSpec`, with the `Source`s of their data."""
+"""The parts of a family of environments: rows of `EnvSpec`, and the `Source`s of their data."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ PresetChanges: TypeAlias = Callable[[str, str], Mapping[str, Any]]
 
 
 def no_changes(preset: str, agent: str) -> Mapping[str, Any]:
-    """The presets as they are."""
+    """Leave the presets as they are."""
     return {}
 
 
 @dataclasses.dataclass(frozen=True)
 class EnvSpec:
-    """An environment together with the data that it is learned from."""
+    """An environment and the sources of its data."""
 
     name: str
-    """What people type for ``--env``."""
+    """The name for ``--env``."""
     env_id: str
-    """Gymnasium id, for evaluation, with a time limit and actions in [-1, 1]. A family may register its own."""
+    """Gymnasium id for evaluation. It needs a time limit and actions in [-1, 1]; a family may register its own."""
     sources: tuple[Source, ...]
-    """Where its data can come from, the preferred one first."""
+    """Sources of its data, the preferred one first."""
     random_return: float
     """Return that scores 0."""
     expert_return: float
     """Return that scores 100."""
     score_name: str = "D4RL-normalised score"
-    """What tables and pictures call that score."""
+    """Name of the score in tables and pictures."""
     preset_changes: PresetChanges = no_changes
-    """Given a preset's and an agent's name, the settings and hyper-parameters in which that preset differs here."""
+    """Maps names of a preset and an agent to the settings and hyper-parameters that this environment changes."""
     camera: str | None = None
-    """MuJoCo's camera for films; None: size and camera are the environment's own."""
+    """MuJoCo camera for films; None: the environment's own camera and size."""
 
     @property
     def score_label(self) -> str:
@@ -50,21 +50,21 @@ class EnvSpec:
 
 
 def normalized_score(spec: EnvSpec, returns: Returns) -> Returns:
-    """0 at the return of a random policy, 100 at the expert's, as in D4RL."""
+    """Scale returns so that a random policy scores 0 and the expert 100, as in D4RL."""
     return 100 * (returns - spec.random_return) / (spec.expert_return - spec.random_return)
 
 
 class Wanted(NamedTuple):
-    """What is asked of a source; each heeds what concerns it."""
+    """A request for data; each source uses the fields that concern it."""
 
     size: Size
-    """Of generated data."""
+    """Size of generated data."""
     download: bool
-    """Whether to look beyond the local cache."""
+    """Whether a source may download."""
     policies: Path
     """Folder of the behaviour policies."""
     environments: Sequence[EnvSpec]
-    """Every environment there is, to name those for which a source has data."""
+    """All environments, so that a source can name those that it has data for."""
 
 
 class Part(NamedTuple):
@@ -72,39 +72,39 @@ class Part(NamedTuple):
 
     dataset_id: str
     origin: str
-    """For people: where it came from."""
+    """Where the data came from, for display."""
     episodes: Sequence[EpisodeData]
-    """Or anything with their observations (one more than actions), actions, rewards and terminations."""
+    """Any objects with observations (one more than actions), actions, rewards and terminations."""
 
 
 class Source(abc.ABC):
-    """A place that an environment's data can come from. Its text names it for people."""
+    """A place that an environment's data can come from. ``str()`` names it for display."""
 
     @abc.abstractmethod
     def is_cached(self, wanted: Wanted) -> bool:
-        """Whether all of it is on this machine. If so, later sources are not asked, and earlier ones only this."""
+        """Whether all of its data are on this machine. The first source that says yes is loaded; no other is."""
 
     @abc.abstractmethod
     def load(self, spec: EnvSpec, wanted: Wanted) -> Sequence[Part]:
-        """Read the data, getting it first if need be.
+        """Read the data, downloading or generating it first if needed.
 
         Raises:
-            NotHere: this source has no data for the environment; the next one is asked.
-            DatasetUnavailable: it should have, but something is wrong that people must mend.
+            NotHere: this source has no data for the environment; the next one is tried.
+            DatasetUnavailable: it should have data, but there is a problem that the user must fix.
         """
 
     def whereabouts(self, wanted: Wanted) -> str:
-        """Where cached data are, for people who wonder why no better source was asked."""
+        """Where the cached data are; shown to explain why a preferred source was not tried."""
         return f"there is {self}"
 
 
 class NotHere(Exception):
-    """A source has nothing for an environment; the message is a short reason.
+    """A source has no data for an environment; the message is a short reason.
 
     Args:
-        reason: in a few words.
-        tried: lines for people, should no other source have anything either.
-        remedy: what they can do about it.
+        reason: the reason in a few words.
+        tried: lines to show if no other source has data either.
+        remedy: what the user can do about it.
     """
 
     def __init__(self, reason: str, tried: Sequence[str], remedy: str = "") -> None:

@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from minari import EpisodeData
 
 ACTION_BOUND = 1 - 1e-5
-"""Actions are clipped to ± this, as is usual with D4RL's data: ±1 is out of a tanh policy's reach."""
+"""Actions are clipped to ± this, as usual with D4RL's data, because a tanh policy cannot reach ±1."""
 
 
 class Batch(NamedTuple):
-    """B transitions, the columns as in ``OfflineDataset``."""
+    """B transitions, with the columns of ``OfflineDataset``."""
 
     observations: Tensor
     actions: Tensor
@@ -37,8 +37,8 @@ class OfflineDataset:
         observations   o_0   o_1   o_2   ...   o_{T-1}   o_T
         actions           a_0   a_1   a_2   ...    a_{T-1}
 
-    The next observation never comes from the following episode: o_T is stored. Where a time limit ended the episode,
-    the mask stays 1, because the value of o_T still counts.
+    The next observation never comes from the following episode, because o_T is stored. If a time limit ended the
+    episode, the mask stays 1, because the value of o_T still counts.
     """
 
     observations: Tensor
@@ -52,21 +52,21 @@ class OfflineDataset:
     masks: Tensor
     """(N,): 0 where the environment terminated, else 1"""
     next_actions: Tensor
-    """(N, action_dim), what the data did next; at the end of an episode, where nothing followed, its last action"""
+    """(N, action_dim), the data's next action; at the end of an episode its last action, since none follows"""
     episode_returns: np.ndarray
     """(episodes,) float64, undiscounted"""
     episode_lengths: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, int))
-    """(episodes,), how many transitions each has"""
+    """(episodes,), transitions in each episode"""
     dataset_ids: tuple[str, ...] = ()
     """Minari ids."""
     source: tuple[str, ...] = ()
-    """Lines for people: which data this is and where it came from."""
+    """Lines to display: which data this is and where it came from."""
 
     @classmethod
     def from_episodes(
         cls, episodes: Sequence[EpisodeData], dataset_ids: tuple[str, ...] = (), source: tuple[str, ...] = ()
     ) -> OfflineDataset:
-        """Concatenate the transitions of whole episodes, each with one observation more than it has actions."""
+        """Concatenate the transitions of whole episodes, each with one more observation than actions."""
 
         def column(parts: list[np.ndarray]) -> Tensor:
             return torch.from_numpy(np.concatenate(parts, dtype=np.float32))
@@ -90,8 +90,9 @@ class OfflineDataset:
     def n_step(self, n: int, discount: float) -> OfflineDataset:
         """Transitions over up to ``n`` steps of an episode, so that r + γ·m·Q(s', a') is their n-step target.
 
-        Rewards become Σ γ^i r_i, what is next that after the last of these steps, and masks γ^(steps − 1) or 0, so that
-        multiplied by γ they weigh what follows (Sutton and Barto, chapter 7). Episodes that end sooner have fewer.
+        Rewards become Σ γ^i r_i. The next observation and action are those after the last of these steps. Masks become
+        γ^(steps − 1) or 0, so that γ·m weighs the value that follows (Sutton and Barto, chapter 7). Near the end of an
+        episode there are fewer steps.
         """
         last = np.repeat(np.cumsum(self.episode_lengths) - 1, self.episode_lengths)
         if len(last) != len(self):
@@ -119,12 +120,12 @@ class OfflineDataset:
         return self.take(self.draw(batch_size, generator))
 
     def draw(self, batch_size: int, generator: torch.Generator | None = None) -> Tensor:
-        """The indices of such a sample."""
+        """Draw the indices of ``batch_size`` transitions, as `sample` does."""
         return torch.randint(len(self), (batch_size,), generator=generator, device=self.rewards.device)
 
     def take(self, index: Tensor) -> Batch:
-        """The transitions of these indices, in their shape."""
-        # on the CPU index_select copies whole rows in a third of the time that indexing takes
+        """The transitions at these indices, in the shape of ``index``."""
+        # on the CPU index_select takes a third of the time of indexing
         rows = (getattr(self, name).index_select(0, index.flatten()) for name in Batch._fields)
         return Batch(*(column.unflatten(0, index.shape) for column in rows))
 

@@ -1,1 +1,1 @@
-"""Everything a run writes and prints: tables, checkpoints, pictures, the policy, the summary."""
+"""Everything that a run writes and prints: tables, checkpoints, pictures, the policy, the summary."""

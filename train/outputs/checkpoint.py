@@ -1,7 +1,7 @@
-"""Checkpoints that survive: written whole or not at all, checked when read, no code executed.
+"""Checkpoints: written whole or not at all, verified when read, and read without executing code.
 
-A checkpoint is one safetensors file: the agent, Adam's state, the random generator and the step as tensors, the
-configuration and what has been measured so far as JSON in its header, with a checksum over all of it.
+A checkpoint is one safetensors file. It holds the agent, Adam's state, the random generator and the step as tensors;
+its header holds the configuration and the evaluations so far as JSON, and a checksum of everything.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from train.agents.base import Agent
 from train.outputs.files import write_safetensors
 
 KEPT = 2
-"""Checkpoints that stay on disk: more than one, because the newest could be damaged."""
+"""Number of checkpoints kept on disk: more than one, because the newest could be damaged."""
 
 
 class DamagedCheckpoint(RuntimeError):
-    """The file is not what was written."""
+    """The file is not as it was written."""
 
 
 def save_checkpoint(
@@ -37,9 +37,9 @@ def save_checkpoint(
     generator: torch.Generator,
     notes: dict[str, Any],
 ) -> Path:
-    """Write ``folder/step-<step>.safetensors`` and drop all but the newest ``KEPT``.
+    """Write ``folder/step-<step>.safetensors`` and delete all but the newest ``KEPT``.
 
-    A process killed at any moment leaves either the whole new file or none of it.
+    A process that is killed at any moment leaves either the whole new file or none of it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {f"agent/{name}": tensor for name, tensor in agent.state_dict().items()}
@@ -57,7 +57,7 @@ def save_checkpoint(
 
 
 class Checkpoint(NamedTuple):
-    """A checkpoint that was read and found whole."""
+    """A checkpoint that was read and found intact."""
 
     path: Path
     step: int
@@ -65,7 +65,7 @@ class Checkpoint(NamedTuple):
     tensors: dict[str, Tensor]
 
     def restore(self, agent: Agent, optimizer: torch.optim.Optimizer, generator: torch.Generator) -> None:
-        """Bring everything back to where it was, in place: the tensors may be views of others."""
+        """Restore everything in place, because the tensors may be views of others."""
         parts: dict[str, dict[str, Tensor]] = {"agent": {}, "adam": {}}
         for name, tensor in self.tensors.items():
             group, _, rest = name.partition("/")
@@ -80,10 +80,10 @@ class Checkpoint(NamedTuple):
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a file of `save_checkpoint`.
+    """Read a file that `save_checkpoint` wrote.
 
     Raises:
-        DamagedCheckpoint: it is cut short or altered.
+        DamagedCheckpoint: the file is cut short or altered.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -97,10 +97,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def newest_checkpoints(folders: Sequence[Path]) -> tuple[list[Checkpoint], list[str]]:
-    """One checkpoint from each folder, of the newest step that all have whole; none if there is no such step.
+    """One checkpoint from each folder, at the newest step that is intact in all; none if there is no such step.
 
-    The second list says what is wrong with damaged ones, which are renamed to ``*.damaged``. Where a folder had got
-    further, its later checkpoints are deleted: training will reach those steps again.
+    The second list says what is wrong with damaged checkpoints, which are renamed to ``*.damaged``. Later checkpoints
+    are deleted, because training will reach those steps again.
     """
     problems: list[str] = []
     paths = [dict(_newest_first(folder)) for folder in folders]

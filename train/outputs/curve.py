@@ -1,4 +1,4 @@
-"""The learning curve of a run, and that of several seeds together, as pictures."""
+"""Pictures: the learning curve of a run, the common curve of several seeds, and comparisons."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ STYLE: dict[Any, Any] = {
 
 
 def draw_curve(folder: Path, config: RunConfig, dataset_score: float, label: str) -> Path:
-    """Draw ``folder/curve.png`` from the run's tables: the score against updates, and below it the agent's `panels`.
+    """Draw ``folder/curve.png`` from the run's tables: the score against updates, and the agent's `panels` below it.
 
     Args:
-        folder: of the run, with metrics.csv and evaluations.csv.
-        config: of the run.
+        folder: the run's folder, with metrics.csv and evaluations.csv.
+        config: the run's configuration.
         dataset_score: normalised score of the dataset's own mean return.
         label: what the score is, for the axis.
     """
@@ -86,12 +86,12 @@ def _roles(config: RunConfig) -> list[tuple[str, str, str]]:
 
 
 def warmups(config: RunConfig) -> int:
-    """Updates before those of the whole agent."""
+    """Number of updates before those of the whole agent."""
     return config.flow_warmup + config.critic_warmup
 
 
 def _finish_score(ax: Axes, title: str, config: RunConfig, dataset_score: float, label: str) -> None:
-    """Updates are counted from where critics learn."""
+    """Label the axes of a score plot, whose updates are counted from where the critics start to learn."""
     if config.critic_warmup:
         ax.axvspan(0, config.critic_warmup, color=GREY, alpha=0.1, linewidth=0, label="critics alone learn")
     ax.axhline(dataset_score, color=GREY, linestyle="--", linewidth=1.2, label="dataset's mean return")
@@ -104,9 +104,9 @@ def _finish_score(ax: Axes, title: str, config: RunConfig, dataset_score: float,
 
 
 def interquartile_mean(scores: Sequence[float]) -> tuple[float, tuple[float, float]]:
-    """Mean of the middle half of two or more scores, and its 95 % percentile-bootstrap interval over seeds.
+    """Mean of the middle half of two or more scores, with its 95 % percentile-bootstrap interval over seeds.
 
-    What rliable reports for one task (arXiv 2108.13264, 2,000 resamples). Of two or three scores nothing is cut off.
+    This is what rliable reports for one task (arXiv 2108.13264, 2,000 resamples). Two or three scores are all kept.
     """
     found = bootstrap(
         (np.asarray(scores),),
@@ -125,12 +125,12 @@ def draw_comparison(
     dataset_score: float,
     label: str,
 ) -> None:
-    """Draw a row for each way to act: every seed's score, their middle and its interval.
+    """Draw a row for each way to act: the score of each seed, their interquartile mean and its interval.
 
     Args:
-        path: of the picture.
-        title: over it.
-        lines: name to middle, interval and the scores themselves.
+        path: file of the picture.
+        title: its title.
+        lines: maps each name to the interquartile mean, its interval, and the scores.
         dataset_score: normalised score of the dataset's own mean return.
         label: what the score is, for the axis.
     """
@@ -162,11 +162,11 @@ def group_curve_path(config: RunConfig) -> Path:
 def draw_group_curve(
     config: RunConfig, evaluations: Sequence[Sequence[Mapping[str, Any]]], dataset_score: float, label: str
 ) -> Path:
-    """Draw the score of all seeds against updates: the interquartile mean with its interval, and each seed's line.
+    """Draw the scores of all seeds against updates: their interquartile mean with its interval, and a line per seed.
 
     Args:
-        config: of the group.
-        evaluations: rows of each seed, as in its evaluations.csv, at the same steps.
+        config: the group's configuration.
+        evaluations: each seed's rows, as in its evaluations.csv, all at the same steps.
         dataset_score: normalised score of the dataset's own mean return.
         label: what the score is, for the axis.
     """

@@ -1,4 +1,4 @@
-"""The folder of a run: whether it may be used, and its config.json."""
+"""The folder of a run: check that it may be used, and write its config.json."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LEFT_BY_A_RUN = (
 
 
 def check_folder(folder: Path, config: RunConfig) -> None:
-    """Never mix two runs in one folder, never lose one, never touch what no run made."""
+    """Raise RunError rather than mix two runs in one folder, lose a run, or touch a folder that no run made."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     try:
@@ -39,7 +39,7 @@ def check_folder(folder: Path, config: RunConfig) -> None:
 
 
 def prepare_folder(folder: Path, config: RunConfig) -> None:
-    """Make the folder of the run and write its settings there."""
+    """Create the run's folder and write its settings there."""
     if config.overwrite and not config.resume:
         for name in LEFT_BY_A_RUN:
             path = folder / name

@@ -1,4 +1,4 @@
-"""policy.safetensors: the weights of a finished run, and what it takes to act with them."""
+"""policy.safetensors: the weights of a finished run, and the settings needed to act with them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FILE = "policy.safetensors"
 
 
 class PolicyError(RuntimeError):
-    """There is no policy, or it cannot be read."""
+    """The policy is missing or cannot be read."""
 
 
 class Policy(NamedTuple):
@@ -29,7 +29,7 @@ class Policy(NamedTuple):
 
 
 def save_policy(config: RunConfig, agent: Agent) -> None:
-    """Write the agent into the folder of its run, with its environment and the rule that it is judged by."""
+    """Write the agent into the folder of its run, with its environment and acting rule."""
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in agent.state_dict().items()}
     hyper = json.dumps(config.as_json()["hyper"])
     header = {"env": config.env, "agent": config.agent, "hyper": hyper}
@@ -41,7 +41,7 @@ def load_policy(folder: Path) -> Policy:
     """Read what `save_policy` wrote.
 
     Raises:
-        PolicyError: there is none, or it cannot be read.
+        PolicyError: the policy is missing or cannot be read.
     """
     path = folder / FILE
     if not path.exists():

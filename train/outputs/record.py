@@ -1,4 +1,4 @@
-"""What a run writes while it goes on: metrics.csv, evaluations.csv and TensorBoard events."""
+"""The files that a run appends to: metrics.csv, evaluations.csv and TensorBoard events."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ EVALUATION_COLUMNS = ("step", "role", "return_mean", "return_sem", "score_mean",
 
 
 class Table:
-    """A CSV file that starts with ``rows``; each further one is on disk at once."""
+    """A CSV file that starts with ``rows``; each further row is written to disk at once."""
 
     def __init__(self, path: Path, columns: tuple[str, ...], rows: Sequence[Mapping[str, object]]) -> None:
         beginning = io.StringIO(newline="")
@@ -39,18 +39,18 @@ def _formatted(row: Mapping[str, object]) -> dict[str, object]:
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
-    """The rows of a `Table`, without a last one that was being written when the process was killed."""
+    """The rows of a `Table`, without a last row that a killed process left incomplete."""
     with path.open(newline="") as file:
         return [row for row in csv.DictReader(file) if None not in row.values()]
 
 
 class Record:
-    """The tables and the TensorBoard events of one run, from ``step`` on.
+    """The tables and TensorBoard events of one run, from ``step`` on.
 
     Args:
-        folder: of the run.
-        step: updates made so far; later rows, of a run that was killed, are dropped.
-        evaluations: rows of those made so far.
+        folder: the run's folder.
+        step: updates made so far; later rows, left by a killed run, are dropped.
+        evaluations: rows of the evaluations so far.
         metrics: names of the figures.
     """
 

@@ -1,4 +1,4 @@
-"""What a run prints about its scores: a line for each evaluation, and tables at the end."""
+"""The scores that a run prints: a line for each evaluation, and tables at the end."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def final_table(result: Result, minutes: float) -> str:
 
 
 def group_table(config: RunConfig, results: Sequence[Result], minutes: float) -> str:
-    """A line for each seed, then the interquartile mean over them."""
+    """A table with a line for each seed and the interquartile mean over seeds."""
     names = role_names(config)
     columns = "".join(f"{name:>28}" for name in names.values())
     lines = ["", title(config, results[0].spec), "", f"{'':20}{columns}"]
@@ -56,7 +56,7 @@ def group_table(config: RunConfig, results: Sequence[Result], minutes: float) ->
 
 
 def evaluation_line(step: int, seed: str, rows: dict[str, dict[str, float]], config: RunConfig, minutes: float) -> str:
-    """The scores of one evaluation, printed while the run goes on."""
+    """The line that is printed after each evaluation."""
     scores = {role: f"{rows[role]['score_mean']:5.1f} ± {rows[role]['score_sem']:.1f}" for role in ROLES}
     line = f"step {step:>9,}  {seed}score {scores['policy']}"
     if config.acting != "sample":

@@ -1,4 +1,4 @@
-"""What a run found out about one agent, and the summary that it leaves: result.json."""
+"""The evaluations of one agent, and its summary in result.json."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from train.settings import RunConfig, role_names
 
 
 class Result:
-    """The evaluations of one agent so far, beside the data that it learned from."""
+    """The evaluations of one agent so far, and the data that it learned from."""
 
     def __init__(self, config: RunConfig, spec: EnvSpec, dataset: OfflineDataset) -> None:
         self.config, self.spec, self.dataset = config, spec, dataset
         self.evaluations: list[dict[str, Any]] = []
 
     def add(self, step: int, returns: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
-        """A row for each role, of its returns at this step."""
+        """Add a row for each role, from its returns at this step; returns the rows."""
         rows = {}
         for role, values in returns.items():
             sem = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0.0
@@ -45,7 +45,7 @@ class Result:
 
     @property
     def last_and_best(self) -> dict[str, dict[str, dict[str, Any]]]:
-        """The last and the best evaluation of each of `ROLES`."""
+        """The last and the best evaluation of each of the `ROLES`."""
         return {
             role: {"last": rows[-1], "best": max(rows, key=lambda row: row["score_mean"])}
             for role in ROLES
@@ -63,12 +63,12 @@ class Result:
 
     @property
     def data_identity(self) -> dict[str, Any]:
-        """What a resumed run must find again."""
+        """Identifies the data, which a resumed run must find unchanged."""
         returns = zlib.crc32(self.dataset.episode_returns.tobytes())
         return {"ids": list(self.dataset.dataset_ids), "transitions": len(self.dataset), "returns_crc32": returns}
 
     def write(self, seconds: float) -> None:
-        """result.json, which ``train/compare.py`` reads."""
+        """Write result.json, which ``train/compare.py`` reads."""
         config = self.config
         summary = {
             "config": config.as_json(),
