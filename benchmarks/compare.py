@@ -1,11 +1,11 @@
-"""What a change did: a run against a saved one on the same device, as ratios with spread.
+"""Compare a run with a saved one on the same device, as ratios with their spread, to see what a change did.
 
     python benchmarks/compare.py BASE.json NEW.json
 
-"time" is old over new, so above 1 is faster; its interval is from the quartiles of both. Machines drift between two
-runs, so the verdict rests on the speed-ups over the eager baseline, which was timed in the same rounds: "against eager"
-is the new speed-up over the old one. A contestant is called faster or slower when that interval leaves 1 out by more
-than 2 %.
+"time" is old over new, so values above 1 are faster; its interval comes from the quartiles of both. Machines drift
+between runs, so the verdict uses the speed-ups over the eager baseline, which was timed in the same rounds: "against
+eager" is the new speed-up divided by the old one. A contestant counts as faster or slower if that whole interval lies
+more than 2 % away from 1.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ class Change(NamedTuple):
 
 
 def ratio(above: dict[str, float], below: dict[str, float]) -> Ratio:
-    """Of two medians; the interval takes the quartiles that make it widest."""
+    """Ratio of two medians; the interval takes the quartiles that make it widest."""
     return Ratio(above["q25"] / below["q75"], above["median"] / below["median"], above["q75"] / below["q25"])
 
 
 def compare(base: Results, new: Results) -> tuple[list[Change], list[str]]:
-    """The changes, and what only one of the two measured."""
+    """The changes, and the measurements that only one of the two files has."""
     if device_of(base) != device_of(new):
         raise ResultError(f"the saved run is of {device_of(base)}, the new one of {device_of(new)}")
     old = {tuple(row[name] for name in IDENTITY): row for row in base["rows"]}

@@ -1,4 +1,4 @@
-"""Options of the benchmarks, where their results go, and what a run did not measure."""
+"""Options of the benchmarks, the file of their results, and the list of what a run did not measure."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.harness import ON_GPU, Race, clocks, device_name, roofs
 from benchmarks.results import ResultError, ResultFile, describe_run
 from train.memory import keep_freed_memory
 
-# --doctest-modules would import the scripts and the peers, whose packages need not be there.
+# --doctest-modules would import the scripts and the peers, whose packages may be missing.
 collect_ignore = [str(file) for file in Path(__file__).parent.rglob("*.py") if not file.name.startswith("test_")]
 
 NEEDS_GPU = ("everything on a GPU", "there is no CUDA GPU here; `make gpu` where there is one")
@@ -35,11 +35,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # Compilers start from nothing, so that a first call is a newcomer's first call.
+    # Compilers start with empty caches, so that a first call takes as long as a new user's.
     cache = config.stash[_CACHE] = tempfile.TemporaryDirectory(prefix="fdkernels-bench-")
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{cache.name}/inductor"
     os.environ["TRITON_CACHE_DIR"] = f"{cache.name}/triton"
-    keep_freed_memory()  # as train/run.py does; for all contestants alike, and not by what ran before
+    keep_freed_memory()  # as train/run.py does; the same for all contestants, whatever ran before
     run = config.stash[_RUN] = describe_run(device_name(), torch.get_num_threads())
     path = config.getoption("--results")
     try:
@@ -57,7 +57,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture
 def race(benchmark: Any, request: pytest.FixtureRequest) -> Race:
-    """Gates and times a contestant, see `harness.Race`."""
+    """Checks and times a contestant, see `harness.Race`."""
     config = request.config
 
     def keep(row: dict[str, Any]) -> None:
@@ -66,7 +66,7 @@ def race(benchmark: Any, request: pytest.FixtureRequest) -> Race:
             file.add(row)
 
     torch.manual_seed(0)
-    torch.compiler.reset()  # each contestant compiles by itself, and no limit of recompilations is reached
+    torch.compiler.reset()  # each contestant compiles afresh, and none reaches the recompilation limit
     if "roofs" not in config.stash[_RUN]:
         config.stash[_RUN] |= {"roofs": roofs(), "clocks": clocks()}
     return Race(benchmark, config.getoption("--seconds"), keep)

@@ -1,18 +1,18 @@
-"""What a CUDA GPU is wanted for, in four parts of a limited time: tests, tuning, benchmarks, training.
+"""Everything that needs a CUDA GPU, in four parts with limited time: tests, tuning, benchmarks, training.
 
-    make gpu                                   # all four, half an hour at most
-    python benchmarks/gpu.py check tune        # 9.5 of them
+    make gpu                                   # all four parts, half an hour at most
+    python benchmarks/gpu.py check tune        # 9.5 minutes
     python benchmarks/gpu.py bench             # 9.5
-    python benchmarks/gpu.py train             # 9.5; once more, and it goes on from its last checkpoint
-    python benchmarks/gpu.py --dry-run         # the same commands in small, on a CPU: do they work?
+    python benchmarks/gpu.py train             # 9.5; a second call continues from the last checkpoint
+    python benchmarks/gpu.py --dry-run         # the same commands on a CPU and in small, to see whether they work
 
-A part is a row of commands. One that has used up its time is interrupted and the next one begins, with what time the
-others left over. What they find goes into the folder of --out ($OUT, or runs/gpu/out) as they find it; the last lines
-say what came of each, and `log.txt` there what they printed. `tune` writes the library's own table of implementations
-and tiles, which everything after it goes by.
+A part is a sequence of commands. A command that has used up its time is interrupted, and the next one begins; it also
+gets the time that earlier ones left over. Results go into the folder of --out ($OUT, or runs/gpu/out) as they appear,
+and all output into `log.txt` there; the last lines printed give the outcome of each command. `tune` writes the
+library's own table of implementations and tiles, which all later commands use.
 
-The packages that are there are used, whatever their version; --wheels names a folder of wheels of those that are not,
-and cannot be downloaded there (`make gpu-wheels` fills one). Where there is no git, BENCH_COMMIT says the commit.
+Installed packages are used, whatever their version. If the machine lacks some and cannot download them, --wheels names
+a folder of their wheels (`make gpu-wheels` fills one). Without git, BENCH_COMMIT gives the commit.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from typing import TextIO
 
 ROOT = Path(__file__).parents[1]
 WORK = ROOT / "runs" / "gpu"
-"""What one call leaves there, the next one finds."""
+"""Kept between calls, so that one call can continue another's work."""
 GRACE = 45.0
-"""Seconds between being interrupted and being killed: to end an evaluation and write a checkpoint."""
+"""Seconds between the interrupt and the kill, in which to finish an evaluation and write a checkpoint."""
 PYTEST = ("-m", "pytest", "-p", "no:cacheprovider")
 LARGE = re.compile("checkpoints|policy[.]safetensors")
 WORKERS = str(min(12, os.cpu_count() or 1))
@@ -51,13 +51,13 @@ class Step:
     command: tuple[str, ...]
     """Arguments of Python."""
     small: tuple[str, ...] = ()
-    """What a dry run adds to them."""
+    """Arguments that a dry run adds."""
     interpreted: bool = False
-    """Whether Triton's interpreter stands in for the GPU then."""
+    """Whether a dry run replaces the GPU by Triton's interpreter."""
     keep: tuple[str, ...] = ()
-    """Files to take along, and folders, without their weights.
+    """Files and folders to copy to the results, folders without their weights.
 
-    In all of these {out} stands for the folder of findings, {work} for `WORK` or that of a dry run.
+    In these fields {out} stands for the folder of results, {work} for `WORK` or its counterpart in a dry run.
     """
 
     def arguments(self, folders: dict[str, Path], dry: bool) -> list[str]:
@@ -65,7 +65,7 @@ class Step:
 
 
 def kernel_tests() -> tuple[str, ...]:
-    """What takes longest to compile goes first."""
+    """The files of the kernels' tests. The one that takes longest to compile goes first."""
     files = sorted((ROOT / "tests" / "kernels").glob("test_*.py"), key=lambda file: file.name != "test_flow.py")
     return tuple(str(file.relative_to(ROOT)) for file in files if file.name != "test_sanitizer.py")
 
@@ -117,7 +117,7 @@ PARTS: dict[str, tuple[Step, ...]] = {
         Step(
             "tune",
             240,
-            # the precision that trains goes first: what is not reached keeps what the table says now
+            # training's precision goes first: entries that are not reached stay as they are in the table
             ("-m", "fdkernels.tune", "--ship", "--only", "flow", "penalty", "score", *TUNED_FLOW),
             ("--dry-run", "--elements", "4096", *TINY_FLOW),
             interpreted=True,
@@ -151,7 +151,7 @@ class Outcome:
     part: str
     step: str
     outcome: str
-    """passed, failed or cut short; failed too where a test had, before it was cut short."""
+    """passed, failed or cut short; failed also if a test failed before the command was cut short."""
     seconds: float
     returncode: int
 
@@ -160,13 +160,13 @@ def environment(step: Step, out: Path, dry: bool, site: Path | None) -> dict[str
     paths = [str(site)] * (site is not None) + [str(ROOT), os.environ.get("PYTHONPATH", "")]
     found = dict(os.environ) | {"OUT": str(out), "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     if dry:
-        found |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}  # it measures nothing, and may not be alone
+        found |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}  # it times nothing, and may share the CPU
         found |= {"TRITON_INTERPRET": "1"} if step.interpreted else {}
     return found
 
 
 def run(arguments: Sequence[str], seconds: float, environment: dict[str, str], log: TextIO) -> tuple[str, int]:
-    """The outcome and the exit code of a Python that may take so long."""
+    """Run Python for at most ``seconds``; returns the outcome and the exit code."""
     log.write(f"\n==== python {' '.join(arguments)}\n")
     log.flush()
     process = subprocess.Popen(
@@ -181,7 +181,7 @@ def run(arguments: Sequence[str], seconds: float, environment: dict[str, str], l
     cut_short = True
     try:
         cut_short = not has_ended(process, seconds - grace)
-    finally:  # also where this script itself is interrupted, which its commands do not hear of
+    finally:  # also if this script is interrupted, because its commands get no signal of their own
         if cut_short:
             os.killpg(process.pid, signal.SIGINT)
             has_ended(process, grace)
@@ -200,7 +200,7 @@ def has_ended(process: subprocess.Popen, seconds: float) -> bool:
 
 
 def take_along(source: Path, out: Path) -> None:
-    """Packed, where it is large: a folder as one file, without weights, which are too many to bring home."""
+    """Copy a result to ``out``: large files compressed, folders as an archive without weights, which are too large."""
     if source.is_dir():
         with tarfile.open(out / f"{source.name}.tar.gz", "w:gz") as archive:
             archive.add(source, source.name, filter=lambda file: None if LARGE.search(file.name) else file)
@@ -212,7 +212,7 @@ def take_along(source: Path, out: Path) -> None:
 
 
 def install(wheels: Path, log: TextIO) -> Path:
-    """Beside what there is, for the commands of this call alone."""
+    """Install the wheels into a folder that only the commands of this call use."""
     site = WORK / "site"
     found = sorted(map(str, wheels.glob("*.whl")))
     if not found:
@@ -245,7 +245,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.dry_run and not has_gpu():
         parser.error("there is no CUDA GPU here; --dry-run shows on a CPU whether the commands work")
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background, and by commands there
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # else ignored in a shell's background
     work = WORK.with_name("gpu-dry-run") if args.dry_run else WORK
     if args.dry_run:
         shutil.rmtree(work, ignore_errors=True)
@@ -278,7 +278,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def failures(log: Path, start: int) -> bool:
-    """Whether pytest had printed a failure, which one that is cut short does not sum up."""
+    """Whether pytest printed a failure before it was cut short, and so without a summary."""
     with log.open("rb") as file:
         file.seek(start)
         printed = file.read().decode(errors="replace")
@@ -295,7 +295,7 @@ def has_gpu() -> bool:
 
 
 def write_summary(path: Path, outcomes: Sequence[Outcome]) -> None:
-    """Beside what earlier calls found; of a command that is run again, only the last outcome stays."""
+    """Add the outcomes to those of earlier calls; for a command that ran again, the last outcome stays."""
     rows = {(row["part"], row["step"]): row for row in (json.loads(path.read_text()) if path.exists() else [])}
     rows |= {(outcome.part, outcome.step): dataclasses.asdict(outcome) for outcome in outcomes}
     path.write_text(json.dumps(list(rows.values()), indent=1) + "\n")

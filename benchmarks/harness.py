@@ -1,12 +1,12 @@
-"""What the suites share: a gate that every contestant passes before it is timed, and the race that times it.
+"""Shared by all suites: the gate that every contestant must pass before it is timed, and the race that times it.
 
-A *contestant* is a function of the number of the call, i, so that it can go round several inputs. In every round the
-baseline of its table is timed first and the contestant right after it: when the machine slows down it slows both, and
-the speed-up is the median of these paired ratios, with their quartiles. The baseline races against itself, too, and the
-spread of that 1.0 is the noise of the machine.
+A *contestant* is a function of the call's number i, so that it can cycle through several inputs. In every round the
+baseline of its table is timed first and the contestant right after it, so that a slower machine slows both. The
+speed-up is the median of these paired ratios, with their quartiles. The baseline also races against itself, and the
+spread around its 1.0 is the noise of the machine.
 
-What is timed is wall time up to the device's last word; for a captured CUDA graph it is the time between two events on
-the device. Both are in the results.
+Calls are timed by wall time until the device is done; captured CUDA graphs by the time between two events on the
+device. The results hold both.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from fdkernels.cpu.processor import multiplies
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
 TIMINGS = ("eager", "graph") if ON_GPU else ("eager",)
-"""How calls are issued: one by one from Python, or as the replay of a captured CUDA graph."""
+"""How calls are issued: one by one from Python, or by replaying a captured CUDA graph."""
 
 TOLERANCES = {"fp32": 1e-5, "tf32": 1e-3, "bf16": 1e-2}
-"""Largest relative error ‖out − ref64‖/‖ref64‖ of a contestant that is worth timing, by precision of its products."""
+"""Largest relative error ‖out − ref64‖/‖ref64‖ of a contestant that is timed, by precision of its products."""
 
 LEAST_ROUNDS, MOST_ROUNDS = 10, 200
 
@@ -49,7 +49,7 @@ Call = Callable[[int], Any]
 
 
 class WrongResult(AssertionError):
-    """A contestant computed something else than the reference."""
+    """A contestant's result differs from the reference."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,15 +60,15 @@ class Entry:
     variant: str
     sizes: Mapping[str, int]
     detail: str = ""
-    """What sets this table apart from others of the same op and sizes."""
+    """Distinguishes this table from others with the same op and sizes."""
     timing: str = "eager"
     precision: str = "fp32"
     calls: int = 1
     """Calls per round, issued back to back."""
     flops: float | None = None
-    """Floating-point operations that the task needs per call, however the contestant goes about it."""
+    """Floating-point operations that the task needs per call, whatever the contestant does."""
     bytes: float | None = None
-    """Bytes that have to be read and written once per call."""
+    """Bytes that must be read and written once per call."""
     baseline_variant: str = "eager"
     baseline_timing: str = "eager"
     baseline_precision: str = "fp32"
@@ -77,19 +77,19 @@ class Entry:
 
     @property
     def group(self) -> str:
-        """Title of its table."""
+        """Title of the table."""
         sizes = " ".join(f"{name}={value:,}" for name, value in self.sizes.items())
         per = f"{self.calls} calls" if self.calls > 1 else ""
         return ", ".join(filter(None, (f"{self.op} {sizes}", self.detail, per)))
 
     @property
     def label(self) -> str:
-        """Its name in the table."""
+        """Name of the line in its table."""
         return label(self.variant, self.timing, self.precision)
 
     @property
     def baseline(self) -> str:
-        """The line of its table that it is compared with."""
+        """Name of the line that it is compared with."""
         return label(self.baseline_variant, self.baseline_timing, self.baseline_precision)
 
 
@@ -106,24 +106,24 @@ def label(variant: str, timing: str, precision: str) -> str:
 
 
 def normal(*shape: int, seed: int, requires_grad: bool = False) -> Tensor:
-    """Standard normal float32 on the device."""
+    """Standard normal numbers in float32 on the device."""
     generator = torch.Generator(DEVICE).manual_seed(seed)
     return torch.randn(shape, generator=generator, device=DEVICE).requires_grad_(requires_grad)
 
 
 def rotating(function: Callable[..., Any], inputs: Sequence[tuple]) -> Call:
-    """Call i gets input i, round and round."""
+    """A call that cycles through the inputs: call i gets input i mod their number."""
     return lambda i: function(*inputs[i % len(inputs)])
 
 
 def copies_beyond_cache(bytes_per_call: float) -> int:
-    """How many inputs it takes for none to be found in a cache; at most 8, at least 2."""
+    """Number of inputs, from 2 to 8, that ensures that none is still in a cache when its turn comes again."""
     return int(min(8, max(2, 2 * last_level_cache() // bytes_per_call + 1)))
 
 
 @functools.cache
 def last_level_cache() -> int:
-    """Bytes."""
+    """Size of the last-level cache in bytes."""
     if ON_GPU:
         return torch.cuda.get_device_properties(DEVICE).L2_cache_size
     sizes = [
@@ -142,7 +142,7 @@ def relative_error(out: Tensor, truth: Tensor) -> float:
 def gate(
     entry: Entry, outputs: Outputs, truth: Outputs, tolerances: Mapping[str, float] | float | None = None
 ) -> float:
-    """The largest relative error over what the truth names; raises where one exceeds its tolerance or is NaN."""
+    """The largest relative error over all outputs in ``truth``. Raises if one exceeds its tolerance or is NaN."""
     worst = 0.0
     for name, right in truth.items():
         tolerance = TOLERANCES[entry.precision] if tolerances is None else tolerances
@@ -159,7 +159,7 @@ def gate(
 
 @contextlib.contextmanager
 def precision(name: str) -> Iterator[None]:
-    """Products in fp32, TF32 or, by autocast, bf16."""
+    """Matrix products in fp32, TF32 or, by autocast, bf16."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
     try:
@@ -173,12 +173,12 @@ def precision(name: str) -> Iterator[None]:
 
 
 class Race:
-    """Times a contestant against the baseline of its table, and keeps the row.
+    """Times a contestant against the baseline of its table, and records the row.
 
     Args:
         benchmark: pytest-benchmark's fixture.
-        seconds: to spend on the rounds of one contestant.
-        keep: takes the row of results.
+        seconds: time to spend on the rounds of one contestant.
+        keep: called with the row of results.
     """
 
     def __init__(self, benchmark: Any, seconds: float, keep: Callable[[dict[str, Any]], None]) -> None:
@@ -194,13 +194,13 @@ class Race:
         inputs: int = 1,
         stateful: bool = False,
     ) -> None:
-        """Gate, then time.
+        """Check the contestant, then time it.
 
         Args:
-            contestant, baseline: functions of the number of the call.
-            judge: takes that number and what the contestant returned; the relative error, or raises WrongResult.
-            inputs: how many different ones there are, each is judged.
-            stateful: calls change what later calls return, so only the fresh contestant can be judged.
+            contestant, baseline: functions of the call's number.
+            judge: takes the call's number and the result; returns the relative error or raises WrongResult.
+            inputs: number of different inputs; the result for each is judged.
+            stateful: calls change the results of later calls, so only the fresh contestant can be judged.
         """
         started = time.perf_counter()
         first = contestant(0)
@@ -219,8 +219,8 @@ class Race:
         pace = timed(run_baseline)[0] + timed(run)[0]
         rounds = int(min(MOST_ROUNDS, max(LEAST_ROUNDS, self.seconds / pace)))
 
-        baselines: list[tuple[float, float]] = []  # wall, between events; and right after it
-        own: list[tuple[float, float]] = []  # of the contestant
+        baselines: list[tuple[float, float]] = []  # wall seconds and seconds between events
+        own: list[tuple[float, float]] = []  # the same for the contestant
         last: list[Any] = [None]
 
         def before() -> None:
@@ -235,7 +235,7 @@ class Race:
         self.benchmark.pedantic(target, setup=before, rounds=rounds, warmup_rounds=1)
         if not stateful:
             errors.append(judge((entry.calls - 1) % inputs, last[0]))
-        if self.benchmark.disabled:  # pytest-benchmark's switch: gates only
+        if self.benchmark.disabled:  # by pytest-benchmark's switch: check only
             return
         on_device = entry.timing == "graph"
         own_walls, own_events = np.array(own[-rounds:]).T / entry.calls
@@ -270,7 +270,7 @@ def synchronize() -> None:
 
 
 def round_of(call: Call, calls: int, *, graph: bool) -> Callable[[], Any]:
-    """The calls of a round, one after the other or captured into a graph; gives what the last one returned."""
+    """The calls of a round, one after the other or captured in a graph; returns the result of the last one."""
     if not graph:
 
         def issue() -> Any:
@@ -298,7 +298,7 @@ def round_of(call: Call, calls: int, *, graph: bool) -> Callable[[], Any]:
 
 
 def timed(run: Callable[[], Any]) -> tuple[float, float, Any]:
-    """Wall seconds until the device is done, seconds between events on it (the former on a CPU), and what came out."""
+    """Wall seconds until the device is done, seconds between events on it (wall seconds on a CPU), and the result."""
     synchronize()
     if not ON_GPU:
         started = time.perf_counter()
@@ -320,7 +320,7 @@ def quartiles(samples: np.ndarray) -> dict[str, float]:
 
 
 def peak_memory(run: Callable[[], Any], *, torch_memory: bool) -> tuple[int | None, str]:
-    """Bytes that one call holds at its height beyond what was held before it, and how that was found."""
+    """Peak bytes of one call beyond those held before it, and how they were measured."""
     if ON_GPU and torch_memory:
         synchronize()
         held = torch.cuda.memory_allocated()
@@ -332,7 +332,7 @@ def peak_memory(run: Callable[[], Any], *, torch_memory: bool) -> tuple[int | No
         return allocations_at_peak(run), "PyTorch's CPU allocator, traced by its profiler"
     if ON_GPU:
         return None, "not measured: another framework's memory on the GPU"
-    # Pages that an earlier call left with the process count for nothing here, so this is a lower bound.
+    # This is a lower bound: pages that an earlier call left with the process are not counted.
     Path("/proc/self/clear_refs").write_text("5")
     held = resident_peak()
     run()
@@ -345,7 +345,7 @@ def resident_peak() -> int:
 
 
 def allocations_at_peak(run: Callable[[], Any]) -> int:
-    """Sums up what PyTorch's allocator gave and took back, in the order of the profiler's trace."""
+    """The peak of PyTorch's allocations and frees, summed in the order of the profiler's trace."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
@@ -360,7 +360,7 @@ def allocations_at_peak(run: Callable[[], Any]) -> int:
 
 @functools.cache
 def device_name() -> str:
-    """GPU, or processor and what PyTorch uses of it: instruction set and number of threads."""
+    """The GPU; or the processor, with the instruction set and number of threads that PyTorch uses."""
     if ON_GPU:
         return torch.cuda.get_device_name()
     found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
@@ -370,7 +370,7 @@ def device_name() -> str:
 
 
 def clocks() -> dict[str, Any]:
-    """What the machine says of its clocks, and how busy it is, right now."""
+    """The machine's current clocks and load."""
     state: dict[str, Any] = {"load_average": os.getloadavg()[0]}
     if ON_GPU:
         fields = "clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit,temperature.gpu"
@@ -386,7 +386,7 @@ def clocks() -> dict[str, Any]:
 
 @functools.cache
 def roofs() -> dict[str, float]:
-    """Bytes a second of a copy that no cache holds, operations a second of a large product in each precision."""
+    """Bytes per second of a copy beyond all caches, and operations per second of a large product in each precision."""
     elements = 2**28 if ON_GPU else 2**24
     source = torch.empty(elements, device=DEVICE)
     target = torch.empty_like(source)
@@ -400,12 +400,12 @@ def roofs() -> dict[str, float]:
         with precision("tf32" if name == "tf32" else "fp32"):
             found[f"{name}_flops"] = 2 * width**3 / _seconds("a @ b", a=a, b=b)
     if not half:
-        found["bf16_flops"] = found["fp32_flops"]  # rounded operands are multiplied in float32
+        found["bf16_flops"] = found["fp32_flops"]  # operands are rounded and multiplied in float32
     return found
 
 
 def half_products() -> bool:
-    """Whether bfloat16 products are made by units of their own."""
+    """Whether the device has units for bfloat16 products."""
     return ON_GPU or multiplies(torch.bfloat16)
 
 

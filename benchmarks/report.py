@@ -1,7 +1,7 @@
-"""Tables and pictures from files of results.
+"""Draw tables and pictures from files of results.
 
 python benchmarks/report.py runs/bench.json                       # into runs/bench-report/
-python benchmarks/report.py penalty.json flow.json --out DIR      # several parts of one device
+python benchmarks/report.py penalty.json flow.json --out DIR      # several parts, all from one device
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ NOTE: dict[str, Any] = {"fontsize": 8, "color": INK}
 
 
 def groups(results: Results) -> dict[str, list[Row]]:
-    """Rows by table, in the order measured, the baseline first."""
+    """Rows by table, in the order they were measured, but with the baseline first."""
     found: dict[str, list[Row]] = {}
     for row in results["rows"]:
         found.setdefault(row["group"], []).append(row)
@@ -46,7 +46,7 @@ def is_ours(row: Row) -> bool:
 
 
 def markdown(results: Results, sources: Iterable[Path]) -> str:
-    """The whole report as text."""
+    """The whole report as Markdown."""
     files = ", ".join(f"`{path}`" for path in sources)
     lines = [f"# Benchmarks on {device_of(results)}", "", f"From {files} by `python benchmarks/report.py`.", ""]
     lines += [
@@ -104,7 +104,7 @@ def described(run: Results) -> list[str]:
 
 
 def limit_seconds(results: Results, row: Row) -> float | None:
-    """The least time that the roofs measured in its run allow."""
+    """The shortest time that the roofs measured in the row's run allow."""
     roofs = results["runs"][row["run"]]["roofs"]
     needed = []
     if row["bytes"]:
@@ -143,7 +143,7 @@ def size(count: int | None) -> str:
 
 
 def colours(rows: Iterable[Row]) -> dict[str, str]:
-    """One for each label; ours stand out."""
+    """A colour for each label; ours are warm and stand out."""
     labels = list(dict.fromkeys(row["label"] for row in rows))
     theirs = [label for label in labels if not label.startswith("our")]
     found = {label: THEIRS[i % len(THEIRS)] for i, label in enumerate(theirs)}
@@ -156,7 +156,7 @@ def error_bars(quartiles: dict[str, float]) -> list[list[float]]:
 
 
 def draw_speedups(results: Results, path: Path) -> None:
-    """Every contestant of every table over its baseline, with quartiles."""
+    """Draw the speed-up of every contestant of every table over its baseline, with quartiles."""
     tables = groups(results)
     colour = colours(results["rows"])
     figure, axes = plt.subplots(figsize=(10, 1.6 + 0.42 * len(tables)), layout="constrained")
@@ -187,7 +187,7 @@ def draw_speedups(results: Results, path: Path) -> None:
 
 
 def draw_roofline(results: Results, path: Path) -> None:
-    """Operations a second over operations per byte, under the roofs that the same runs measured."""
+    """Plot operations per second over operations per byte, under the roofs that the same runs measured."""
     rows = [row for row in results["rows"] if row["flops"] and row["bytes"]]
     if not rows:
         return
@@ -228,7 +228,7 @@ def draw_roofline(results: Results, path: Path) -> None:
 
 
 def draw_rows(results: Results, path: Path, op: str = "integrate_flow") -> None:
-    """Time over the number of rows, for each contestant."""
+    """Plot time over the number of rows, for each contestant."""
     rows = [row for row in results["rows"] if row["op"] == op]
     narrowest = min((row["sizes"]["obs"] for row in rows), default=None)
     rows = [row for row in rows if row["sizes"]["obs"] == narrowest]

@@ -1,6 +1,6 @@
-"""Files of results: rows, each pointing at the run that it comes from. Never overwritten by a run elsewhere.
+"""Files of results: rows, each with a reference to its run. A run on another device never overwrites them.
 
-python benchmarks/results.py --into benchmarks/results/h100.json penalty.json flow.json   # put parts together
+python benchmarks/results.py --into benchmarks/results/h100.json penalty.json flow.json   # merge parts
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ PACKAGES = (
     "optax",
 )
 IDENTITY = ("op", "group", "label")
-"""What makes two rows the same measurement."""
+"""Two rows that agree in these are the same measurement."""
 
 Results = dict[str, Any]
 
 
 class ResultError(RuntimeError):
-    """Something the user can mend."""
+    """A problem that the user can fix."""
 
 
 def describe_run(device: str, threads: int) -> Results:
-    """Everything about a run that its rows share; roofs and clocks come when the first row does."""
+    """Everything that the rows of a run share. Roofs and clocks are added with the first row."""
     commit, dirty = _commit()
     return {
         "device": device,
@@ -69,7 +69,7 @@ def _versions() -> dict[str, str]:
 
 
 def _commit() -> tuple[str | None, bool | None]:
-    """Of the checkout; where there is none, BENCH_COMMIT of the environment."""
+    """The checkout's commit, and whether it has changes. Without git, the commit is $BENCH_COMMIT."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
@@ -97,9 +97,9 @@ def device_of(results: Results) -> str:
 
 
 class ResultFile:
-    """Rows of one run, written into ``path`` as they come, beside those of earlier runs on the same device.
+    """Writes the rows of a run to ``path`` as they come, beside those of earlier runs on the same device.
 
-    A row replaces an earlier one of the same measurement. A file of another device is refused.
+    A row replaces an earlier one of the same measurement. A file from another device is refused.
     """
 
     def __init__(self, path: Path, run: Results) -> None:
@@ -122,7 +122,7 @@ class ResultFile:
 
 
 def write(path: Path, results: Results) -> None:
-    """Whole or not at all."""
+    """Write the file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(results, indent=1) + "\n")
@@ -130,14 +130,14 @@ def write(path: Path, results: Results) -> None:
 
 
 def with_row(results: Results, row: Results) -> Results:
-    """The results with one more row; runs that no row comes from any more are dropped."""
+    """The results with one more row. Runs that no row refers to any more are dropped."""
     rows = [other for other in results["rows"] if any(other[name] != row[name] for name in IDENTITY)] + [row]
     used = {other["run"] for other in rows}
     return {"runs": {name: run for name, run in results["runs"].items() if name in used}, "rows": rows}
 
 
 def merge_results(parts: Iterable[tuple[Path, Results]]) -> Results:
-    """All rows of the parts, which must be of one device; of the same measurement the later part's."""
+    """All rows of the parts, which must come from one device. If two measure the same, the later part's row wins."""
     merged: Results = {"runs": {}, "rows": []}
     for path, part in parts:
         if merged["runs"] and device_of(merged) != device_of(part):

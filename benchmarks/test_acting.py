@@ -1,9 +1,9 @@
-"""What a robot feels: from one observation in NumPy to one action in NumPy, 4×512 wide, ten steps.
+"""A robot's latency: from one observation in NumPy to one action in NumPy, 4×512 wide, ten steps.
 
     pytest benchmarks --benchmark-only -k acting
 
-The noise is drawn beforehand, so that all contestants act the same. An agent that is compiled with CUDA graphs keeps
-its shapes; ours takes any.
+The noise is drawn beforehand, so that all contestants act the same. Agents compiled with CUDA graphs only take the
+shapes that they were captured with; ours takes any.
 """
 
 from __future__ import annotations

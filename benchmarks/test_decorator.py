@@ -1,9 +1,9 @@
-"""The whole decorator: K samples of the flow per state, their scores, the penalty and its gradient to δ.
+"""The whole decorator: K samples of the flow per state, their scores, the penalty and its gradient with respect to δ.
 
     pytest benchmarks --benchmark-only -k decorator
 
-"eager" is written as the published agent is: rows repeated K times, the loop over steps, d×d matrices. "our parts" are
-our operators called one after the other, "ours" is `flow_fisher_penalty`. All are given the same noise.
+"eager" is written like the published agent: rows repeated K times, a loop over steps, d×d matrices. "our parts" calls
+our operators one after the other, "ours" is `flow_fisher_penalty`. All get the same noise.
 """
 
 from __future__ import annotations

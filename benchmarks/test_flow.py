@@ -1,10 +1,10 @@
-"""Integrating the flow, 4×512 wide, ten Euler steps: the loop as people write it, compilers, torchdiffeq, and ours.
+"""Integrating a flow, 4×512 wide, in ten Euler steps: the loop as people write it, compilers, torchdiffeq, and ours.
 
     pytest benchmarks --benchmark-only -k flow
 
 "eager" is the loop of the published agents in PyTorch: concatenate, call the network, add. On CUDA each contestant runs
-from Python and as a captured graph, in fp32, TF32 and bf16, against the eager loop in the same precision; on a CPU in
-fp32, and bf16 is a contestant among them.
+from Python and as a captured graph, in fp32, TF32 and bf16, against the eager loop in the same precision. On a CPU they
+run in fp32, with bf16 contestants in the same table.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ TABLES = ("fp32", "tf32", "bf16") if ON_GPU else ("fp32",)
 
 
 class Networks(NamedTuple):
-    """The same weights twice."""
+    """The same weights in two networks."""
 
     ours: fdkernels.VelocityMLP
     plain: nn.Sequential
-    """PyTorch's own modules, on observation, x and t side by side."""
+    """PyTorch's own modules, which take [observation, x, t] concatenated."""
 
 
 Integrate = Callable[[Networks, Tensor, Tensor], Tensor]
@@ -83,22 +83,22 @@ def ours(velocity: Networks, x: Tensor, obs: Tensor, precision: Any = None, impl
 CONTESTANTS: dict[str, Callable[[], Integrate]] = {
     "eager": lambda: eager,
     "eager, torch.compile": lambda: compiled(None),
-    # its own CUDA graphs, which cannot be captured into another one
+    # makes its own CUDA graphs, which cannot be captured in another one
     "eager, max-autotune": lambda: compiled("max-autotune"),
     "torchdiffeq": torchdiffeq,
     "ours": lambda: ours,
 }
-# The table's choice, "ours", should be the best of them.
+# "ours" takes the table's choice, which should be the fastest of these.
 WAYS = ("streamed", "gemm") if ON_GPU else ()
 WAYS += ("stationary",) if ON_GPU and torch.cuda.get_device_capability() == (9, 0) else ()
 CONTESTANTS |= {f"ours, {way}": functools.partial(functools.partial, ours, implementation=way) for way in WAYS}
 
 
 def networks(obs_dim: int, d: int) -> tuple[Networks, fdkernels.VelocityMLP]:
-    """A velocity in float32 for those who race, and the same in float64 for who judges.
+    """A velocity in float32 for the contestants, and the same in float64 for the judge.
 
-    A fresh network's velocities are small beside the noise they are added to, which would hide its errors: here they
-    are about half as large.
+    A fresh network's velocities are small beside the noise that they are added to, which would hide errors. Here they
+    are about half as large as the noise.
     """
     torch.manual_seed(0)
     velocity = fdkernels.VelocityMLP(obs_dim, d, (WIDTH,) * HIDDEN).to(DEVICE)
@@ -110,19 +110,19 @@ def networks(obs_dim: int, d: int) -> tuple[Networks, fdkernels.VelocityMLP]:
 
 
 def flops(rows: int, obs_dim: int, d: int, evaluations: int = STEPS, states: int | None = None) -> float:
-    """Multiplications and additions that the products need; the states' share of layer 1 once per state."""
+    """Multiplications and additions that the products need; layer 1 multiplies each state only once."""
     per_step = (d + 1) * WIDTH + (HIDDEN - 1) * WIDTH**2 + WIDTH * d
     return 2.0 * (evaluations * rows * per_step + (states or rows) * obs_dim * WIDTH)
 
 
 def traffic(rows: int, obs_dim: int, d: int) -> float:
-    """Bytes of the weights, the states, the noise and the actions."""
+    """Bytes of weights, states, noise and actions."""
     weights = (obs_dim + d + 1) * WIDTH + (HIDDEN - 1) * WIDTH**2 + WIDTH * d + HIDDEN * WIDTH + d
     return 4.0 * (weights + rows * (obs_dim + 2 * d))
 
 
 def marks(variant: str, rows: int, table: str, kind: str) -> list[Any]:
-    """What a short run leaves out."""
+    """Pytest marks of the cases that a short run leaves out."""
     if variant == "eager" and kind == "bf16" and rows > 1 and not half_products():
         return [pytest.mark.long("PyTorch's bfloat16 products take seconds a call on a processor without units for it")]
     if not ON_GPU and rows == 16384:
@@ -138,11 +138,11 @@ def cases() -> list[Any]:
     found = []
     for table in TABLES:
         for rows, obs_dim, d in [(1, 17, 6), (256, 17, 6), (256, 29, 8), (1536, 17, 6), (16384, 17, 6)]:
-            # stationary weights serve TF32 and half precision
+            # stationary weights only support TF32 and half precision
             names = [(name, table) for name in CONTESTANTS if (name, table) != ("ours, stationary", "fp32")]
             if not ON_GPU:
                 names += [("eager", "bf16"), ("ours", "bf16")]
-            if (rows, obs_dim) == (256, 29):  # the wider robot changes layer 1 only
+            if (rows, obs_dim) == (256, 29):  # a larger robot changes only layer 1
                 names = [(name, kind) for name, kind in names if name in ("eager", "ours")]
             for (variant, kind), timing in itertools.product(names, TIMINGS):
                 if timing == "graph" and variant in ("eager, max-autotune", "torchdiffeq"):  # cannot be captured
@@ -173,7 +173,7 @@ def test_flow(race: Race, variant: str, size: tuple[int, int, int], table: str, 
 
     @torch.no_grad()
     def judge(i: int, outputs: Outputs) -> float:
-        x, obs = (tensor[:1024].double() for tensor in inputs[i])  # rows are all alike
+        x, obs = (tensor[:1024].double() for tensor in inputs[i])  # enough, because all rows are alike
         return gate(entry, {"x": outputs["x"][:1024]}, {"x": fdkernels_ref.integrate_flow(exact, x, obs)})
 
     def call(function: Integrate, kind: str, by_argument: bool) -> Callable[[int], Outputs]:

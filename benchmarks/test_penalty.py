@@ -1,10 +1,10 @@
-"""The Fisher penalty of given scores: the matrix form, torch.compile of it, and ours.
+"""The Fisher penalty of given scores: the matrix form, the same with torch.compile, and ours.
 
     pytest benchmarks --benchmark-only -k penalty
 
-On CUDA the calls are issued from Python in one table and captured into a CUDA graph in another, all contestants alike.
-Small sizes are bound by the launches, large ones by the memory: δ and the scores are read once, the penalty is written;
-backward reads δ, the scores and the upstream gradient, and writes the one to δ.
+On CUDA all calls are issued from Python in one table, and captured in a CUDA graph in another. Small sizes are bound by
+launches, large ones by memory: forward reads δ and the scores once and writes the penalty; backward reads δ, the scores
+and the upstream gradient, and writes the gradient of δ.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from benchmarks.harness import ON_GPU, TIMINGS, Entry, Outputs, Race, copies_bey
 
 SIZES = [(256, 4, 6), (256, 8, 8), (4096, 4, 17)]
 SIZES += [(2**20, 4, 6), (2**18, 5, 17), (2**19, 4, 8), (2**20, 8, 8)] if ON_GPU else [(2**17, 4, 6)]
-JUDGED = slice(4096)  # rows, which are all alike
+JUDGED = slice(4096)  # rows; enough, because all are alike
 Penalty = Callable[[Tensor, Tensor], Tensor]
 
 
 def eager(displacement: Tensor, score: Tensor) -> Tensor:
-    """The matrix form in plain PyTorch: the reference's operations, without the time that einops takes to name them."""
+    """The matrix form in plain PyTorch: the reference's operations without the overhead of einops."""
     d = displacement.shape[-1]
     fisher = (score.unsqueeze(-1) * score.unsqueeze(-2)).mean(-3)
     fisher = fisher + 1e-3 * torch.eye(d, dtype=score.dtype, device=score.device)
@@ -58,7 +58,7 @@ def step(penalty: Penalty, backward: bool, displacement: Tensor, score: Tensor, 
 @pytest.mark.parametrize("variant", ["eager", "eager, torch.compile", "ours", "ours, torch.compile"])
 def test_penalty(race: Race, variant: str, size: tuple[int, int, int], backward: bool, timing: str) -> None:
     rows, num_samples, d = size
-    # δ, s and the penalty; backward: δ, s, the upstream gradient and the one to δ
+    # forward: δ, s and the penalty; backward: δ, s, the upstream gradient and the gradient of δ
     numbers = rows * (d * (num_samples + 1) + 1) + backward * rows * (d * (num_samples + 2) + 1)
     entry = Entry(
         op="fisher_penalty",
@@ -91,6 +91,6 @@ def test_penalty(race: Race, variant: str, size: tuple[int, int, int], backward:
 
 
 def judged_rows(displacement: Tensor, score: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """In float64."""
+    """The first rows of all inputs, in float64."""
     leaf = displacement.detach()[JUDGED].double().requires_grad_()
     return leaf, score[JUDGED].double(), upstream[JUDGED].double()

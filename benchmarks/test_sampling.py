@@ -1,9 +1,9 @@
-"""A batch of transitions from the data: tensor rows, NumPy rows, PyTorch's DataLoader, TorchRL's buffer, and ours.
+"""Sampling a batch of transitions: tensor rows, NumPy rows, PyTorch's DataLoader, TorchRL's buffer, and ours.
 
     pytest benchmarks --benchmark-only -k sampling
 
-Each leaves its batch on the device. The rewards are row numbers here, which shows whether the columns of a batch belong
-together. Ours carries one column more than the others, the next actions.
+Each puts its batch on the device. The rewards are row numbers, to check that the columns of a batch belong together.
+Ours has one column more than the others, the next actions.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ OBS, D = 17, 6
 @functools.cache
 def numbered() -> OfflineDataset:
     data = dataset(OBS, D)
-    assert TRANSITIONS <= 2**24  # float32 counts so far
+    assert TRANSITIONS <= 2**24  # float32 holds all integers up to there
     data.rewards.copy_(torch.arange(TRANSITIONS))
     return data
 

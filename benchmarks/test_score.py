@@ -1,4 +1,4 @@
-"""From the velocity to the score: the formula as written, torch.compile of it, and ours.
+"""From the velocity to the score: the formula as written, the same with torch.compile, and ours.
 
 pytest benchmarks --benchmark-only -k score
 """

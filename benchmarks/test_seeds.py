@@ -1,8 +1,8 @@
-"""Eight seeds: their updates one after the other, and together with batched weights.
+"""The updates of eight seeds: one after the other, and together with batched weights.
 
-    pytest benchmarks --benchmark-only --long -k seeds     # on a CPU; a GPU needs no --long
+    pytest benchmarks --benchmark-only --long -k seeds     # on a CPU; without --long on a GPU
 
-Each of the eight must end up where its own float64 run does.
+Each seed must end up where its own float64 run does.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ KIND = "tf32" if ON_GPU else "fp32"
 
 
 class OneByOne:
-    """As many agents of ours."""
+    """Our agents, one per seed, updated one after the other."""
 
     def __init__(self, case: Case, seeds: int) -> None:
         self.agents = [Ours(case, captured=ON_GPU, seed=seed) for seed in range(seeds)]

@@ -1,9 +1,9 @@
-"""A whole update of an agent: batch from the data, draws, all losses, backward, clipping, Adam, target network.
+"""A whole update of an agent: sampling, draws, all losses, backward, clipping, Adam, target network.
 
     pytest benchmarks --benchmark-only -k update
 
-"eager" is PyTorch as people write it today (``peers/eager_agent.py``), "JAX" the published agents' way
-(``peers/jax_agent.py``, which also says what it computes beside). The gate is in ``updates.py``.
+"eager" is PyTorch as people write it today (``peers/eager_agent.py``); "JAX" is written like the published agents
+(``peers/jax_agent.py`` says what it computes besides). The gate is in ``updates.py``.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def cases() -> list[Any]:
                 if variant == "ours, torch.compile" and not ON_GPU:
                     marks = [pytest.mark.long("compiling takes minutes")]
                 found.append(pytest.param(variant, case, table, id=f"{variant}-{case}-{table}", marks=marks))
-    # JAX last: its threads and its memory stay in the process, and slow down whoever comes after by a tenth
+    # JAX last: its threads and memory stay in the process, and slow down later contestants by a tenth
     return sorted(found, key=lambda case: case.values[0] == "JAX")
 
 

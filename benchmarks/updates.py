@@ -1,8 +1,8 @@
-"""The contestants of a whole update, and the gate that holds them to one another.
+"""The contestants of a whole update, and the gate that checks that they agree.
 
-All start from the same agent. The first updates of each are *judged*: they are made from the same batches and draws,
-and must leave the parameters and Adam's moments that a float64 run leaves; the float64 runs of ours and of the eager
-agent must agree to nine digits.
+All start from the same agent. The first updates of each are *judged*: they use the same batches and draws, and must
+reach the parameters and Adam's moments of a float64 run. The float64 runs of our agent and the eager one must agree to
+nine digits.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from train.data.transitions import Batch, OfflineDataset
 
 BATCH, WIDTH, HIDDEN, STEPS = 256, 512, 4, 10
 TRANSITIONS = 2**20 if ON_GPU else 2**17
-JUDGED_UPDATES = 5 if ON_GPU else 2  # three plain ones, the recorded one and a replay
+JUDGED_UPDATES = 5 if ON_GPU else 2  # three plain updates, the recorded one and a replay
 COLUMNS = ("observations", "actions", "rewards", "next_observations", "masks")
 GRADIENT_TOLERANCES = {"fp32": 1e-4, "tf32": 3e-2, "bf16": 3e-2}
-"""Of Adam's first moments, by network; parameters may be off by ten times that, for Adam's steps are nearly signs."""
+"""For Adam's first moments, by network. Parameters get ten times as much, because Adam's steps are nearly signs."""
 
 Outcome = dict[str, dict[str, Tensor]]
 
@@ -61,7 +61,7 @@ class Case:
         return "-".join([self.agent, *(f"{name}{size}" for name, size in self.sizes.items())])
 
     def start(self, seed: int = 0) -> Agent:
-        """The agent that every contestant starts from. Its target network is not the critic's copy, so that a wrong
+        """The agent that every contestant starts from. Its target network differs from the critic, so that a wrong
         target update shows."""
         torch.manual_seed(seed)
         agent = AGENTS[self.agent](self.config, self.obs_dim, self.action_dim)
@@ -71,14 +71,14 @@ class Case:
         return agent.to(DEVICE)
 
     def flops(self) -> float:
-        """Of the matrix products that an update needs, such as FiDec's B·(20 + 11K) rows through the flow."""
+        """Operations of an update's matrix products, such as FiDec's B·(20 + 11K) rows through the flow."""
         b, d, obs = BATCH, self.action_dim, self.obs_dim
         inner = (HIDDEN - 1) * WIDTH**2
         flow, actor, critic = (
             2 * (w * WIDTH + inner + WIDTH * out) for w, out in [(obs + d + 1, d), (obs + d, d), (obs + d, 1)]
         )
         integrated = AGENTS[self.agent].flow_evaluations(self.config)
-        # a trained pass is forward and twice that backward; Q of the policy's actions goes back to the actions only
+        # backward costs two forward passes, but only one for Q of the policy's actions, where it ends at the actions
         return b * (flow * (integrated + 3) + actor * (3 + 1) + 2 * critic * (3 + 1 + 2))
 
 
@@ -119,7 +119,7 @@ def judged(case: Case, seed: int = 0) -> Iterator[tuple[Batch, Draws]]:
 
 
 class Contestant(Protocol):
-    """Its first updates are the judged ones, later ones draw for themselves."""
+    """The first updates are the judged ones; later ones sample and draw for themselves."""
 
     def update(self) -> None: ...
 
@@ -229,7 +229,7 @@ def outcome_of_eager(agent: EagerAgent) -> Outcome:
 
 @functools.cache
 def truth(case: Case, seed: int = 0) -> Outcome:
-    """What the judged updates leave in float64; our agent and the eager one must agree on it."""
+    """The outcome of the judged updates in float64, on which our agent and the eager one must agree."""
     ours = case.start(seed).double()
     optimizer = ours.make_optimizer()
     eager = EagerAgent(case.agent, case.config, case.obs_dim, case.action_dim).to(DEVICE).double()
@@ -250,7 +250,7 @@ def truth(case: Case, seed: int = 0) -> Outcome:
 
 
 def by_network(outcome: Outcome, start: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Moments, and how far the parameters moved, of each network as one vector."""
+    """For each network, the moments and the movement of the parameters, each as one vector."""
     moved = {name: p.double().cpu() - start[name].double().cpu() for name, p in outcome["parameters"].items()}
     vectors = {}
     for kind, arrays in (("movement", moved), ("gradient moments", outcome["moments"])):
@@ -266,11 +266,11 @@ def by_network(outcome: Outcome, start: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def judge(entry: Entry, case: Case, outcome: Outcome, seed: int = 0) -> float:
-    """The largest error of what the judged updates left."""
+    """The largest error in the outcome of the judged updates."""
     start = parameters(case.start(seed))
     right, found = by_network(truth(case, seed), start), by_network(outcome, start)
     tolerance = GRADIENT_TOLERANCES[entry.precision]
-    # A parameter moves by a small part of itself, and float32 rounds the whole: log α to a thousandth of its step.
+    # A parameter moves by a small part of its value, but float32 rounds the whole: log α to a thousandth of its step.
     sizes = by_network({"parameters": start, "moments": {}}, {name: torch.zeros_like(p) for name, p in start.items()})
     errors = []
     for name, vector in right.items():

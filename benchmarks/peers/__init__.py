@@ -1,1 +1,1 @@
-"""Agents as people write them today, to race against: each computes the same update as ours, and is held to it."""
+"""Agents as people write them today, to race against. The gate checks that each computes the same update as ours."""

@@ -1,7 +1,8 @@
-"""FiDec, DeFlow and FQL in plain PyTorch, in the style of CleanRL, CORL and TorchRL's recipes.
+"""FiDec, DeFlow and FQL in plain PyTorch, in the style of CleanRL, CORL and TorchRL's examples.
 
-Separate modules, inputs concatenated at every step, the two critics one after the other, the Fisher matrix d×d, losses
-summed, one Adam. The replay buffer is CORL's: tensors on the device, indices drawn by NumPy.
+It uses separate modules, concatenates the inputs at every step, runs the two critics one after the other, forms the d×d
+Fisher matrix, sums the losses and has one Adam. The replay buffer is CORL's: tensors on the device, indices drawn by
+NumPy.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def frozen(module: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 class EagerAgent(nn.Module):
-    """``name`` is fidec, deflow or fql; ``optimizer`` must be made by `make_optimizer` before the first update."""
+    """``name`` is fidec, deflow or fql. Call `make_optimizer` before the first update."""
 
     def __init__(self, name: str, config: AgentConfig, obs_dim: int, action_dim: int) -> None:
         super().__init__()
@@ -55,13 +56,13 @@ class EagerAgent(nn.Module):
         self.optimizer = torch.optim.Adam([p for p in self.parameters() if p.requires_grad], lr=self.config.lr)
 
     def update(self, batch: Tensors, draws: Tensors) -> Tensors:
-        """One update; the losses."""
+        """Make one update; returns the losses."""
         losses = self.losses(batch, draws)
         self.optimizer.zero_grad()
         losses["total_loss"].backward()
         if self.config.grad_clip is not None:
             nn.utils.clip_grad_norm_(self.parameters(), self.config.grad_clip)
-        with torch.no_grad():  # the published agents' order: the target follows the critic from before this step
+        with torch.no_grad():  # as in the published agents, the target follows the critic from before this step
             for target, source in zip(self.target_critics.parameters(), self.critics.parameters()):
                 target.mul_(1 - self.config.tau).add_(self.config.tau * source)
         self.optimizer.step()
@@ -153,7 +154,7 @@ class EagerAgent(nn.Module):
         return (actions + self.actor(torch.cat([obs, actions], dim=-1))).clamp(-1, 1)
 
     def draw(self, batch_size: int, device: torch.device) -> Tensors:
-        """What one update needs of chance."""
+        """The random numbers of one update."""
         shape = (batch_size, self.action_dim)
         draws = {name: torch.randn(shape, device=device) for name in ("next_noise", "flow_x0", "base_noise")}
         draws["flow_t"] = torch.rand(batch_size, 1, device=device)

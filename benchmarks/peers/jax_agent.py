@@ -1,8 +1,8 @@
-"""FiDec, DeFlow and FQL in JAX, flax and optax, as the published agents are written: one jitted update.
+"""FiDec, DeFlow and FQL in JAX, flax and optax, written like the published agents: one jitted update.
 
-Written for these benchmarks, after the published code's behaviour. Like that code it computes, inside the update, what
-it logs: a second sample of the policy for the logged action error (so B·(31 + 11K) rows through the flow's network
-where FiDec needs B·(21 + 11K)), and statistics of all gradients. The replay buffer is NumPy's, indexed on the host.
+Written for these benchmarks to behave like the published code. Like that code it computes everything it logs inside the
+update: statistics of all gradients, and a second sample of the policy for the logged action error. So B·(31 + 11K) rows
+go through the flow's network, where FiDec needs B·(21 + 11K). The replay buffer is NumPy's, indexed on the host.
 """
 
 from __future__ import annotations
@@ -64,12 +64,12 @@ class JaxAgent:
     # -- one update ------------------------------------------------------------------------------------------------
 
     def update(self, batch: Arrays) -> Arrays:
-        """Draws, losses, gradients, Adam, target network; what is logged."""
+        """Make one update: draws, losses, gradients, Adam, target network. Returns what is logged."""
         self.state, info = self._update(self.state, batch)
         return info
 
     def update_with(self, batch: Arrays, draws: Arrays) -> Arrays:
-        """The same with random numbers that are given."""
+        """Make one update from given random numbers."""
         self.state, info = self._update_with(self.state, batch, draws)
         return info
 
@@ -94,7 +94,7 @@ class JaxAgent:
             info |= {"grad/clip_scale": scale, "grad/norm_clipped": optax.global_norm(grads)}
         updates, optimizer = self.adam.update(grads, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
-        params["target_critics"] = jax.tree.map(  # both from before the step
+        params["target_critics"] = jax.tree.map(  # both as they were before the step
             lambda p, tp: config.tau * p + (1 - config.tau) * tp,
             state.params["critics"],
             state.params["target_critics"],
@@ -112,7 +112,7 @@ class JaxAgent:
                 draws[name] = jax.random.normal(next(keys), (batch, self.config.num_fisher_samples, d))
         return draws
 
-    # -- the losses: ``grad`` are the parameters differentiated with respect to, ``kept`` the same as constants --------
+    # -- the losses: ``grad`` are the parameters to differentiate by, ``kept`` the same as constants -------------------
 
     def total_loss(self, grad: Arrays, kept: Arrays, batch: Arrays, draws: Arrays) -> tuple[jax.Array, Arrays]:
         critic, critic_info = self.critic_loss(grad, kept, batch, draws)
@@ -211,20 +211,20 @@ class JaxAgent:
     # -- for the gate ------------------------------------------------------------------------------------------------
 
     def outcome(self) -> dict[str, dict[str, np.ndarray]]:
-        """Parameters and Adam's first moments, under the names of `EagerAgent`."""
+        """Parameters and Adam's first moments, with `EagerAgent`'s names."""
         params = jax.device_get(self.state.params)
         moments = jax.device_get(self.state.optimizer[0].mu)
         return {"parameters": to_torch(params), "moments": to_torch(moments)}
 
 
 def sample(columns: Mapping[str, np.ndarray], batch_size: int) -> dict[str, np.ndarray]:
-    """The published replay buffer: rows of NumPy arrays."""
+    """Sample as the published replay buffer does: rows of NumPy arrays."""
     indices = np.random.randint(len(columns["rewards"]), size=batch_size)  # noqa: NPY002 (as it is written there)
     return {name: column[indices] for name, column in columns.items()}
 
 
 def from_torch(parameters: Mapping[str, np.ndarray]) -> Arrays:
-    """Names and layout of `EagerAgent`'s parameters to flax's."""
+    """Convert `EagerAgent`'s parameters to flax's names and layout."""
     params: Arrays = {name: _tree(parameters, f"{name}.") for name in ("flow", "actor")}
     for name in ("critics", "target_critics"):
         both = [_tree(parameters, f"{name}.{which}.") for which in range(2)]
@@ -247,7 +247,7 @@ def _tree(parameters: Mapping[str, np.ndarray], prefix: str) -> Arrays:
 
 
 def to_torch(params: Arrays) -> dict[str, np.ndarray]:
-    """The way back."""
+    """Convert back."""
     found: dict[str, np.ndarray] = {}
     trees = [("flow.", params["flow"]), ("actor.", params["actor"])]
     for name in ("critics", "target_critics"):

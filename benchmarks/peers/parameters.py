@@ -1,4 +1,4 @@
-"""Our agent's parameters as `EagerAgent` names and lays them out, to start the peers equal and to compare them."""
+"""Our agent's parameters with `EagerAgent`'s names and layout, to start the peers equal and to compare them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Read = Callable[[nn.Parameter], Tensor]
 
 
 def parameters(agent: Agent, read: Read = lambda p: p.detach()) -> dict[str, Tensor]:
-    """Each parameter, or what ``read`` makes of it (its gradient, its moment in the optimiser), of the same shape."""
+    """Each parameter, or what ``read`` maps it to: a tensor of its shape, such as its gradient or Adam's moment."""
     found = {f"flow.{name}": read(p) for name, p in agent.flow.net.named_parameters()}
     found |= {f"actor.{name}": read(p) for name, p in agent.actor.named_parameters()}
     for name, critic in (("critics", agent.critic), ("target_critics", agent.target_critic)):
