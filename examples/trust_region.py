@@ -1,7 +1,7 @@
-"""Draw what the Fisher trust region is: ``python examples/trust_region.py`` writes docs/trust_region.png (a minute).
+"""Draw the Fisher trust region: ``python examples/trust_region.py`` writes docs/trust_region.png in a minute.
 
-A state is an angle θ; its actions spread along the circle and hardly across it. A flow learns them, its
-scores give the Fisher matrix of each state, and δᵀF̂δ/d ≤ c is drawn beside ‖δ‖²/d ≤ c.
+A state is an angle θ; its actions spread along the circle and hardly across it. A flow learns them, its scores give the
+Fisher matrix of each state, and the script draws δᵀF̂δ/d ≤ c beside ‖δ‖²/d ≤ c.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 import fdkernels
 
 SIZE = 0.006  # c, the size of the trust region
-TIME = 0.8  # where the score is taken; closer to 1 the density is sharper, but t/(1 − t) amplifies the flow's errors
+TIME = 0.8  # t of the score; closer to 1 the density is sharper, but t/(1 − t) amplifies the flow's errors
 STATES = 7
 
 
@@ -59,7 +59,7 @@ def main() -> None:
         flow, observe(theta), torch.zeros(STATES, 2), num_samples=512, t=TIME, return_score=True
     )
 
-    # the boundary: turn a unit circle of displacements until each has penalty SIZE
+    # the boundary: a unit circle of displacements, each scaled to have penalty SIZE
     turn = torch.linspace(0, 2 * math.pi, 200)
     circle = repeat(torch.stack([turn.cos(), turn.sin()]), "d turn -> state turn d", state=STATES)
     penalty = fdkernels.fisher_penalty(circle, repeat(score, "state k d -> state turn k d", turn=len(turn)))

@@ -1,7 +1,7 @@
 """Ahead-of-time compilation of the kernels, as their launchers would launch them, on a machine without a GPU.
 
-Launchers are called with the kernels replaced by a stand-in that compiles what it is asked to launch for an
-architecture; so what is looked at, or emulated (``tools/ptx``), is what would run. Not under TRITON_INTERPRET.
+Launchers run with their kernels replaced by a stand-in, which compiles each launch for an architecture. So the code
+that is inspected here, or emulated in ``tools/ptx``, is the code that would run. Not for use under TRITON_INTERPRET.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 class Compiler:
-    """Within it, launchers compile for an architecture what they would launch on it."""
+    """A context in which launchers compile their kernels for an architecture instead of launching them."""
 
     def __init__(self, architecture: str, stand_in: type[AheadOfTime] | None = None) -> None:
         self.kernels = {
@@ -67,7 +67,7 @@ class Compiler:
         self.patches.close()
 
     def compile(self, launcher: Any, args: tuple, *modules: Any) -> list[dict[str, Any]]:
-        """What came out, a row for each launch; only of kernels that these modules launch, where some are given."""
+        """One row of results per launch. ``modules`` limits the rows to the kernels that these modules launch."""
         for kernel in self.kernels.values():
             kernel.found = []
         launcher(*args)
@@ -78,14 +78,14 @@ class Compiler:
 class Build(NamedTuple):
     compiled: Any
     arguments: list[Any]
-    """Those that the compiled kernel takes, in its order; scratch that Triton adds comes after."""
+    """Arguments of the compiled kernel, in order, without the scratch pointers that Triton appends."""
     integers: dict[str, int]
-    """Constants by name."""
+    """Integer constants by name."""
     num_warps: int
 
 
 class AheadOfTime:
-    """Stands in for a kernel: ``kernel[grid](...)`` compiles it for ``target`` and notes what came out."""
+    """Stands in for a kernel: ``kernel[grid](...)`` compiles it for ``target`` and records the result."""
 
     def __init__(self, kernel: triton.JITFunction, target: GPUTarget) -> None:
         self.kernel, self.target = kernel, target
@@ -122,7 +122,7 @@ class AheadOfTime:
                 return "constexpr"
             passed.append(value)
             if isinstance(value, torch.Tensor):
-                aligned[path] = [["tt.divisibility", 16]]  # what the allocator gives
+                aligned[path] = [["tt.divisibility", 16]]  # as from PyTorch's allocator
                 return "*" + DTYPES[value.dtype]
             return INTEGERS[type(value)]
 
@@ -142,14 +142,14 @@ class AheadOfTime:
 
 
 def inspect_cuda(asm: dict[str, Any]) -> dict[str, int]:
-    """The kernels here keep nothing on the stack but what spills."""
+    """Counts the whole stack as spills, because these kernels keep nothing else there."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(asm["cubin"])
         cubin.flush()
         command = [str(BINARIES / "cuobjdump"), "--dump-resource-usage", cubin.name]
         usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     loads = re.findall(r"ld\.global\S*?(?:\.v(\d))?\.[bfsu](\d+)\s", asm["ptx"])
-    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global.*?\], (?:0x)?(\w+)", asm["ptx"])  # to shared memory, bytes
+    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global.*?\], (?:0x)?(\w+)", asm["ptx"])  # bytes to shared memory
     return {
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),  # type: ignore[index]
         "spilled_bytes": int(re.search(r"STACK:(\d+)", usage)[1]),  # type: ignore[index]

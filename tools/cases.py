@@ -1,4 +1,4 @@
-"""The calls that are compiled ahead of time: every launcher, on the sizes of the method and on awkward ones."""
+"""The calls to compile ahead of time: every launcher, on the method's sizes and on awkward ones."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from fdkernels.layers import EncodedNetwork, Layer, Norm, encode
 from fdkernels.records import Affine, Chain, Noise, PenaltyRule, TimedAffine, Way
 from fdkernels.solvers import Solver
 
-# (K, d): the sizes of the method, rows that no vector divides, one number a row, and rows walked over in blocks of K.
+# (K, d): the method's sizes, rows that vectors do not divide, one number per row, and rows read in blocks of K.
 SHAPES = [(4, 6), (4, 8), (1, 1), (5, 7), (3, 17), (16, 60), (256, 1023), (256, 1024)]
 NUM_ROWS = 4096
 
 
 def calls(dtype: torch.dtype, num_samples: int, d: int) -> Iterator[tuple[str, Any, tuple]]:
-    """Every launcher on tensors of one dtype."""
+    """Every launcher of the penalty and the score, on tensors of one dtype."""
     displacement = torch.empty(NUM_ROWS, d, dtype=dtype, device="meta")
     score = torch.empty(NUM_ROWS, num_samples, d, dtype=dtype, device="meta")
     trace = torch.empty(NUM_ROWS, device="meta")
@@ -38,7 +38,7 @@ def calls(dtype: torch.dtype, num_samples: int, d: int) -> Iterator[tuple[str, A
 
 
 class FlowCase(NamedTuple):
-    """A network and what is asked of it, with the entry of the table that it takes."""
+    """A network and the options of its calls, with the table's entry for it."""
 
     implementation: str
     precision: str
@@ -54,10 +54,10 @@ class FlowCase(NamedTuple):
     times: bool = False
     half_weights: bool = True
     shipped: bool = False
-    """Whether the table's entry was chosen for this size; the others only have to compile, and to fit."""
+    """Whether the table's entry was chosen for this size; other cases only have to compile and fit."""
 
     def network(self, weights: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> EncodedNetwork:
-        """One of these weights and biases; where there is a norm, a layer's bias is its scale and shift too."""
+        """The network of these weights and biases. A norm uses its layer's bias as scale and shift."""
         layers = []
         for weight, bias in weights:
             norm = Norm(bias, bias, 1e-6)
@@ -67,7 +67,7 @@ class FlowCase(NamedTuple):
 
 
 def flow_cases(architecture: str, dtype: torch.dtype) -> Iterator[FlowCase]:
-    """The sizes that the table was made for, and what else the kernels serve."""
+    """The sizes that the table was made for, and others that the kernels support."""
     precision = "high" if dtype == torch.float32 else "bf16" if dtype == torch.bfloat16 else "fp16"
     for entry in TABLE.get(architecture, {}).get("flow", []):
         half = precision if dtype.itemsize == 2 else "bf16"
@@ -86,7 +86,7 @@ def flow_cases(architecture: str, dtype: torch.dtype) -> Iterator[FlowCase]:
 
 
 def flow_calls(case: FlowCase, dtype: torch.dtype) -> Iterator[tuple[str, Any, tuple]]:
-    """The solve, all states of it where the times vary, and the chain to the penalty."""
+    """The solve (with all its states if the times vary), and the chain to the penalty."""
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")

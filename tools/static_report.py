@@ -1,4 +1,4 @@
-"""What the compilers make of the kernels, without a GPU: registers, spills, shared memory, width of loads.
+"""What the kernels compile to, without a GPU: registers, spills, shared memory, width of loads.
 
 python tools/static_report.py           # a table
 python tools/static_report.py --json    # a list of rows
@@ -28,7 +28,7 @@ def report(architectures: list[str], dtypes: list[torch.dtype]) -> Iterator[dict
                     row = {"kernel": name, "arch": architecture, "dtype": DTYPES[dtype], "K": num_samples, "d": d}
                     yield from (row | found for found in compiler.compile(launcher, args))
             for case in flow_cases(architecture, dtype):
-                torch.set_float32_matmul_precision("high" if case.precision == "high" else "highest")  # of "gemm"
+                torch.set_float32_matmul_precision("high" if case.precision == "high" else "highest")  # for "gemm"
                 for name, launcher, args in flow_calls(case, dtype):
                     row = {"kernel": f"{name} {case.implementation} {case.rows}", "arch": architecture}
                     row |= {"dtype": DTYPES[dtype], "K": case.num_samples, "d": case.d, "case": case._asdict()}

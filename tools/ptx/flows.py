@@ -1,4 +1,4 @@
-"""A network and rows for a case of the static report, the launch of its kernels on the emulator, and the truth."""
+"""Test problems for the emulator: a network and rows for a case of the static report, their launches, and the truth."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 class Problem:
-    """A network and rows for a case of the static report, whose constants it shares: the compiled kernel is the same.
+    """A network and rows for a case of the static report, with its constants, so that the compiled kernel is the same.
 
-    The table's entry is that of ``case.rows``, however few ``states`` there are.
+    The plan is the table's for ``case.rows``, however few ``states`` there are.
     """
 
     def __init__(self, case: FlowCase, states: int, dtype: torch.dtype, steps: int = 2) -> None:
@@ -61,7 +61,7 @@ class Problem:
             self.start, self.bridge = (
                 philox_normal(SEED, whole, "cpu", torch.float32, first=first) for first in (0, total)
             )
-        bounds = (-100.0, 100.0, "end")  # that nothing reaches
+        bounds = (-100.0, 100.0, "end")  # never reached
         self.solver = Solver([step / steps for step in range(steps + 1)], "euler", *bounds)
         self.way = Way(case.precision, case.implementation)
 
@@ -85,7 +85,7 @@ class Problem:
         return velocity
 
     def truth(self) -> tuple[Tensor, Tensor, Tensor]:
-        """All states of the solve, the penalty and its gradient."""
+        """All states of the solve, the penalty and its gradient, from the reference in float64."""
         paths, penalties, gradients = [], [], []
         for model in range(self.case.models):
             velocity, start, bridge = self.velocity(model), self.start[model].double(), self.bridge[model].double()
@@ -105,7 +105,7 @@ class Problem:
         return torch.stack(paths, 1), torch.stack(penalties), torch.stack(gradients)
 
     def integrate(self, architecture: str, **options: Any) -> Tensor:
-        """The samples, or all states where the case's times vary."""
+        """The samples, or all states of the solve if the case's times vary."""
         cond = None if self.obs is None else self.obs.repeat_interleave(self.case.num_samples, 1)
         with self.entry():
             return emulate(
@@ -125,13 +125,13 @@ class Problem:
 
     @contextlib.contextmanager
     def entry(self) -> Iterator[None]:
-        """Within it, the plan is the table's for the case's number of rows."""
+        """A context in which launchers take the table's plan for the case's number of rows."""
 
         def plan(problem: plans.Problem, *args: Any) -> plans.FlowPlan:
             return plans.flow_plan(problem._replace(states=self.case.rows // problem.num_samples), *args)
 
         before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("high" if self.case.precision == "high" else "highest")  # as "gemm" wants it
+        torch.set_float32_matmul_precision("high" if self.case.precision == "high" else "highest")  # "gemm" requires it
         try:
             with mock.patch.object(launch, "flow_plan", plan):
                 yield

@@ -1,6 +1,6 @@
-"""What each instruction does to a program's threads: ``bind`` makes a function of the mask of active threads.
+"""The effect of each instruction on a program's threads: ``bind`` makes it a function of the mask of active threads.
 
-Approximate instructions (``ex2.approx``, ``div.full``, ...) are as exact as numpy's, and subnormal numbers are kept.
+Approximate instructions (``ex2.approx``, ``div.full``, ...) are as exact as numpy; subnormal numbers are kept.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tools.ptx.races import ASYNC, ATOMIC
 if TYPE_CHECKING:
     from tools.ptx.machine import Cta, Span
 
-Operation = Callable[[Any], Any]  # of a mask; a branch answers (kind, who takes it, target)
+Operation = Callable[[Any], Any]  # takes a mask; a branch returns (kind, who takes it, target)
 WIDER = {"s16": "s32", "u16": "u32", "s32": "s64", "u32": "u64"}
 
 
@@ -70,11 +70,11 @@ def _control(cta: Cta, instruction: Instruction) -> Operation:
     return branch
 
 
-# Arithmetic: opcode without its type -> function of arrays of that type.
+# Arithmetic: maps an opcode without its type to a function of arrays of that type.
 
 
 def _divide(a: Any, b: Any) -> Any:
-    """Integers: rounds toward zero."""
+    """Integer division that rounds toward zero."""
     safe = np.where(b == 0, 1, b).astype(a.dtype)
     quotient = a // safe
     return quotient + ((a % safe != 0) & ((a < 0) != (safe < 0))).astype(a.dtype)
@@ -90,12 +90,12 @@ def _high(a: Any, b: Any) -> Any:
 
 
 def _fused(a: Any, b: Any, c: Any) -> Any:
-    """One rounding, but for the rare case that the sum in float64 is rounded to halfway."""
+    """Fused multiply-add: rounded once, except in the rare case that float64 rounds the sum to a tie of float32."""
     return (a.astype(np.float64) * b + c).astype(np.float32)
 
 
 def _extract(a: Any, first: Any, length: Any) -> Any:
-    """A field of 32 bits; beyond them stands the sign, or zero."""
+    """A bit field of a 32-bit number; bits beyond the number are its sign, or zero if unsigned."""
     first, length = (np.minimum(np.asarray(n).astype(np.int64) & 0xFF, 32) for n in (first, length))
     field = a.astype(np.int64) >> first & (np.int64(1) << length) - 1
     if a.dtype == np.int32:
@@ -137,7 +137,7 @@ ARITHMETIC: dict[str, tuple[Any, tuple[str, ...]]] = {
     "neg": (np.negative, INTEGERS + FLOATS),
     **dict.fromkeys(("abs", "abs.ftz"), (np.abs, ("s32", *FLOATS))),
     "min.relu": (lambda a, b: np.maximum(np.minimum(a, b), 0), ("s32",)),
-    "min": (np.fmin, INTEGERS + FLOATS),  # the number, of a number and a NaN
+    "min": (np.fmin, INTEGERS + FLOATS),  # of a number and a NaN, the number
     "max": (np.fmax, INTEGERS + FLOATS),
     "and": (np.bitwise_and, BITS),
     "or": (np.bitwise_or, BITS),
@@ -152,7 +152,7 @@ ARITHMETIC: dict[str, tuple[Any, tuple[str, ...]]] = {
 SHIFTS = {"shl": np.left_shift, "shr": np.right_shift}
 COMPARISONS = {
     **{"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater},
-    **{"ge": np.greater_equal, "neu": np.not_equal},  # numpy's != holds for NaN
+    **{"ge": np.greater_equal, "neu": np.not_equal},  # numpy's != is true for NaN
     "ltu": lambda a, b: ~(a >= b),
     "leu": lambda a, b: ~(a > b),
     "gtu": lambda a, b: ~(a <= b),
@@ -200,7 +200,7 @@ def _wide(cta: Cta, instruction: Instruction) -> Operation:
 
 
 def _carrying(cta: Cta, instruction: Instruction) -> Operation:
-    """mad.lo.cc and madc.hi: a product of 64 bits added to another number in two halves."""
+    """mad.lo.cc and madc.hi: add a 64-bit product to a number in two halves."""
     high = instruction.opcode == "madc.hi.u32"
     out, *operands = instruction.operands
     target = cta.register(out, "u32")
@@ -238,7 +238,7 @@ def _select(cta: Cta, instruction: Instruction) -> Operation:
 def _move(cta: Cta, instruction: Instruction) -> Operation:
     _, kind = instruction.opcode.split(".")
     out, source = instruction.operands
-    if isinstance(source, tuple):  # the first part is the lowest
+    if isinstance(source, tuple):  # the first part holds the lowest bits
         part = f"b{8 * WIDTHS[kind] // len(source)}"
         target, parts = cta.register(out, kind), [cta.value(name, part) for name in source]
 
@@ -264,14 +264,14 @@ def _move(cta: Cta, instruction: Instruction) -> Operation:
 
 
 def to_bfloat16(a: np.ndarray) -> np.ndarray:
-    """To the nearest, ties to even, as 16 bits."""
+    """Round to the nearest bfloat16, ties to even; returns its 16 bits."""
     bits = np.ascontiguousarray(a).view(np.uint32)
     rounded = (bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16
     return np.where(np.isnan(a), 0x7FFF, rounded).astype(np.uint16)
 
 
 def to_tf32(a: np.ndarray) -> np.ndarray:
-    """To the nearest of 10 bits of fraction, ties away from zero, as float32's bits."""
+    """Round to the nearest number with 10 fraction bits, ties away from zero; returns its bits as a float32."""
     bits = np.ascontiguousarray(a).view(np.uint32)
     return np.where(np.isnan(a), 0x7FFFFFFF, (bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).astype(np.uint32)
 
@@ -334,7 +334,7 @@ def _span(cta: Cta, space: str, addresses: np.ndarray, instruction: Instruction)
 
 
 def _form(instruction: Instruction, modifiers: set[str]) -> tuple[str, set[str], int, int]:
-    """Space, other modifiers, items and bytes of an item."""
+    """Memory space, all modifiers, number of items, and bytes per item."""
     _, *parts = instruction.opcode.split(".")
     kind = parts.pop()
     count = {"v2": 2, "v4": 4}.get(parts[-1], 1)
@@ -346,7 +346,7 @@ def _form(instruction: Instruction, modifiers: set[str]) -> tuple[str, set[str],
 
 
 def _base(cta: Cta, address: Address, space: str) -> np.ndarray:
-    """Every thread's address but for the offset; a register's later values show in it."""
+    """Each thread's address without the offset, as a view: it follows the register's later values."""
     kind = "b64" if space == "global" else "b32"
     if address.base.startswith("%"):
         kind = cta.program.registers[address.base.rstrip("0123456789")][0]
@@ -354,7 +354,7 @@ def _base(cta: Cta, address: Address, space: str) -> np.ndarray:
 
 
 def _load(cta: Cta, instruction: Instruction) -> Operation:
-    """``.cg`` and ``.nc`` choose a cache; ``acquire`` orders."""
+    """Of the modifiers only ``acquire`` has an effect, on order; ``.cg`` and ``.nc`` choose a cache."""
     space, names, count, item = _form(instruction, {"cg", "nc", "gpu", "sys", "acquire", "relaxed"})
     outs, address = instruction.operands
     outs = outs if isinstance(outs, tuple) else (outs,)
@@ -419,7 +419,7 @@ def _store(cta: Cta, instruction: Instruction) -> Operation:
 
 
 def _add_atomically(cta: Cta, instruction: Instruction) -> Operation:
-    """Releases what all threads did before the last barrier, and what this program has seen of others."""
+    """With ``release``, publishes what all threads did before the last barrier and what they have seen of others."""
     parts = instruction.opcode.split(".")
     if (
         parts[1] != "global"
@@ -449,7 +449,7 @@ def _add_atomically(cta: Cta, instruction: Instruction) -> Operation:
 
 
 def _copy(cta: Cta, instruction: Instruction) -> Operation:
-    """The target holds poison until the copy is waited for."""
+    """An asynchronous copy. Its target holds poison until the wait."""
     if instruction.opcode not in ("cp.async.ca.shared.global", "cp.async.cg.shared.global"):
         return _copy_group(cta, instruction)
     target, source, size, *filled = instruction.operands
@@ -519,7 +519,7 @@ def _warp_barrier(cta: Cta, instruction: Instruction) -> Operation:
 
 
 def _shuffle(cta: Cta, instruction: Instruction) -> Operation:
-    """Among 32 threads."""
+    """Exchange numbers among the 32 threads of a warp."""
     out, a, b, clamp, members = instruction.operands
     if instruction.opcode not in ("shfl.sync.bfly.b32", "shfl.sync.idx.b32") or (clamp, members) != ("31", "-1"):
         raise instruction.refuse()

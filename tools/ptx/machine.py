@@ -1,4 +1,4 @@
-"""Runs the programs (CTAs) of a launch, all threads of one at a time with numpy, the programs in turns."""
+"""Runs the programs (CTAs) of a launch in turns, each with all its threads at once in numpy."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ DTYPES: dict[str, Any] = {
     **{"f16": np.float16},
 }
 POISON = 0xFF  # NaN in every floating-point type
-POLLS = 20_000  # without an addition: programs that wait for ever fail instead
-Mask = Any  # True, or which threads are active
+POLLS = 20_000  # most polls in a row without an addition, so that programs cannot wait for ever
+Mask = Any  # True, or the active threads
 
 
 class MemoryFault(Exception):
-    """An access outside of what the program was given, or one that is not aligned."""
+    """An access outside the program's memory, or a misaligned one."""
 
 
 class Span:
@@ -37,7 +37,7 @@ class Span:
         self.tables: dict[tuple[int, int], np.ndarray] = {}
 
     def table(self, width: int, item: int) -> np.ndarray:
-        """(pieces, items of a piece), sharing the memory."""
+        """A view of the memory, (pieces, items per piece)."""
         if (width, item) not in self.tables:
             whole = self.data[: self.size // width * width]
             self.tables[width, item] = whole.view(f"u{item}").reshape(-1, width // item)
@@ -69,7 +69,7 @@ class Span:
         table[rows] = values
         self.shadow.write(order, rows, width, agents, instruction.index, same)
         beaten = (table[rows] != values).any(1)
-        for row in np.unique(rows[beaten]):  # of a warp's threads one writes, whichever
+        for row in np.unique(rows[beaten]):  # one of a warp's threads writes, any of them
             here = np.flatnonzero(rows == row)
             warps = {
                 int(warp): {bytes(values[i]) for i in here if agents[i] // 32 == warp} for warp in agents[here] // 32
@@ -79,7 +79,7 @@ class Span:
 
 
 class Global:
-    """The arguments' memory, at the addresses it has in this process."""
+    """The memory of the arguments, at its addresses in this process."""
 
     def __init__(self, tensors: Sequence[torch.Tensor], constants: dict[str, np.ndarray], num_ctas: int) -> None:
         self.races: dict[Race, int] = {}
@@ -101,7 +101,7 @@ class Global:
         self.polls = 0
 
     def find(self, addresses: np.ndarray, instruction: Instruction) -> Span:
-        """That of the first address; the others must lie in it too."""
+        """The span of the first address, in which the others must lie too."""
         at = int(np.searchsorted(self.bases, int(addresses[0]), "right")) - 1
         if at < 0:
             raise MemoryFault(f"in no argument: {instruction.text}")
@@ -122,7 +122,7 @@ def _number(text: str, kind: str) -> np.ndarray:
 
 
 class Cta:
-    """One program: registers as (number, threads) arrays, shared memory, and where its threads are."""
+    """One program: its registers as (number, threads) arrays, its shared memory, and the positions of its threads."""
 
     def __init__(
         self,
@@ -150,7 +150,7 @@ class Cta:
         self.shared = Span("shared", 0, shared[-shared.ctypes.data % 16 :][:shared_bytes], 1, memory.races)
         self.copies: list[list[Any]] = []  # committed groups of asynchronous copies
         self.uncommitted: list[Any] = []
-        self.products: list[tuple[list, list]] = []  # what committed groups of asynchronous products read and make
+        self.products: list[tuple[list, list]] = []  # (reads, results) of committed asynchronous products
         self.reading: list[tuple[np.ndarray, int]] = []
         self.multiplied: list[tuple[str, ...]] = []
         self.in_flight: dict[tuple[str, ...], np.ndarray] = {}
@@ -158,7 +158,7 @@ class Cta:
         self.blocks = [[bind(self, instruction) for instruction in block] for block in program.blocks]
 
     def register(self, name: str, kind: str) -> np.ndarray:
-        """All threads' values of a register, to read and write, as numbers of a type."""
+        """All threads' values of a register, viewed as numbers of a type, to read and write."""
         if (name, kind) not in self.views:
             prefix = name.rstrip("0123456789")
             array = self.registers[prefix][int(name[len(prefix) :] or 0)]
@@ -166,7 +166,7 @@ class Cta:
         return self.views[name, kind]
 
     def value(self, text: str, kind: str) -> np.ndarray:
-        """A register, or the same number for all threads."""
+        """The values of a register, or one number for all threads."""
         if text == "%tid.x":
             return self.thread.astype(np.uint32)
         if text in self.places:
@@ -178,11 +178,11 @@ class Cta:
         return _number(text, kind)
 
     def run(self) -> Iterator[None]:
-        """Groups of threads at one block each; the first in the text goes on until it meets the next."""
+        """Run groups of threads, each at one block. The first in the text runs until it joins the next."""
         at: dict[int, Any] = {0: True}
         waiting: dict[int, Any] = {}
         while at or waiting:
-            if not at:  # all that are left have come to a barrier
+            if not at:  # all remaining threads have reached a barrier
                 at, waiting = waiting, {}
                 self.order.barrier()
                 yield
@@ -210,7 +210,7 @@ class Cta:
 def launch(
     program: Program, grid: tuple[int, ...], arguments: Sequence[Any], shared_bytes: int, seed: int = 0
 ) -> dict[Race, int]:
-    """The first races found, and how many places each touched. Tensors among the arguments are written to."""
+    """Run a launch, which writes to its tensors. Returns the first races found and the number of places of each."""
     tensors = [argument for argument in arguments if isinstance(argument, torch.Tensor)]
     columns, lines = (*grid, 1)[:2]
     num_ctas = columns * lines

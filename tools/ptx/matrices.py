@@ -1,4 +1,4 @@
-"""Matrix instructions: fragments spread over a warp's threads, as the PTX ISA lays them out."""
+"""Matrix instructions, on fragments that the PTX ISA spreads over a warp's threads."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def widen(bits: np.ndarray, kind: str) -> np.ndarray:
-    """Operands as the tensor core reads them, the last axis two numbers a word where they are halves."""
+    """Operands in float32 as the tensor core reads them; a word of halves becomes two numbers on a new last axis."""
     if kind == "tf32":
         return (bits & np.uint32(0xFFFFE000)).view(np.float32)[..., None]
     halves = np.ascontiguousarray(bits)[..., None].view(np.uint16)
@@ -33,7 +33,8 @@ SHAPES = {
 
 
 def _multiply(cta: Cta, instruction: Instruction) -> Callable[[Any], None]:
-    """A thread (g, t) of 8 × 4 holds rows g and g + 8; in k, word t and word t + 4; of the result columns 2t, 2t + 1.
+    """``mma.sync``. Thread (g, t) of 8 × 4 holds rows g and g + 8, words t and t + 4 of k, and columns 2t and 2t + 1 of
+    the result.
 
     Sums are rounded to float32.
     """
@@ -59,7 +60,7 @@ def _multiply(cta: Cta, instruction: Instruction) -> Callable[[Any], None]:
 
 
 def _matrices(cta: Cta, instruction: Instruction) -> Callable[[Any], None]:
-    """8×8 matrices of 16 bits from or to shared memory, thread i giving the address of row i."""
+    """Load or store 8×8 matrices of 16-bit numbers in shared memory; thread i gives the address of row i."""
     name, *parts = instruction.opcode.split(".")
     transposed = "trans" in parts
     if parts[:3] != ["sync", "aligned", "m8n8"] or parts[4 + transposed :] != ["shared", "b16"]:
@@ -108,15 +109,15 @@ def whole_warps(mask: Any, instruction: Instruction) -> None:
             raise instruction.refuse()
 
 
-SWIZZLES = {0: 16, 1: 128, 2: 64, 3: 32}  # bytes of a row whose 16-byte pieces are permuted; 16: none are
+SWIZZLES = {0: 16, 1: 128, 2: 64, 3: 32}  # bytes of a row, whose 16-byte pieces are permuted; 16: no permutation
 
 
 def described(descriptor: int, lines: int, pieces: int, across: bool) -> np.ndarray:
     """Addresses of a tile's 16-byte pieces in shared memory, (lines, pieces).
 
-    A line is a row of k (``across``: a line is one k, and its pieces run over the rows of the other operand). The
-    canonical layouts of the PTX ISA: rows of the swizzle's size, eight of them a block; the stride leads to the next
-    eight lines, the leading offset to the piece beyond a row.
+    A line runs along k (with ``across`` it has a single k, and its pieces run over the operand's other axis). These are
+    the canonical layouts of the PTX ISA: rows have the swizzle's size, and eight of them form a block. The stride leads
+    to the next eight lines, the leading offset to the piece beyond a row.
     """
     start, leading, stride = ((descriptor >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))
     row = SWIZZLES[descriptor >> 62]
@@ -130,11 +131,11 @@ def described(descriptor: int, lines: int, pieces: int, across: bool) -> np.ndar
 
 
 def _multiply_together(cta: Cta, instruction: Instruction) -> Callable[[Any], None]:
-    """Four warps: each 16 of 64 rows, laid out as ``mma.sync`` lays them out, eight columns after eight.
+    """``wgmma``. Each of four warps has 16 of 64 rows, laid out as in ``mma.sync``, eight columns after eight.
 
-    Until the wait, shared memory counts as being read and the result registers hold NaN, but for the next product into
-    them. What shared memory holds must have been fenced for the asynchronous proxy since it was written. Registers
-    that ``wgmma.fence`` should order are not followed.
+    Until the wait, shared memory counts as being read, and the result registers hold NaN for all but the next product
+    into them. Shared memory must have been fenced for the asynchronous proxy since it was written. The order of
+    registers that ``wgmma.fence`` ensures is not checked.
     """
     shape = re.fullmatch(
         r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k(8|16)\.f32\.(tf32|bf16|f16)\.\3", instruction.opcode

@@ -1,4 +1,4 @@
-"""From PTX text to blocks of instructions."""
+"""Parse PTX text into blocks of instructions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ WIDTHS = {"b8": 1, "b16": 2, "b32": 4, "b64": 8, "u32": 4, "s32": 4, "f32": 4, "
 
 
 class NotEmulatedError(NotImplementedError):
-    """An instruction, or a form of one, that the emulator does not know. None is ever skipped."""
+    """The emulator does not know an instruction, or a form of it. It never skips one."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Instruction:
     line: int
     text: str
     opcode: str
-    operands: tuple[Any, ...]  # str, Address, or a tuple of str for {...}
+    operands: tuple[Any, ...]  # each a str, an Address, or a tuple of str for {...}
     guard: str | None = None
     negated: bool = False
 
@@ -37,7 +37,7 @@ class Instruction:
 
 @dataclass
 class Program:
-    """One entry. A block ends where threads may part or wait: at a branch, a barrier, the end."""
+    """One entry point. A block ends where threads may part or wait: at a branch, a barrier or the end."""
 
     parameters: list[tuple[str, str]] = field(default_factory=list)  # name, type
     threads: int = 0
@@ -67,7 +67,7 @@ def parse(text: str) -> Program:
         if not body:
             body = _declaration(program, line)
             continue
-        if line == "}":  # of the entry, or of a scope in inline assembly, which has no registers of its own
+        if line == "}":  # ends the entry, or a scope in inline assembly, which has no registers of its own
             if text.splitlines()[number - 1].startswith("}"):
                 break
         elif match := re.fullmatch(r"([\w$]+):", line):
@@ -87,7 +87,7 @@ def parse(text: str) -> Program:
 
 
 def _declaration(program: Program, line: str) -> bool:
-    """What stands before the code; whether the code begins here."""
+    """Read a line before the code; returns whether the code begins here."""
     if match := re.match(r"\.param \.(\w+).*?(\w+),?$", line):
         program.parameters.append((match[2], match[1]))
     elif match := re.match(r"\.reqntid (\d+)", line):

@@ -1,27 +1,28 @@
-"""Which accesses to one place of memory nothing orders: the happens-before of the PTX memory model, in short.
+"""Find unordered accesses to the same memory, by a simplified happens-before of the PTX memory model.
 
 Two accesses to the same two bytes by different threads, at least one of them a write, are a race unless
 
-* both belong to one program (CTA) and a ``bar.sync`` of it lies between them;
-* they belong to two programs, the first passed a ``bar.sync`` after its access and then added to a counter with
-  ``release``; the second read the counter after that with ``acquire``, in GPU scope, and passed a ``bar.sync``;
-* they store the same bits (compute-sanitizer lets that pass as well), or they do so in one instruction and what their
-  warps' threads store there is the same choice of bits. A warp's threads may differ: CUDA says that one of them writes
-  and leaves open which. They do where the compiler fuses a product into the sum over lanes that follows, so that equal
-  sums are rounded differently on each lane;
+* both belong to one program (CTA), with one of its ``bar.sync`` between them;
+* they belong to two programs: the first passed a ``bar.sync`` after its access and then added to a counter with
+  ``release``; the second then read the counter with ``acquire``, in GPU scope, and passed a ``bar.sync`` before its
+  access;
+* they store the same bits (compute-sanitizer allows that too), or they do it in one instruction and each of their warps
+  stores the same set of bits there. The threads of one warp may store different bits, because CUDA says that one of
+  them writes and leaves open which. This happens where the compiler fuses a product into the following sum over lanes,
+  so that each lane rounds the same sum differently;
 * both are atomic;
-* a ``bar.warp.sync`` lies between them and both are of one warp.
+* both belong to one warp, with a ``bar.warp.sync`` between them.
 
-Nothing else orders: threads of one warp run in no particular order here, and ``ldmatrix``, ``stmatrix`` and ``shfl``
-do not wait for one another's memory. What ``ldmatrix`` reads is read by the whole warp. ``cp.async`` reads its source
-and writes its target at any time from its issue to the ``wait_group`` of the thread that issued it; from there on, the
-data is that thread's write.
+Nothing else orders accesses: threads of one warp run in no particular order here, and ``ldmatrix``, ``stmatrix`` and
+``shfl`` do not order memory. ``ldmatrix`` reads for the whole warp. ``cp.async`` reads its source and writes its target
+at any time between its issue and the ``wait_group`` of the issuing thread; after that, the data count as written by
+that thread.
 
-A place keeps a stamp of its last write, and one of its last reads for every program. Stamps of one program grow.
+A place keeps a stamp of its last write, and for every program one of its last reads. A program's stamps increase.
 
-Unseen: what ``wgmma.fence`` orders; a write after a fence for the asynchronous proxy but before the next barrier; that
-one of two asynchronous reads of a place, both under way, still goes on when the other has been waited for; and what
-lies on ways through the code that a test does not take.
+Races that it cannot see: those that ``wgmma.fence`` should prevent; a write after a fence for the asynchronous proxy
+but before the next barrier; a write during one of two asynchronous reads of a place, after a wait for the other; and
+races on paths through the code that no test takes.
 """
 
 from __future__ import annotations
@@ -34,10 +35,10 @@ import numpy as np
 GRANULE = 2  # bytes
 # Where a stamp's fields begin: program, barriers passed, barriers of single warps since, thread, instruction.
 CTA, EPOCH, WARP_EPOCH, AGENT = 52, 34, 28, 16
-WARP, MANY, ASYNC, ATOMIC = 0x400, 0xFFF, 0xFFE, 0xFFD  # in the place of a thread; WARP + n is all of warp n
+WARP, MANY, ASYNC, ATOMIC = 0x400, 0xFFF, 0xFFE, 0xFFD  # used instead of a thread; WARP + n means all of warp n
 MANY_BITS = MANY << AGENT
-MOST_WARP_BARRIERS = (1 << (EPOCH - WARP_EPOCH)) - 1  # those beyond order nothing
-NEVER = ((1 << (CTA - WARP_EPOCH)) - 1) << WARP_EPOCH  # the epoch of what has not completed: ordered before nothing
+MOST_WARP_BARRIERS = (1 << (EPOCH - WARP_EPOCH)) - 1  # any more of them order nothing
+NEVER = ((1 << (CTA - WARP_EPOCH)) - 1) << WARP_EPOCH  # the epoch of accesses not yet completed: ordered before nothing
 PLACE = (1 << AGENT) - 1
 
 
@@ -45,7 +46,7 @@ PLACE = (1 << AGENT) - 1
 class Race:
     kind: str  # "read after write", ...
     space: str
-    first: int  # instructions
+    first: int  # indices of the two instructions
     second: int
 
     def __str__(self) -> str:
@@ -53,7 +54,7 @@ class Race:
 
 
 class Order:
-    """How much of every program's past one program has seen."""
+    """How much of each program's past this program has seen."""
 
     def __init__(self, cta: int, num_ctas: int) -> None:
         self.cta, self.epoch = cta, 0
@@ -68,18 +69,18 @@ class Order:
         self.epoch += 1
         programs = np.arange(len(self.seen), dtype=np.int64)
         self.limits = (programs << CTA) + ((self.seen + 1) << EPOCH)
-        """Of each program, the first stamp that is not ordered before what this one does now."""
+        """For each program, the first stamp that is not ordered before this program's next accesses."""
         self.limit = int(self.limits[self.cta])
         self.stamp = (self.cta << CTA) + (self.epoch << EPOCH)
 
     def warp_barrier(self) -> None:
-        """Of every warp at once."""
+        """A ``bar.warp.sync`` of all warps."""
         if (self.stamp >> WARP_EPOCH & MOST_WARP_BARRIERS) < MOST_WARP_BARRIERS:
             self.stamp += 1 << WARP_EPOCH
 
 
 class Shadow:
-    """The stamps of a piece of memory. ``rows`` are indices of aligned pieces of ``width`` bytes, one an agent."""
+    """The stamps of a span of memory. ``rows`` are indices of aligned pieces of ``width`` bytes, one per agent."""
 
     def __init__(self, space: str, size: int, num_ctas: int, races: dict[Race, int]) -> None:
         granules = -(-size // 16) * 16 // GRANULE
@@ -94,7 +95,7 @@ class Shadow:
             self.races[race] = self.races.get(race, 0) + int(count)
 
     def stamps(self, order: Order, agents: np.ndarray | int, index: int, width: int) -> np.ndarray:
-        """One a row."""
+        """A stamp for each row, repeated over the row's granules."""
         base = (order.cta << CTA) + NEVER if np.ndim(agents) == 0 and agents == ASYNC else order.stamp
         stamps = np.asarray((agents << AGENT) + (base + index), np.int64).reshape(-1, 1)
         return np.repeat(stamps, width // GRANULE, 1)
@@ -125,7 +126,7 @@ class Shadow:
     def write(
         self, order: Order, rows: np.ndarray, width: int, agents: np.ndarray | int, index: int, same: Any = np.False_
     ) -> None:
-        """``same``: where the bits are those that were there."""
+        """Record a write. ``same`` marks where it leaves the bits unchanged."""
         shape = (-1, width // GRANULE)
         mine = self.stamps(order, agents, index, width)
         table = self.written.reshape(shape)
@@ -136,7 +137,7 @@ class Shadow:
         _share(table, rows, mine, agents)
 
     def completed(self, order: Order, rows: np.ndarray, width: int, agents: np.ndarray | None, index: int) -> None:
-        """An asynchronous read, or write by ``agents``, has happened."""
+        """Record that an asynchronous write by ``agents`` has completed, or a read if ``agents`` is None."""
         shape = (-1, width // GRANULE)
         if agents is None:
             self.reads[0 if self.shared else order.cta].reshape(shape)[rows] = order.stamp + MANY_BITS + index
@@ -144,7 +145,7 @@ class Shadow:
             self.written.reshape(shape)[rows] = ((agents << AGENT) + (order.stamp + index)).reshape(-1, 1)
 
     def fenced(self, order: Order, rows: np.ndarray, width: int, index: int) -> None:
-        """What was written in an earlier epoch has been fenced for the asynchronous proxy in that epoch or later."""
+        """Check that each write was followed, in its epoch or later, by a fence for the asynchronous proxy."""
         written = self.written.reshape(-1, width // GRANULE)[rows]
         late = (written >> EPOCH & ((1 << (CTA - EPOCH)) - 1)) > order.fenced
         if late.any():
@@ -152,13 +153,13 @@ class Shadow:
 
 
 def _one_warp(agents: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Whether both are threads of one warp, or all of it."""
+    """Whether both are threads of the same warp, or that whole warp."""
     first, second = (np.where(who < WARP, who >> 5, who - WARP) for who in (agents, others))
     return (first == second) & (first < 32)
 
 
 def _together(stamps: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """The later of two stamps, in the name of both threads."""
+    """The later of two stamps, attributed to both threads."""
     agents, now = (each >> AGENT & MANY for each in (stamps, others))
     warp = WARP + np.where(now < WARP, now >> 5, now - WARP)
     later = np.maximum(stamps & ~MANY_BITS, others & ~MANY_BITS)
@@ -166,7 +167,7 @@ def _together(stamps: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 
 def _share(table: np.ndarray, rows: np.ndarray, mine: np.ndarray, agents: np.ndarray | int) -> None:
-    """Where several threads of one instruction left a stamp."""
+    """Merge the stamps where several threads of one instruction accessed the same place."""
     if np.ndim(agents):
         left = table[rows]
         lost = (left != mine).any(1)

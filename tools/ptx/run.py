@@ -1,4 +1,4 @@
-"""Launchers on CPU tensors: what they launch is compiled for a GPU and runs here."""
+"""Run launchers on CPU tensors: their kernels are compiled for a GPU and run on the emulator."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class RaceError(AssertionError):
 
 
 class Emulated(AheadOfTime):
-    """Stands in for a kernel: ``kernel[grid](...)`` compiles it and runs the PTX on the tensors given."""
+    """Stands in for a kernel: ``kernel[grid](...)`` compiles it and runs its PTX on the given tensors."""
 
     edit: Callable[[str], str] = staticmethod(lambda ptx: ptx)
     seed = 0
@@ -40,7 +40,7 @@ class Emulated(AheadOfTime):
         ptx = self.edit(build.compiled.asm["ptx"])
         program = parse(ptx)
         assert program.threads == 32 * build.num_warps
-        arguments = [*build.arguments, 0, 0]  # no kernel here asks for scratch
+        arguments = [*build.arguments, 0, 0]  # scratch pointers, which no kernel here uses
         assert len(program.parameters) == len(arguments)
         races = launch(program, self.grid, arguments, build.compiled.metadata.shared, self.seed)
         if races:
@@ -55,12 +55,12 @@ def emulate(
     seed: int = 0,
     processors: int | None = None,
 ) -> Any:
-    """What the launcher returns. Fresh memory is NaN.
+    """Run a launcher and return its result. Fresh memory is NaN.
 
     Args:
-        edit: makes the PTX that runs of the one that was compiled.
-        seed: of the order in which programs take turns.
-        processors: of the GPU, where it should have fewer.
+        edit: changes the compiled PTX before it runs.
+        seed: seeds the order in which programs take turns.
+        processors: number of the GPU's processors, to give it fewer.
     """
 
     class Stand(Emulated):
@@ -81,7 +81,7 @@ def emulate(
 
 
 def without(ptx: str, pattern: str, which: int) -> str:
-    """The text less one of the lines that match."""
+    """The text without the given one of the matching lines."""
     lines = ptx.splitlines()
     at = [i for i, line in enumerate(lines) if re.search(pattern, line)][which]
     return "\n".join(lines[:at] + lines[at + 1 :])
