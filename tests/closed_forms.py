@@ -1,10 +1,10 @@
-"""Flows known in closed form: data that are a Gaussian or a mixture of Gaussians, along any affine path.
+"""Flows known in closed form: the data are a Gaussian or a mixture of Gaussians, on any affine path.
 
 With a ~ N(μ, Σ), x0 ~ N(0, I) and x_t = α_t·a + σ_t·x0, everything is Gaussian: p_t = N(α_t·μ, Σ_t) with
-Σ_t = σ_t²·I + α_t²·Σ. In the eigenvectors of Σ (eigenvalues λ) each coordinate is on its own. These judge the
-libraries, so nothing here comes from them.
+Σ_t = σ_t²·I + α_t²·Σ. In the basis of Σ's eigenvectors (eigenvalues λ) the coordinates are independent. These forms
+judge the libraries, so nothing here comes from them.
 
-Times are floats or tensors that broadcast against x as (..., 1); x is (..., d). The dtype is that of `mean`.
+Times are floats or tensors that broadcast against x as (..., 1); x is (..., d). The dtype is `mean`'s.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Schedule:
 
 
 def _vp_square(t: Tensor) -> Tensor:
-    """α² of the variance-preserving path: exp(−∫₀^{1−t} β), β rising from 0.1 to 20."""
+    """α² of the variance-preserving path: exp(−∫₀^{1−t} β), where β rises from 0.1 to 20."""
     s = 1 - t
     return torch.exp(-(0.1 * s + (20 - 0.1) * s**2 / 2))
 
@@ -75,13 +75,13 @@ class Gaussian:
         return torch.as_tensor(t, dtype=self.mean.dtype, device=self.mean.device)
 
     def _parts(self, x: Tensor, t: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
-        """(α_t·μ, the coordinates y of x − α_t·μ in the eigenvectors, the eigenvalues s of Σ_t), each (..., d)."""
+        """α_t·μ, the coordinates y of x − α_t·μ along the eigenvectors, and the eigenvalues s of Σ_t, each (..., d)."""
         t, schedule, (values, vectors) = self._time(t), SCHEDULES[self.path], self._eigen
         centre = schedule.alpha(t) * self.mean
         return centre, (x - centre) @ vectors, schedule.sigma(t) ** 2 + schedule.alpha(t) ** 2 * values
 
     def velocity(self, x: Tensor, t: Tensor | float, cond: Tensor | None = None) -> Tensor:
-        """v = E[α̇·a + σ̇·x0 | x_t = x] = α̇·μ + (α̇·α·Σ + σ̇·σ·I)·Σ_t⁻¹·(x − α·μ); `cond` plays no part."""
+        """v = E[α̇·a + σ̇·x0 | x_t = x] = α̇·μ + (α̇·α·Σ + σ̇·σ·I)·Σ_t⁻¹·(x − α·μ); `cond` is ignored."""
         t, schedule, (values, vectors) = self._time(t), SCHEDULES[self.path], self._eigen
         d_alpha, d_sigma = schedule.d_alpha(t), schedule.d_sigma(t)
         _, y, s = self._parts(x, t)
@@ -111,7 +111,7 @@ class Gaussian:
         return self.mean + (noise * values.sqrt()) @ vectors.mT
 
     def transport(self, x: Tensor, start: float, end: float) -> Tensor:
-        """Where the flow x' = v(x, t) carries x from one time to another: y(t) ∝ √s(t) in the eigenvectors."""
+        """Where the flow x' = v(x, t) carries x between two times: y(t) ∝ √s(t) along the eigenvectors."""
         _, y, s_start = self._parts(x, start)
         centre, _, s_end = self._parts(x, end)
         return centre + (y * (s_end / s_start).sqrt()) @ self._eigen[1].mT
@@ -134,7 +134,7 @@ class Mixture:
         return self._joint(x, t).softmax(-1)
 
     def velocity(self, x: Tensor, t: Tensor | float, cond: Tensor | None = None) -> Tensor:
-        """v = Σ_m r_m·v_m; `cond` plays no part."""
+        """v = Σ_m r_m·v_m; `cond` is ignored."""
         fields = torch.stack([mode.velocity(x, t) for mode in self.modes], dim=-1)
         return einsum(self.responsibilities(x, t), fields, "... m, ... i m -> ... i")
 
@@ -153,7 +153,7 @@ class Mixture:
         return sum(w * mode.mean for w, mode in zip(self.weights, self.modes))
 
     def covariance_t(self, t: Tensor | float) -> Tensor:
-        """Cov[x_t], (..., d, d): the modes' covariances and the spread of their centres."""
+        """Cov[x_t], (..., d, d): the modes' covariances plus the spread of their centres."""
         alpha = SCHEDULES[self.modes[0].path].alpha(self.modes[0]._time(t))[..., None]
         shifts = [mode.mean - self.mean for mode in self.modes]
         return sum(
@@ -177,7 +177,7 @@ def anisotropic_gaussian(
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> Gaussian:
-    """A Gaussian of full covariance, standard deviations 0.2 to 0.6 along random axes, means within ±0.5."""
+    """A Gaussian with full covariance: standard deviations 0.2 to 0.6 along random axes, means within ±0.5."""
     generator = torch.Generator().manual_seed(seed)
     axes, _ = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64))
     scales = torch.linspace(0.2, 0.6, d, dtype=torch.float64)
@@ -193,7 +193,7 @@ def two_modes(
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> Mixture:
-    """Two Gaussians of different shape, weights 0.3 and 0.7, means 1.6 apart."""
+    """Two Gaussians of different shapes, with weights 0.3 and 0.7 and means 1.6 apart."""
     first, second = (anisotropic_gaussian(d, path=path, dtype=dtype, device=device, seed=seed + i) for i in (1, 2))
     offset = 0.8 / math.sqrt(d)
     return Mixture(

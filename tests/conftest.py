@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from getpass import getuser
 from pathlib import Path
 
-if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):  # before torch counts the cores
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):  # set before torch counts the cores
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
-if capability := os.environ.get("ATEN_CPU_CAPABILITY"):  # which PyTorch's cache of compiled code does not know of
+if capability := os.environ.get("ATEN_CPU_CAPABILITY"):  # not part of the key of PyTorch's cache of compiled code
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor-{capability}-{getuser()}")
 
 import pytest
@@ -31,7 +31,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_report_header() -> str:
-    """What the numbers of a run depend on."""
+    """Versions and settings that a run's numbers depend on."""
     return f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
 
 
@@ -46,16 +46,16 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="module")
 def datasets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """One folder of generated data for all runs, made by the first that needs it; nothing is downloaded."""
+    """One folder of generated data for all runs; the first one that needs it makes it. Nothing is downloaded."""
     import huggingface_hub
 
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent  # that of all workers; who generates holds a lock
+        folder = folder.parent  # shared by all workers; the one that generates holds a lock
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MINARI_DATASETS_PATH", str(folder / "minari"))
-        patch.setenv("HF_HUB_OFFLINE", "1")  # for runs in a process of their own
-        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # for those in this one
+        patch.setenv("HF_HUB_OFFLINE", "1")  # for runs in their own process
+        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # for runs in this one
         huggingface_hub.close_session()
         yield
     huggingface_hub.close_session()

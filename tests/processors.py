@@ -1,4 +1,4 @@
-"""What other processors would choose, as far as this one can run it."""
+"""The choices that other processors would make, as far as this one can run them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ PROCESSORS = ("AMD, AVX-512", "AMD, AVX2", "Intel, AVX-512", "Intel, AVX2")
 
 
 def run_as(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The library takes this processor for one of ``PROCESSORS``."""
+    """Make the library take this processor for one of ``PROCESSORS``."""
     maker, capability = name.split(", ")
     monkeypatch.setattr(processor, "_is_amd", lambda: maker == "AMD")
     monkeypatch.setattr(processor, "has_avx512", lambda: capability == "AVX-512")

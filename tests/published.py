@@ -1,8 +1,8 @@
-"""Replay a recorded case of the published JAX agents with ours, and list what differs.
+"""Replay a recorded case of the published JAX agents with ours, and list the differences.
 
-A case holds parameters, batches, every random array, and what the published code made of them: losses, logged values,
-intermediate tensors, gradients, parameters after one update and after all, acting outputs. Arrays under ``x64/`` come
-from a float64 run, the others from float32.
+A case holds parameters, batches, all random arrays, and the published code's results: losses, logged values,
+intermediate tensors, gradients, parameters after one update and after all, and actions. Arrays under ``x64/`` come from
+a float64 run, the others from float32.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from train.data.transitions import Batch
 Arrays = Mapping[str, np.ndarray]
 Made: TypeAlias = tuple[dict[str, Tensor], dict[str, Tensor]]  # intermediate tensors and gradients of an update
 CONVENTIONS = {"v_over_1mt": "velocity", "exact": "exact", None: "exact"}
-# what only says where a case comes from, or is an input of the JAX generator
+# keys that only tell where a case comes from, or are inputs of the JAX generator
 PROVENANCE = ("jax_keys", "config_json", "meta_json", "step0")
 INPUTS = ("init/", "opt/", "batch/", "rand/", "eval/obs", "eval/noise", "eval/maxq_noise", "eval/iter_noise")
 
 
 def agent_config(published: dict[str, Any]) -> AgentConfig:
-    """Our settings for a published configuration."""
+    """Our hyper-parameters for a published configuration."""
     config: dict[str, Any] = {
         "actor_hidden": tuple(published["actor_hidden_dims"]),
         "critic_hidden": tuple(published["value_hidden_dims"]),
@@ -70,7 +70,7 @@ def agent_config(published: dict[str, Any]) -> AgentConfig:
 
 
 def published_parameters(agent: Agent) -> Iterator[tuple[str, Tensor, Any]]:
-    """(published name, our parameter, view of a tensor shaped like it in the published layout)."""
+    """Yields (published name, our parameter, function that views a tensor of its shape in the published layout)."""
     actor = "modules_refine_onestep_flow" if isinstance(agent, DecoratorAgent) else "modules_actor_onestep_flow"
     for module, net in (("modules_actor_bc_flow", agent.flow.net), (actor, agent.actor)):
         linears = [m for m in net if isinstance(m, torch.nn.Linear)]
@@ -96,9 +96,9 @@ Path = Literal["plain", "compiled", "captured"]
 
 
 class Replay:
-    """Our agent on a recorded case; `results` maps the case's keys to our numbers.
+    """Our agent on a recorded case. `results` maps the case's keys to our numbers.
 
-    ``path`` is how updates are made: as they stand, with the losses traced whole by torch.compile, or replayed as CUDA
+    ``path`` says how updates are made: plainly, with the losses traced whole by torch.compile, or replayed as CUDA
     graphs.
     """
 
@@ -112,13 +112,13 @@ class Replay:
         self.optimizer = self.agent.make_optimizer()
         self._load()
         self.num_updates = len(case["batch/rewards"])
-        # the tensors that every update reads; not the case's own memory, since they are overwritten
+        # the tensors that every update reads; copies, because they are overwritten
         self.batch = Batch(*(column if column is None else column.clone() for column in self._batch(0)))
         self.draws = Draws(*(array if array is None else array.clone() for array in self._draws(0)))
         self.update: Callable[[Parts, bool], Made] = self._make_update
         if path == "compiled":
             torch.compiler.reset()
-            self.agent.compile(fullgraph=True, backend="aot_eager")  # inductor needs a minute more for each
+            self.agent.compile(fullgraph=True, backend="aot_eager")  # inductor would take a minute more per case
         if path == "captured":
             self.update = CapturedUpdate(self._make_update, ())
             self._record_graphs()
@@ -147,7 +147,7 @@ class Replay:
         assert names == {key for key in self.case if key.startswith("init/")}, "a recorded parameter has no counterpart"
 
     def _make_update(self, parts: Parts, log: bool) -> Made:
-        """One update, and what it saw and wanted on the way."""
+        """Make one update; returns its intermediate tensors and gradients."""
         agent = self.agent
         seen = agent.backward(self.batch, self.draws, parts, log=log)
         gradients = {
@@ -162,7 +162,7 @@ class Replay:
 
     @torch.no_grad()
     def _record_graphs(self) -> None:
-        """Make enough updates for every graph to be there, and go back to the beginning."""
+        """Make enough updates to record every graph, then restore the initial state."""
         for parts in {self._parts(i) for i in range(self.num_updates)}:
             for _ in range(PLAIN_UPDATES + 1):
                 with torch.enable_grad():
@@ -189,7 +189,7 @@ class Replay:
             k = config.num_fisher_samples
             arrays |= {n: self.tensor(f"rand/{key}")[i].unflatten(0, (-1, k)) for n, key in names.items()}
             if config.fisher_t_width == 0 and self.dtype == torch.float64:
-                del arrays["fisher_t"]  # recorded in float32; the constant itself is exact
+                del arrays["fisher_t"]  # the record is float32; the constant itself is exact
         return Draws(**arrays)
 
     def _update(self, i: int) -> dict[str, Tensor]:
@@ -216,7 +216,7 @@ class Replay:
         gradients: dict[str, Tensor],
     ) -> dict[str, Tensor]:
         config = self.agent.config
-        flow_loss = seen.get("flow_loss", torch.zeros_like(seen["total_loss"]))  # none once the flow is frozen
+        flow_loss = seen.get("flow_loss", torch.zeros_like(seen["total_loss"]))  # absent once the flow is frozen
         global_norm = torch.stack([g.square().sum() for g in gradients.values()]).sum().sqrt()
         info = {
             "critic/critic_loss": seen["critic_loss"],
@@ -279,7 +279,7 @@ class Replay:
         return mid
 
     def _fisher_samples(self) -> dict[str, Tensor]:
-        """What the operator does not hand out, along the reference's road with the same network."""
+        """Tensors that the operator does not return, computed by the reference with the same network."""
         agent, config, draws = self.agent, self.agent.config, self.draws
         obs = self.batch.observations.unsqueeze(1).expand(-1, config.num_fisher_samples, -1)
         assert draws.fisher_noise is not None
@@ -312,11 +312,10 @@ def mismatches(
     only: str | None = None,
     slack: float = 1.0,
 ) -> list[str]:
-    """Every recorded number of that precision that ours miss, and every recorded key that ours lack.
+    """All recorded numbers of that precision that ours fail to match, and all recorded keys that ours lack.
 
-    float64: to 1e-9 of the number or, where cancellation leaves nothing to hold on to, of the largest in its tensor
-    times 1e-3. float32: see :func:`float32_problem`; ``exact`` are our results in float64, and ``slack`` times the
-    error is allowed.
+    float64: to 1e-9 of the number or, where terms cancel, of 1e-3 times the largest number in its tensor. float32: see
+    :func:`float32_problem`; ``exact`` are our results in float64, and ``slack`` multiplies the allowed error.
     """
     problems, compared = [], 0
     for key in case if only is None else (only,):
@@ -347,22 +346,22 @@ def mismatches(
 
 
 def float32_problem(name: str, ours: Tensor, recorded: Tensor, exact: Tensor, slack: float) -> str:
-    """Whether the recorded number is what float32 makes of the exact one, and ours at most twice as far from that.
+    """The problem if the recorded number is off by more than float32's error, or ours by more than twice that; else "".
 
-    Means near zero are judged by the size of what they are the mean of, which is about 1.
+    Means near zero are judged by the size of the numbers that they average, which is about 1.
     """
     numbers = recorded.numel() if name.startswith("info") or name == "total_loss" else 0
     if not (recorded - exact).abs().max() <= 1e-5 * max(exact.abs().max().item(), 1.0 if numbers else 0.0):
         return "the recorded number is another"
     size = max(exact.norm().item(), numbers**0.5)
     off, theirs = (ours - exact).norm().item(), (recorded - exact).norm().item()
-    # a few roundings more, where theirs is exact by chance: an update is some twenty layers deep
+    # theirs may be exact by chance, so a few roundings are allowed: an update is some twenty layers deep
     allowed = slack * max(2 * theirs, 16 * torch.finfo(torch.float32).eps * size)
     return "" if off <= allowed else f"{off:.3g} from float64, where the recorded one is {theirs:.3g} from it"
 
 
 def weights_problem(case: Arrays, name: str, ours: Tensor, recorded: Tensor, slack: float) -> str:
-    """Whether weights differ by more than twice what float32 makes of them, which the case records."""
+    """The problem if weights differ by more than twice their float32 error, which the case records; else ""."""
     reference = json.loads(str(case["meta_json"]))["float32_vs_float64_reference"]
     section, _, parameter = name.partition("/")
     measured = reference["after1_max_abs"]
@@ -374,7 +373,7 @@ def weights_problem(case: Arrays, name: str, ours: Tensor, recorded: Tensor, sla
 
 
 def spoiled(case: Arrays, key: str, *, whole: bool = False) -> dict[str, np.ndarray]:
-    """The case with the largest number of one array, or the ``whole`` array, off by 0.1 %."""
+    """The case with the largest number in one array, or the ``whole`` array, changed by 0.1 %."""
     array = np.array(case[key])
     where = ... if whole else np.unravel_index(np.abs(array).argmax(), array.shape)
     array[where] *= 1.001
@@ -382,5 +381,5 @@ def spoiled(case: Arrays, key: str, *, whole: bool = False) -> dict[str, np.ndar
 
 
 def numeric_keys(case: Arrays, pattern: str) -> list[str]:
-    """Keys that match and hold something that 0.1 % can change."""
+    """Matching keys whose arrays are not all zero, so that 0.1 % changes them."""
     return [key for key in case if re.match(pattern, key) and key not in PROVENANCE and np.abs(case[key]).max() > 0]

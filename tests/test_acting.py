@@ -1,4 +1,4 @@
-"""Rules of acting, on actions and values that are known. The published ones are also held to recorded cases."""
+"""Acting rules on known actions and values. Recorded cases also test the published rules."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ OBS = torch.zeros(3, 5)
 
 
 class Value(nn.Module):
-    """Two critics whose mean is the height of the action's first number above the observation's."""
+    """Two critics whose mean is 10 + the action's first number − the observation's."""
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
         q = 10 + (action - obs[..., : action.shape[-1]])[..., 0]
@@ -22,12 +22,12 @@ class Value(nn.Module):
 
 
 def shift(action: Tensor) -> Tensor:
-    """A displacement that raises Q, by a quarter, only where that is low, and else lowers it."""
+    """A displacement that raises a low Q by a quarter and lowers any other."""
     return torch.where(action[..., :1] < 0.3, 0.25, -1.0).expand_as(action)
 
 
 def make(name: str = "fidec", monkeypatch: pytest.MonkeyPatch | None = None) -> Agent:
-    """With a patch, the flow's actions are its noise, clipped, and `shift` refines them."""
+    """An agent. With ``monkeypatch``, its flow's actions are its clipped noise, and `shift` refines them."""
     kind = AGENTS[name]
     agent = kind(kind.hyperparameters(actor_hidden=(16, 16), critic_hidden=(16,), flow_steps=2), 5, 2)
     if monkeypatch is not None:
@@ -51,7 +51,7 @@ def test_every_rule_is_a_policy(name: str, rule: str) -> None:
     assert actions.shape == (3, 2)
     assert actions.abs().max() <= 1
     assert not actions.requires_grad
-    torch.testing.assert_close(actions[1:2], acting(agent, obs[1:2], noise[1:2]))  # each state by itself
+    torch.testing.assert_close(actions[1:2], acting(agent, obs[1:2], noise[1:2]))  # states are independent
 
 
 def test_what_each_rule_chooses(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""What the agents promise beyond parity with the published ones."""
+"""Promises of the agents beyond parity with the published ones."""
 
 from __future__ import annotations
 

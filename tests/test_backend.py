@@ -1,4 +1,4 @@
-"""The choice of a backend without a GPU and without the interpreter."""
+"""The choice of a backend, without a GPU and without the interpreter."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_importing_the_library_does_not_import_triton() -> None:
 
 
 def operators() -> Iterator[Callable[..., Tensor]]:
-    """Each operator as a function of rows (5, 3) and of the backend."""
+    """Each operator as a function of rows (5, 3) and a backend."""
     flow = fdkernels.VelocityMLP(4, 3, hidden=(8, 8))
     cond = torch.randn(5, 4)
     noise, score, x = torch.randn(3, 5, 2, 3)
@@ -69,7 +69,7 @@ def check_without_triton() -> None:
 
 
 def test_everything_but_the_kernels_works_without_triton() -> None:
-    """As on macOS and Windows: forward, backward and compiled, in a process where triton cannot be imported."""
+    """As on macOS and Windows: forward, backward and compiled, in a process that cannot import triton."""
     code = (
         "import sys; sys.modules['triton'] = None; from tests import test_backend; test_backend.check_without_triton()"
     )

@@ -59,9 +59,9 @@ def test_the_numpy_policy_is_the_trained_actor() -> None:
     actor = sac.Actor(5, 2, 16)
     with torch.no_grad():
         for parameter in actor.parameters():
-            parameter.copy_(parameter.half())  # what is stored
+            parameter.copy_(parameter.half())  # as stored
         actor.log_std.weight.zero_()
-        actor.log_std.bias.fill_(-100)  # clipped at the least spread, which leaves the mean
+        actor.log_std.bias.fill_(-100)  # clipped to the smallest spread, which leaves the mean
         obs = torch.randn(7, 5)
         expected = actor.mean(actor.trunk(obs)).tanh()
     ours = actor.behaviour_policy()(obs.numpy(), np.random.default_rng(0))
@@ -97,7 +97,7 @@ def test_what_ships_is_small_and_as_good_as_its_name(name: str, least: float, mo
     note = policy_note(path)
     assert note["episodes"] == "20"
     assert least < float(note["return_mean"]) < most
-    # played again: other episodes are near the mean that was written down
+    # other episodes come close to the recorded mean
     config = sac.SACConfig(out=Path(), env_id=note["env_id"], eval_episodes=8)
     returns = sac.play(BehaviourPolicy.load(path), config, seed=123)
     away = abs(returns.mean() - float(note["return_mean"]))

@@ -1,4 +1,4 @@
-"""The gate of the update: the eager agent passes as it is, and not with anything about its update changed."""
+"""The update's gate: the eager agent passes as it is, and fails with any change to its update."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmarks' own promises: a wrong contestant is not timed, results are kept, reports say what the files say."""
+"""The benchmarks' own promises: wrong contestants are not timed, results are kept, reports match the files."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def save(path: Path, content: dict[str, Any]) -> Path:
 
 
 class Benchmark:
-    """Stands in for pytest-benchmark's fixture; counts what it times."""
+    """Stands in for pytest-benchmark's fixture, and counts the calls that it times."""
 
     disabled = False
 
@@ -52,7 +52,7 @@ class Benchmark:
 
 
 def race(contestant: Callable[[int], Any], **options: Any) -> tuple[Benchmark, list[dict[str, Any]]]:
-    """Race against doubling; the contestant is given the number of the call."""
+    """Race against doubling; the contestant takes the call's number."""
     benchmark, rows = Benchmark(), []
     entry = Entry(op="double", variant="contestant", sizes={"rows": 4}, calls=3)
     inputs = [torch.arange(4.0) + i for i in range(2)]
@@ -96,7 +96,7 @@ def test_a_contestant_that_goes_wrong_while_timed_leaves_no_row() -> None:
 
 
 def test_from_the_command_line(tmp_path: Path) -> None:
-    """A right and a wrong contestant in one run: one row, one failure, and the end names what was left out."""
+    """A right and a wrong contestant in one run: one row, one failure, and the end lists what was left out."""
     (tmp_path / "test_two.py").write_text(
         """
 import pytest, torch
@@ -134,7 +134,7 @@ def test_long(race): ...
 def test_memory_at_its_peak() -> None:
     def run() -> None:
         for _ in range(3):
-            torch.empty(2**20).fill_(1)  # 4 MiB, given back each time
+            torch.empty(2**20).fill_(1)  # 4 MiB, freed each time
 
     assert 2**22 <= allocations_at_peak(run) < 2**23
 
@@ -249,7 +249,7 @@ def test_a_run_compared_with_itself_has_not_changed(capsys: pytest.CaptureFixtur
 
 
 def steady(recorded: dict[str, Any], spread: float) -> dict[str, Any]:
-    """The same medians with quartiles that far away."""
+    """The same medians with quartiles at that relative distance."""
     for row in recorded["rows"]:
         for kind in ("seconds", "speedup"):
             median = row[kind]["median"]

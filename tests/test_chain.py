@@ -53,7 +53,7 @@ def test_flow_fisher_penalty_meets_the_closed_form() -> None:
     )  # fmt: skip
     precision = torch.linalg.inv(gaussian.covariance_t(t))
     exact = torch.einsum("bi,ij,bj->b", displacement, precision, displacement) / 3
-    # (s·δ)² is exact·d times a χ² of one degree: relative standard error √(2/K)
+    # (s·δ)² is exact·d times a χ² with one degree of freedom: relative standard error √(2/K)
     z = (penalty / exact - 1).abs() / (2 / k) ** 0.5
     assert (z < 4.5).all(), f"{z} standard errors"
 

@@ -1,4 +1,4 @@
-"""Checkpoints: everything comes back, a damaged one is refused, nothing half-written counts."""
+"""Checkpoints restore everything; damaged and half-written ones are refused."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_continues_bit_for_bit(tmp_path: Path, name: str) -> None:
     path = save_checkpoint(tmp_path, 3, *straight.parts, {"note": [1, 2.5]})
     straight.update(4)
 
-    resumed = Trainer(name, seed=1)  # everything different until it is loaded
+    resumed = Trainer(name, seed=1)  # everything differs until it is loaded
     checkpoint = read_checkpoint(path)
     assert (checkpoint.step, checkpoint.notes) == (3, {"note": [1, 2.5]})
     checkpoint.restore(*resumed.parts)
@@ -88,7 +88,7 @@ def test_a_damaged_checkpoint_is_refused_for_the_one_before(tmp_path: Path, how:
     assert checkpoint.path == before
     assert len(problems) == 1
     assert str(newest) in problems[0]
-    # set aside, so that the checkpoints to come are not taken for older ones and dropped
+    # it was set aside, so that new checkpoints are not taken for older ones and dropped
     later = save_checkpoint(tmp_path, 5, *trainer.parts, {})
     assert found(tmp_path) == later
     assert before.exists()

@@ -1,4 +1,4 @@
-"""Several agents and seeds side by side: what is drawn is what the runs found, and nothing is trained twice."""
+"""Several agents and seeds side by side: pictures and tables match the runs, and nothing is trained twice."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from train.outputs import curve
 
 
 def summary(agent: str, seed: int, policy: float, sample: float, flow: float) -> dict[str, Any]:
-    """What a run leaves in result.json, as far as it is read."""
+    """The parts of a run's result.json that are read."""
     scores = {"policy": policy, "sample": sample, "flow": flow}
     return {
         "config": {"seed": seed, "eval_episodes": 20},

@@ -1,4 +1,4 @@
-"""Layers on the CPU: whatever the processor, PyTorch's results and gradients."""
+"""Layers on the CPU give PyTorch's results and gradients, whatever the processor."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ F64 = torch.float64
 gelu = functools.partial(F.gelu, approximate="tanh")
 
 
-# with gradients AMD's choices do not depend on the capability
+# with gradients, AMD's choices do not depend on the capability
 @pytest.fixture(params=[name for name in PROCESSORS if name != "AMD, AVX2"], autouse=True)
 def chosen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     run_as(request.param, monkeypatch)
@@ -31,7 +31,7 @@ def chosen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
 
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """Shapes of the products that oneDNN is asked for."""
+    """The shapes of products that oneDNN computes."""
     shapes: list[tuple[int, ...]] = []
 
     def onednn_linear(h: Tensor, weight: Tensor, *rest: object) -> Tensor:
@@ -43,7 +43,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
 
 def here(chosen: str) -> bool:
-    """Whether this build of PyTorch leaves the choice."""
+    """Whether this processor takes oneDNN, if PyTorch's build offers the choice."""
     return chosen.startswith("AMD") and torch.backends.mkl.is_available() and torch_private.has_onednn()
 
 
@@ -93,7 +93,7 @@ def test_rows_in_any_shape_and_strides() -> None:
     x = torch.randn(64, 130)
 
     def summed(linear: Callable[..., Tensor], x: Tensor, weight: Tensor) -> Tensor:
-        return linear(x, weight).sum().expand(1)  # its gradient lies in one number
+        return linear(x, weight).sum().expand(1)  # its gradient is one number in memory, expanded
 
     judge("sum", functools.partial(summed, cpu_layers.linear), functools.partial(summed, F.linear), (x, weight))
 
@@ -138,7 +138,7 @@ def test_what_is_taken(chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = taken(monkeypatch)
     x, weight = torch.randn(64, 130, requires_grad=True), torch.randn(140, 130, requires_grad=True)
     cpu_layers.linear(x, weight).sum().backward()
-    # the weight's gradient sums over 64 rows, which is not worth it
+    # oneDNN is not worth it for the weight's gradient, a sum over only 64 rows
     assert shapes == ([(64, 130, 140), (64, 140, 130)] if here(chosen) else [])
     by_sigmoid = "_GELU" in str(cpu_layers.gelu_tanh(torch.ones(64, 130, requires_grad=True)).grad_fn)
     assert by_sigmoid == (chosen != "Intel, AVX-512")
@@ -164,14 +164,14 @@ def test_whoever_wants_plain_functions_gets_them(monkeypatch: pytest.MonkeyPatch
     assert cpu_layers.linear(x.double(), weight.double()).dtype == F64
     assert torch.equal(torch.compile(layer, backend="eager", fullgraph=True)(x), plain)
     assert shapes == []
-    with pytest.raises(RuntimeError):  # PyTorch's own
+    with pytest.raises(RuntimeError):  # raised by PyTorch itself
         cpu_layers.linear(x, weight.t())
     with pytest.raises(RuntimeError):
         cpu_layers.linear(x, weight.double())
 
 
 def test_compiled_exported_and_traced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One program for any number of rows, made of PyTorch's own functions."""
+    """One program of PyTorch's own functions serves any number of rows."""
     shapes = taken(monkeypatch)
     net = fdkernels.VelocityMLP(5, 2, (130, 140)).net
     few, many = torch.randn(7, 8), torch.randn(64, 8)
@@ -183,7 +183,7 @@ def test_compiled_exported_and_traced(monkeypatch: pytest.MonkeyPatch) -> None:
         return graph
 
     compiled = torch.compile(lambda rows: net(rows), backend=count, dynamic=True)
-    traced = torch.jit.trace(net, many, check_trace=False)  # which would run it once untraced
+    traced = torch.jit.trace(net, many, check_trace=False)  # the check would run it once untraced
     found = [run(rows) for run in (exported, compiled, traced) for rows in (few, many)]
     assert len(programs) == 1
     assert shapes == []
@@ -239,7 +239,7 @@ def test_twin_critics_are_the_batched_ones(chosen: str, layer_norm: bool, monkey
 
 
 def test_a_velocity_trains_alike(chosen: str) -> None:
-    """As a stack of PyTorch's own modules does from the same weights."""
+    """A velocity trains like a stack of PyTorch's own modules from the same weights."""
     torch.manual_seed(0)
     flow = fdkernels.VelocityMLP(5, 2, (130, 140), layer_norm=True)
     own = torch.nn.Sequential(

@@ -1,4 +1,4 @@
-"""Rollouts, the dataset made of them, and the places it comes from. No test reaches the network."""
+"""Rollouts, the datasets made of them, and the sources of data. No test uses the network."""
 
 import dataclasses
 import http.server
@@ -33,7 +33,7 @@ from train.environments import resolve
 
 HOPPER = resolve("hopper-medium")
 HOPPER_BOTH = resolve("hopper-medium-expert")
-MEDIUM, EXPERT = HOPPER_BOTH.sources[0].dataset_ids  # as Minari names them
+MEDIUM, EXPERT = HOPPER_BOTH.sources[0].dataset_ids  # Minari's names
 OBS, ACTIONS = 11, 3  # Hopper's
 
 
@@ -49,7 +49,7 @@ def cache(tmp_path, monkeypatch) -> Path:
         unused.bind(("127.0.0.1", 0))
         set_hub(monkeypatch, f"http://127.0.0.1:{unused.getsockname()[1]}")
     yield tmp_path / "minari"
-    huggingface_hub.close_session()  # which may have learned this test's proxy
+    huggingface_hub.close_session()  # it may hold this test's proxy
 
 
 def set_hub(monkeypatch, url: str) -> None:
@@ -60,7 +60,7 @@ def set_hub(monkeypatch, url: str) -> None:
 
 @pytest.fixture
 def policies(tmp_path) -> Path:
-    """Randomly initialised behaviour policies for Hopper, which soon falls over: episodes of tens of steps."""
+    """Randomly initialised behaviour policies for Hopper. It soon falls over, so episodes have only tens of steps."""
     folder = tmp_path / "policies"
     folder.mkdir()
     for i, name in enumerate(HOPPER_BOTH.sources[1].policies):
@@ -78,7 +78,7 @@ def random_policy(obs: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def episode(steps: int, *, terminated: bool, first: float = 0.0) -> EpisodeBuffer:
-    """An episode whose every number says where it stands: o_i = first + i, r_i = 10 o_i, a_i = o_i / 1000."""
+    """An episode whose numbers tell their position: o_i = first + i, r_i = 10 o_i, a_i = o_i / 1000."""
     last = np.arange(steps) == steps - 1
     return EpisodeBuffer(
         observations=first + np.arange(steps + 1.0)[:, None],
@@ -113,7 +113,7 @@ def test_stored_seed_and_actions_replay_the_episode(env_id: str, episodes: int, 
 
 
 def test_rollouts_keep_the_episodes_that_start_first() -> None:
-    # keeping those that end first would leave out long ones
+    # keeping the first to end would leave out long episodes
     played = list(rollout.collect("Hopper-v5", random_policy, episodes=9, seed=5, num_envs=4))
     assert sorted(e.seed for e in played) == sorted(np.random.default_rng(5).integers(2**31, size=9))
 
@@ -212,14 +212,14 @@ def forbid_generation(monkeypatch) -> None:
 
 
 def host(monkeypatch, policies: Path, episodes: dict[str, int]) -> list[str]:
-    """Stand in for Minari's server: downloads put these datasets into the cache. Returns the ids asked for."""
+    """Replace Minari's server: downloads put these datasets into the cache. Returns the list of requested ids."""
     asked = []
 
     def download(dataset_id: str, force_download: bool = False) -> None:
         asked.append(dataset_id)
         folder = hosted.get_dataset_path(dataset_id)
         if folder.exists() and not force_download:
-            return  # as Minari does
+            return  # Minari does so
         shutil.rmtree(folder, ignore_errors=True)
         folder.parent.mkdir(parents=True, exist_ok=True)
         policy = policies / f"{HOPPER.sources[1].policies[0]}.safetensors"
@@ -298,7 +298,7 @@ def test_hosted_data_is_downloaded_then_cached(policies, monkeypatch) -> None:
 def test_hosted_and_generated_parts_are_not_mixed(policies, monkeypatch) -> None:
     host(monkeypatch, policies, {MEDIUM: 4})
     assert len(load_dataset(HOPPER).episode_returns) == 4
-    both = load_dataset(HOPPER_BOTH, policies=policies)  # the expert part is not hosted: KeyError
+    both = load_dataset(HOPPER_BOTH, policies=policies)  # the expert part is not hosted, which raises KeyError
     assert all(dataset_id.startswith("fdkernels/") for dataset_id in both.dataset_ids)
     assert "failed (KeyError" in both.source[0]
 
@@ -336,7 +336,7 @@ def test_offline_error_names_what_can_be_had(policies) -> None:
 
 
 def test_a_hub_that_never_answers_costs_seconds(tmp_path, monkeypatch) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as silent:  # connects, then says nothing
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts connections but never answers
         set_hub(monkeypatch, f"http://127.0.0.1:{silent.getsockname()[1]}")
         check_unavailable(tmp_path, "http://127.0.0.1")
 
@@ -454,7 +454,7 @@ def test_two_runs_at_once_generate_once(policies, monkeypatch) -> None:
 
     def counted(*args, store=generated.store_rollouts):
         calls.append(args)
-        time.sleep(0.3)  # long enough for the other to arrive
+        time.sleep(0.3)  # long enough for the other process to arrive
         store(*args)
 
     monkeypatch.setattr(generated, "store_rollouts", counted)

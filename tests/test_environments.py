@@ -1,4 +1,4 @@
-"""Names of environments, their scores, and quiet MuJoCo."""
+"""Names of environments, their scores, and a quiet MuJoCo."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The flow on the PyTorch path: against the reference in float64, closed forms, and itself in each precision."""
+"""The flow on the PyTorch path, against the reference in float64, closed forms, and itself in each precision."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ BROAD = {"plain": ["none"], "before": ["before"], "after": ["after"], "mixed": [
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("kind", ["float32", "bf16", "autocast", "bfloat16", "float16"])
 def test_precision(kind: str, activation: str, norms: str, shared: bool) -> None:
-    """float32; bf16 asked for, by autocast, by weights; float16: judged by what the reference makes of the same."""
+    """float32; bf16 by argument, by autocast and by weights; float16; judged by the reference in the same precision."""
     torch.manual_seed(list(ACTIVATIONS).index(activation))
     net = stack(5 + 3 + 1, (64, 48, 96), 3, ACTIVATIONS[activation].module, BROAD[norms])
     for linear in net:
@@ -130,7 +130,7 @@ def test_precision(kind: str, activation: str, norms: str, shared: bool) -> None
     low = {"float32": torch.float32, "float16": torch.float16}.get(kind, torch.bfloat16)
     stored = low if kind in ("bfloat16", "float16") else torch.float32
     x0, cond = torch.randn(32, 2, 3), torch.randn(32, 1 if shared else 2, 5)
-    if kind != "float32":  # so that the reference starts from the same numbers
+    if kind != "float32":  # the reference must start from the same numbers
         x0, cond = x0.to(low).float(), cond.to(low).float()
         net = net.to(low).float()
     options = {"method": "heun", "num_steps": 4, "clip": None}
@@ -167,7 +167,7 @@ def test_where_nobody_differentiates_the_processor_decides() -> None:
 @pytest.mark.parametrize("chosen", PROCESSORS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_way_on_the_cpu_gives_the_same(activation: str, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few rows and many."""
+    """For few rows and many."""
     run_as(chosen, monkeypatch)
     sizes = (
         ((24, 40, 8), False, 3),
@@ -187,7 +187,7 @@ def test_every_way_on_the_cpu_gives_the_same(activation: str, chosen: str, monke
             out = fdkernels.integrate_flow(packed, x0, cond, num_steps=3, clip=None)
             truth = fdkernels_ref.integrate_flow(exact, x0.double(), cond.double(), num_steps=3, clip=None)
             reference = fdkernels_ref.integrate_flow(plain, x0, cond, num_steps=3, clip=None).detach()
-            # of few rows what is left of noise and velocities may be little
+            # with few rows, noise and velocities may nearly cancel
             size = torch.cat([x0, cond], 1)
             assert_close(f"{rows} rows", out, truth.detach(), reference, "torch", size=size)
             assert torch.equal(x0, before)
@@ -196,7 +196,7 @@ def test_every_way_on_the_cpu_gives_the_same(activation: str, chosen: str, monke
 @pytest.mark.parametrize("chosen", ["Intel, AVX-512", "AMD, AVX2"])
 @pytest.mark.parametrize("precision", [None, "bf16"])
 def test_weights_as_they_lie(precision: str | None, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights by columns, biases in every second number or all in one, for few rows and for many."""
+    """Weights stored by columns, and strided or expanded biases, for few rows and many."""
     run_as(chosen, monkeypatch)
     flow, odd = fdkernels.VelocityMLP(3, 2, (130, 140, 129)), fdkernels.VelocityMLP(3, 2, (130, 140, 129))
     for layer, same in zip(flow.net[::2], odd.net[::2]):
@@ -214,7 +214,7 @@ def test_weights_as_they_lie(precision: str | None, chosen: str, monkeypatch: py
 
 
 def test_half_precision_without_units_is_rounded_operands(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a processor with units multiplies, in float32: the plain formula on rounded weights and activations."""
+    """As on a processor with units, but in float32: the plain formula on rounded weights and activations."""
     monkeypatch.setattr(processor, "multiplies", lambda dtype: dtype == torch.float32)
     flow, x0, cond = fdkernels.VelocityMLP(3, 2, hidden=(32, 32, 32)), torch.randn(64, 2), torch.randn(64, 3)
 
@@ -231,7 +231,7 @@ def test_half_precision_without_units_is_rounded_operands(monkeypatch: pytest.Mo
         out = fdkernels.integrate_flow(flow.float(), x0, cond, num_steps=1, clip=None, precision="bf16", **options)
         with torch.no_grad():
             truth = fdkernels_ref.integrate_flow(rounded, x0.double(), cond.double(), num_steps=1, clip=None)
-        # where float32 and float64 fall on two sides of a step, an operand is rounded the other way
+        # an operand is rounded the other way if float32 and float64 lie on either side of a tie
         assert (out.detach() - truth).norm() < 1e-4 * truth.norm()
         full = fdkernels.integrate_flow(flow.float(), x0, cond, num_steps=1, clip=None)
         assert (out.detach() - full).norm() > 1e-4 * full.norm()
@@ -276,7 +276,7 @@ def test_the_setting_for_float32_is_never_touched() -> None:
 @pytest.mark.parametrize("case", ["gaussian", "mixture"])
 @pytest.mark.parametrize("backward", [False, True])
 def test_order_of_convergence(case: str, backward: bool) -> None:
-    # a Gaussian along the cosine path: on the linear one it makes the midpoint rule third order
+    # a Gaussian on the cosine path, because on the linear path the midpoint rule would be third order for it
     flow = anisotropic_gaussian(3, path="cosine") if case == "gaussian" else two_modes(2)
     x0 = torch.randn(64, 3 if case == "gaussian" else 2, dtype=F64)
     times = (0.9, 0.0) if backward else (0.0, 0.9)
@@ -366,7 +366,7 @@ def test_gradients_through_the_solver_only_when_asked(kind: str, method: str) ->
 
 
 def kept_by(call: Any) -> int:
-    """Bytes that are still allocated when the call has returned its result."""
+    """Bytes still allocated after the call has returned its result."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         out = call()
     assert out.requires_grad
@@ -420,7 +420,7 @@ def test_vmap_over_stacked_weights(precision: str | None, layer_norm: bool) -> N
 
 @pytest.mark.parametrize("transform", ["functional_call", "vmap of grad"])
 def test_gradients_to_weights_that_are_passed_in(transform: str) -> None:
-    """The weights of a functional call are in place during the call alone, and the checkpoints recompute after it."""
+    """A functional call's weights are in place only during the call, but checkpoints recompute after it."""
     sampler = Sampler(fdkernels.VelocityMLP(3, 2, hidden=(8, 8), layer_norm=True).double(), differentiable=True)
     x0, cond = torch.randn(6, 2, dtype=F64), torch.randn(6, 3, dtype=F64)
     given = {name: torch.randn_like(p, requires_grad=True) for name, p in sampler.named_parameters()}
@@ -450,7 +450,7 @@ def test_compiles_without_a_graph_break(kind: str, precision: str | None) -> Non
         return fdkernels.integrate_flow(velocity, x0, cond, method="heun", num_steps=2, precision=precision)
 
     x0, cond = torch.randn(64, 2), torch.randn(64, 3)
-    torch.compiler.reset()  # every case compiles the same lines anew, which dynamo allows eight times
+    torch.compiler.reset()  # every case recompiles the same lines, which dynamo allows eight times
     compiled = torch.compile(act, fullgraph=True, backend="aot_eager")
     exact = copy.deepcopy(flow).double()
     truth = fdkernels_ref.integrate_flow(exact, x0.double(), cond.double(), method="heun", num_steps=2)

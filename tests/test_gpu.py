@@ -1,4 +1,4 @@
-"""The script that uses a GPU's time: its commands work, and none of them can take more than its share."""
+"""The script for time on a GPU: its commands work, and none can take more than its share."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_no_suite_is_forgotten() -> None:
 @pytest.mark.usefixtures("datasets")
 @pytest.mark.long("two minutes of small runs")
 def test_dry_run(tmp_path: Path) -> None:
-    """Everything that a GPU would be asked to do, on the CPU and in small."""
+    """All commands for a GPU, on the CPU and in small."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
     command = [sys.executable, "benchmarks/gpu.py", "--dry-run", "--out", str(tmp_path / "out")]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Which sequences of launches are recorded, and which are forgotten; the recording itself needs a GPU."""
+"""Which sequences of launches are recorded and which are dropped; recording itself needs a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The floor plan: imports run one way, and options travel in records."""
+"""The floor plan: imports go one way, and options travel in records."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "fdkernels").rglob("*.py"))
-# From the bottom up. A module may import from its own floor and from those below it, a folder's name stands for all of
-# it, and nobody imports from a floor above.
+# From the bottom up. A module may import from its own floor and from floors below, never from above. A folder's name
+# stands for all of its modules.
 FLOORS = [
     {"torch_private", "validation"},
     {"backend", "philox", "groups", "paths", "solvers"},
@@ -33,7 +33,7 @@ MOST_ARGUMENTS = 8
 
 
 def name_of(file: Path) -> str:
-    """Without the package's own name; that itself is the empty one."""
+    """The module's name without the package's; the package itself is ""."""
     parts = file.relative_to(ROOT / "fdkernels").with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
@@ -46,7 +46,7 @@ def floor_of(module: str) -> int:
 
 
 def imports(tree: ast.AST) -> Iterator[str]:
-    """Modules of ours that a file imports, also within functions, but for those that only type checkers read."""
+    """Modules of ours that a file imports, also inside functions, except imports for type checkers only."""
     typing_only = {
         id(inner)
         for node in ast.walk(tree)
@@ -102,7 +102,7 @@ def test_the_reference_stands_alone() -> None:
 
 
 def test_options_travel_in_records() -> None:
-    """Below the public names no function takes more than eight arguments, the kernels' own lists aside."""
+    """Except public functions and kernels, no function takes more than eight arguments."""
     public = {"fisher_penalty", "velocity_to_score", "velocity_fisher_penalty", "flow_fisher_penalty"}
     public |= {"integrate_flow", "integrate_flow_groups"}
     long = []

@@ -29,10 +29,10 @@ print(faults())
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc is what gives memory back")
 def test_memory_is_asked_for_once() -> None:
     def faults(kept: str) -> int:
-        # as glibc starts, before any block that it has seen freed moves its thresholds
+        # glibc's initial thresholds, fixed, because freed blocks would move them
         fixed = {"MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_MMAP_THRESHOLD_": "131072"}
         command = [sys.executable, "-c", FAULTS, kept]
-        others = {"LD_PRELOAD", "GLIBC_TUNABLES"}  # another allocator, or other thresholds
+        others = {"LD_PRELOAD", "GLIBC_TUNABLES"}  # these select another allocator or other thresholds
         env = {name: value for name, value in os.environ.items() if name not in others} | fixed
         run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
         return int(run.stdout)

@@ -1,4 +1,4 @@
-"""Networks that people have, read in place as velocity fields."""
+"""Networks as people write them, read in place as velocity fields."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.judge import assert_agree
 
 
 class Wrapped(nn.Module):
-    """An actor as people write it: the stack hides under other names."""
+    """An actor as people write it, with the stack under other names."""
 
     def __init__(self, stack: nn.Module) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ def assert_the_module_decides(flow: nn.Module, x0: Tensor, cond: Tensor) -> None
 
 
 def test_a_layer_put_in_later_is_seen() -> None:
-    """What packing found is remembered only as long as the module is made of the same layers."""
+    """The result of packing is kept only while the module consists of the same layers."""
     flow, x0, cond = fdkernels.VelocityMLP(3, 2, hidden=(8, 8)), torch.randn(4, 2), torch.randn(4, 3)
     assert fdkernels.pack_mlp(flow) is fdkernels.pack_mlp(flow)
     copied = copy.deepcopy(flow)
@@ -87,7 +87,7 @@ class Doubled(fdkernels.VelocityMLP):
 
 
 def test_what_a_layer_does_before_its_product_is_done() -> None:
-    """A call of what was packed runs the layers themselves, with their hooks; and an activation set later counts."""
+    """Calling a packed module runs the layers themselves, with their hooks and with activations set later."""
     flow, rows = fdkernels.VelocityMLP(3, 2, hidden=(8, 8)), (torch.randn(4, 2), torch.rand(4, 1), torch.randn(4, 3))
     packed = fdkernels.pack_mlp(flow.net)
     before = packed(*rows)

@@ -26,7 +26,7 @@ def assert_judged(
     plain, out = with_gradients(reference, rounded), with_gradients(ours, rounded)
     names = ["value", *(f"gradient of argument {i}" for i in range(len(inputs)))]
     for name, *tensors in zip(names, out, truth, plain):
-        # with d = 1 the normalised penalty does not depend on the scores at all: their gradient is rounding alone
+        # with d = 1 the normalised penalty does not depend on the scores, so their gradient is only rounding
         assert_close(name, *tensors, "torch", size=truth[0])
 
 

@@ -17,7 +17,7 @@ from tests.judge import assert_agree
 
 ROOT = Path(__file__).parent.parent
 
-# Random123's known answers for philox4x32-10: counter, key, words
+# known answers of Random123 for philox4x32-10: counter, key, words
 VECTORS = [
     ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
     ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
@@ -58,7 +58,7 @@ torch.save((out, wide), sys.argv[1])
 
 
 def exact_normal(seed: int, first: int) -> Tensor:
-    """Box-Muller in float64, of the uniforms that float32 holds."""
+    """Box-Muller in float64, from the float32 uniforms."""
     position = torch.arange(first, first + 128)
     words = philox(
         (position & 0xFFFFFFFF, position >> 32, 0 * position, 0 * position),
@@ -99,7 +99,7 @@ def test_a_batch_of_seeds() -> None:
 
 
 def distance(sample: Tensor) -> float:
-    """Kolmogorov-Smirnov distance from N(0, 1), times the square root of the size: above 1.95 once in a thousand."""
+    """Kolmogorov-Smirnov distance from N(0, 1) times √n, which exceeds 1.95 once in a thousand."""
     ordered, n = sample.flatten().double().sort().values, sample.numel()
     cdf, steps = torch.special.ndtr(ordered), torch.arange(n + 1, dtype=torch.float64) / n
     return max((cdf - steps[:-1]).max(), (steps[1:] - cdf).max()).item() * math.sqrt(n)

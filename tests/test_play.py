@@ -1,4 +1,4 @@
-"""Playing a finished run, as people type it."""
+"""Playing a finished run from the command line."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SMALL: dict[str, Any] = {"actor_hidden": (16, 16), "critic_hidden": (16,), "flow
 
 
 def finished(folder: Path, agent: str = "fidec", **acting: object) -> Path:
-    """What a run leaves, of an agent that has learned nothing."""
+    """The folder of a finished run whose agent has learned nothing."""
     hyper = AGENTS[agent].hyperparameters(**SMALL)
     config = RunConfig("hopper-medium", agent=agent, out=folder, hyper=hyper, **acting)  # type: ignore[arg-type]
     learner = AGENTS[agent](hyper, 11, 3)
@@ -54,7 +54,7 @@ def test_plays_what_was_trained(agent: str, tmp_path: Path, capsys: pytest.Captu
 
 
 def test_films(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """With a renderer that needs no graphics driver."""
+    """A stand-in renderer avoids the graphics driver."""
     import gymnasium as gym
     import imageio.v3 as imageio
 
@@ -89,7 +89,9 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         play.main([str(fql), "--episodes", "0"])
     assert "--episodes must be positive, got 0" in capsys.readouterr().err
     file = fql / "policy.safetensors"
-    weights = {name: tensor.clone() for name, tensor in load_file(file).items()}  # which maps the file, cut short next
+    weights = {
+        name: tensor.clone() for name, tensor in load_file(file).items()
+    }  # copied: the file is mapped, and cut next
     file.write_bytes(file.read_bytes()[:1000])
     assert "is no policy of this version" in error(str(fql))
     header = {"env": "hopper-medium", "agent": "fql", "hyper": json.dumps({"alhpa": 1})}

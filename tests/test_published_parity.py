@@ -1,4 +1,4 @@
-"""Our agents are the published ones: every recorded number of the cases in ``--golden-dir``."""
+"""Our agents match the published ones in every recorded number of the cases in ``--golden-dir``."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ def test_a_spoiled_output_is_noticed(case: Case, exact: dict[str, Tensor]) -> No
         for key in numeric_keys(case, outputs):
             problems = mismatches(spoiled(case, key), results, dtype, exact=exact, only=key)
             assert problems, f"{key} off by 0.1 % went unnoticed"
-    for key in numeric_keys(case, outputs):  # of the last, in float32
+    for key in numeric_keys(case, outputs):  # of the last update, in float32
         wrong = {key: 1.01 * results[key]}
         problems = mismatches(case, wrong, torch.float32, exact=exact, only=key)
         assert problems, f"ours off by 1 % in {key} went unnoticed"
 
 
 def test_a_spoiled_input_is_noticed(case: Case) -> None:
-    # whole arrays: a single number may have no effect at all, such as noise whose action is clipped anyway
+    # change whole arrays: a single number may have no effect, such as noise whose action is clipped anyway
     for key in numeric_keys(
         case, "batch/|rand/(?!t_fisher)|init/.*(Dense_1|log_alpha)|opt/nu/modules_critic/.*Dense_1"
     ):

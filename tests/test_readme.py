@@ -1,4 +1,4 @@
-"""The README keeps its promises: its code runs, its files and commands exist."""
+"""The README's promises: its code runs, and its files and commands exist."""
 
 from __future__ import annotations
 

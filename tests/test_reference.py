@@ -1,4 +1,4 @@
-"""fdkernels_ref against closed forms: Gaussians and mixtures of Gaussians, where every step of the chain is known."""
+"""fdkernels_ref against closed forms: for Gaussians and their mixtures every step of the chain is known."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import fdkernels_ref as ref
 from tests.closed_forms import SCHEDULES, Gaussian, anisotropic_gaussian, two_modes
 
 F64 = torch.float64
-EXACT = dict(rtol=1e-9, atol=1e-10)  # float64 rounding, with room for the division by σ
+EXACT = dict(rtol=1e-9, atol=1e-10)  # float64's rounding, with room for the division by σ
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -25,7 +25,7 @@ def assert_exact(actual: Tensor, expected: Tensor, what: str) -> None:
 
 
 def assert_mean(values: Tensor, expected: Tensor | float, what: str) -> None:
-    """The mean of `values` (n, ...) is `expected` within 4.5 standard errors of that mean."""
+    """Check that the mean of `values` (n, ...) lies within 4.5 standard errors of `expected`."""
     error = values.std(0) / math.sqrt(len(values))
     off = (values.mean(0) - expected).abs() / error
     assert off.max() < 4.5, f"{what}: {values.mean(0)} ± {error}, expected {expected}: {off.max():.1f} standard errors"
@@ -111,7 +111,7 @@ def test_velocity_convention_is_not_a_score():
 @pytest.mark.parametrize(("method", "order"), [("euler", 1), ("midpoint", 2), ("heun", 2), ("rk4", 4)])
 @pytest.mark.parametrize(("start", "end"), [(0.0, 1.0), (1.0, 0.0)], ids=["forward", "backward"])
 def test_order_of_convergence(method, order, start, end):
-    # On the linear path Σ_t is quadratic in t, and midpoint's h³ term vanishes on every Gaussian: order 3 there.
+    # Not the linear path: Σ_t is quadratic in t there, so midpoint's h³ term vanishes on every Gaussian (order 3).
     gaussian = anisotropic_gaussian(3, path="cosine")
     x0 = normal(20, 3)
     exact = gaussian.transport(x0, start, end)
@@ -125,7 +125,7 @@ def test_order_of_convergence(method, order, start, end):
 
 
 def test_euler_by_hand():
-    """The Gaussian's Euler map is affine: a product of S known matrices; also the default grid, i/S."""
+    """The Gaussian's Euler map is affine, a product of S known matrices. This also checks the default grid, i/S."""
     gaussian = anisotropic_gaussian(3)
     x0, steps, eye = normal(6, 3), 10, torch.eye(3, dtype=F64)
     expected = x0
@@ -139,7 +139,7 @@ def test_euler_by_hand():
 
 @pytest.mark.parametrize(("path", "grid"), [("linear", None), ("linear_reversed", torch.linspace(1, 0, 41))])
 def test_gaussian_samples(path, grid):
-    """Each sample is where the exact flow carries its noise, and together they have the data's mean and covariance."""
+    """Samples lie where the exact flow carries their noise, and have the data's mean and covariance."""
     gaussian = anisotropic_gaussian(3, path=path)
     x0 = normal(20_000, 3)
     out = ref.integrate_flow(gaussian.velocity, x0, num_steps=40, method="rk4", time_grid=grid, clip=None)
@@ -152,7 +152,7 @@ def test_gaussian_samples(path, grid):
 
 
 def test_mixture_samples():
-    """Mean, covariance and mode weights of 20,000 samples, the flow's own error below a tenth of a standard error."""
+    """Mean, covariance and mode weights of 20,000 samples; the flow's error is below a tenth of a standard error."""
     mixture = two_modes(2)
     x0 = normal(20_000, 2)
     out = ref.integrate_flow(mixture.velocity, x0, num_steps=40, method="rk4", clip=None)
@@ -164,7 +164,7 @@ def test_mixture_samples():
 
 
 def test_mixture_flow_in_one_dimension_preserves_quantiles():
-    """A flow on the line cannot cross itself, so each quantile of N(0, 1) goes to that quantile of the data."""
+    """Flow lines in one dimension cannot cross, so each quantile of N(0, 1) goes to the same quantile of the data."""
     mixture = two_modes(1)
     x0 = torch.linspace(-3, 3, 61, dtype=F64)[:, None]
     out = ref.integrate_flow(mixture.velocity, x0, num_steps=100, method="rk4", clip=None)
@@ -177,7 +177,7 @@ def test_mixture_flow_in_one_dimension_preserves_quantiles():
 
 
 def test_flow_clips_the_end_and_only_the_end():
-    """x' = 3·(1 − 2t) runs from 0 out past 1 and back: clipping on the way would end elsewhere."""
+    """x' = 3·(1 − 2t) runs from 0 past 1 and back, so clipping on the way would change the end."""
     x0 = torch.tensor([[-0.5], [0.0], [0.9]], dtype=F64)
     grid = [0.0, 0.25, 0.5, 0.75, 1.0]
     out = ref.integrate_flow(lambda x, t, cond: 3 * (1 - 2 * t), x0, time_grid=grid, return_path=True)
@@ -227,7 +227,7 @@ def scores_with(matrix: Tensor) -> Tensor:
 
 
 def test_known_matrix():
-    """matrix, normalised matrix, penalty and spectrum of an F that is known exactly."""
+    """Matrix, normalised matrix, penalty and spectrum of an F that is known exactly."""
     matrix, eye = anisotropic_gaussian(4, seed=3).covariance, torch.eye(4, dtype=F64)
     score, delta = scores_with(matrix), normal(4, seed=1)
     damped = matrix + 0.01 * eye
@@ -265,7 +265,7 @@ def test_eps_takes_over_where_the_trace_is_small():
 
 
 def test_many_scores_in_float16():
-    """512 scores whose mean of s·sᵀ fits float16, and whose sum does not."""
+    """The mean of s·sᵀ over 512 scores fits in float16, but their sum does not."""
     score = torch.full((512, 2), 20.0, dtype=torch.float16)
     assert (ref.fisher_matrix(score, damping=0.0) == 400).all()
 
@@ -283,7 +283,7 @@ def test_reductions():
 @pytest.mark.parametrize("normalize", ["trace", "none"])
 @pytest.mark.parametrize("eps", [1e-6, 1e3])
 def test_gradients_are_those_of_the_formula(normalize, eps):
-    """Both gradients in closed form, from N = (1/K)Σ(s·δ)² + λ‖δ‖² over M = max((1/K)Σ‖s‖² + λd, εd)."""
+    """Both gradients in closed form, from N / M with N = (1/K)Σ(s·δ)² + λ‖δ‖² and M = max((1/K)Σ‖s‖² + λd, εd)."""
     d, k, damping = 3, 4, 0.1
     delta, score = normal(5, d, seed=1).requires_grad_(), normal(5, k, d, seed=2).requires_grad_()
     penalty = ref.fisher_penalty(delta, score, damping=damping, normalize=normalize, eps=eps)
@@ -302,7 +302,7 @@ def test_gradients_are_those_of_the_formula(normalize, eps):
 
 
 def test_expected_penalty_of_a_gaussian():
-    """E[δᵀFδ] = δᵀΣ_t⁻¹δ; normalised, over tr Σ_t⁻¹."""
+    """E[δᵀFδ] = δᵀΣ_t⁻¹δ; normalised, it is divided by tr Σ_t⁻¹."""
     gaussian, t, n = anisotropic_gaussian(3), 0.8, 40_000
     x = on_path(gaussian.sample(n, torch.Generator().manual_seed(5)), t, seed=6)
     score = ref.velocity_to_score(gaussian.velocity(x, t), x, t)
@@ -326,7 +326,7 @@ def test_penalty_is_the_kl_divergence_to_third_order():
     cell = float(axis[1] - axis[0]) ** 2
     log_p = mixture.log_prob_t(x, t)
     assert abs(float(log_p.exp().sum()) * cell - 1) < 1e-9, "the grid does not hold the density"
-    # Scores weighted by √(n·p·cell), so that their plain mean of outer products is ∫ p·s·sᵀ.
+    # Weighting the scores by √(n·p·cell) makes their plain mean of outer products ∫ p·s·sᵀ.
     score = ref.velocity_to_score(mixture.velocity(x, t), x, t) * (len(x) * cell * log_p.exp())[:, None].sqrt()
     direction = torch.tensor([0.8, 0.6], dtype=F64)
     sizes, gaps = [0.16, 0.08, 0.04, 0.02, 0.01], []
@@ -346,7 +346,7 @@ def test_penalty_is_the_kl_divergence_to_third_order():
 @pytest.mark.parametrize("convention", ["exact", "velocity"])
 @pytest.mark.parametrize("t", [0.6, torch.tensor([[[0.6]], [[0.3]]], dtype=F64)], ids=["float", "tensor"])
 def test_chain_by_hand(t, convention):
-    """A velocity that is constant for each state makes every step a line of arithmetic; the clip is active."""
+    """With a constant velocity for each state, every step is a line of arithmetic; the clip is active."""
     batch, k, d = 2, 3, 4
     cond, delta = normal(batch, d, seed=1), normal(batch, d, seed=2)
     noise, bridge_noise = normal(batch, k, d, seed=3), normal(batch, k, d, seed=4)
@@ -367,7 +367,7 @@ def test_chain_by_hand(t, convention):
 
 @pytest.mark.parametrize(("normalize", "damping"), [("trace", 0.0), ("trace", 0.5), ("none", 0.5)])
 def test_chain_on_a_gaussian(normalize, damping):
-    """With many samples the penalty is (δᵀΣ_t⁻¹δ + λ‖δ‖²)/(tr Σ_t⁻¹ + λd), t = 0.8, the state moving the mean."""
+    """With many samples the penalty is (δᵀΣ_t⁻¹δ + λ‖δ‖²)/(tr Σ_t⁻¹ + λd) at t = 0.8; the state moves the mean."""
     gaussian, t, k = anisotropic_gaussian(3), 0.8, 20_000
     cond, delta = normal(2, 3, seed=1), normal(2, 3, seed=2)
     penalty, score = ref.flow_fisher_penalty(
@@ -426,7 +426,7 @@ def test_chain_differentiates_the_displacement_only():
 
 
 def test_chain_draws_from_the_generator():
-    """Same seed, same penalty; the flow's noise is drawn first, the bridge's second."""
+    """The same seed gives the same penalty; the flow's noise is drawn first, the bridge's second."""
     velocity, cond, delta = anisotropic_gaussian(3).velocity, normal(5, 2), normal(5, 3, seed=1)
 
     def penalty(seed: int, **given: Tensor) -> Tensor:

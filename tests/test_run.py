@@ -1,4 +1,4 @@
-"""The command people type, on real data and the real simulator, with tiny networks."""
+"""The training command, on real data and the real simulator, with tiny networks."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def command(*args: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """An uninterrupted run from the shell, and what it printed."""
+    """An uninterrupted run from the shell, and its output."""
     out = tmp_path_factory.mktemp("finished") / "run"
     done = subprocess.run(command("--out", str(out)), capture_output=True, text=True, timeout=300, cwd=out.parent)
     assert done.returncode == 0, done.stderr
@@ -226,7 +226,7 @@ def test_a_trace_that_one_can_open(
     assert any(event.get("name") == "aten::addmm" for event in events)
     ours, theirs = load_file(out / "policy.safetensors"), load_file(finished[0] / "policy.safetensors")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    # one that ends in the middle of it, and one before
+    # a run that ends in the middle of the trace, and one that ends before it
     assert main([*TINY, "--profile", "--steps", "12", "--out", str(tmp_path / "short")]) == 0
     assert f"profile    {tmp_path / 'short' / 'trace.json'}: 2 updates" in capsys.readouterr().out
     assert main([*TINY, "--profile", "--steps", "7", "--out", str(tmp_path / "shorter")]) == 0
@@ -238,7 +238,7 @@ GROUP = [*TINY, "--num-seeds", "2"]
 
 @pytest.fixture(scope="module")
 def group(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """Two seeds side by side, and what the run printed."""
+    """Two seeds side by side, and the run's output."""
     out = tmp_path_factory.mktemp("group")
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         assert main([*GROUP, "--out", str(out)]) == 0
@@ -246,7 +246,7 @@ def group(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 
 def figures(folder: Path) -> list[float]:
-    """The table of metrics without what depends on the clock."""
+    """The table of metrics without the columns that depend on the clock."""
     rows = read(folder / "metrics.csv")
     return [float(v) for row in rows for name, v in row.items() if v and name not in ("stage", "updates_per_second")]
 
@@ -280,7 +280,7 @@ def test_the_table_of_a_group(group: tuple[Path, str]) -> None:
     out, printed = group
     last = [float(read(out / f"fidec-seed{seed}" / "evaluations.csv")[-3]["score_mean"]) for seed in (0, 1)]
     table = printed[printed.index("D4RL-normalised score (HalfCheetah-v5)") :]
-    # of two, nothing is cut off
+    # the interquartile mean of two scores keeps both
     for text in ("seed 0", "seed 1", "interquartile mean", f"{sum(last) / 2:.1f} [", "fidec-seeds0to1.png"):
         assert text in table
     assert (out / "fidec-seeds0to1.png").read_bytes().startswith(b"\x89PNG")
@@ -321,7 +321,7 @@ def test_a_group_goes_on_where_all_its_seeds_were(
     out = tmp_path / "group"
     assert main([*GROUP, "--steps", "10", "--out", str(out)]) == 0
     newest = out / "fidec-seed1" / "checkpoints" / "step-000000020.safetensors"
-    newest.write_bytes(newest.read_bytes()[:1000])  # seed 0 has step 20, seed 1 only the one before
+    newest.write_bytes(newest.read_bytes()[:1000])  # seed 0 has step 20, seed 1 only the step before
     assert main([*GROUP, "--out", str(out), "--resume"]) == 0
     printed = capsys.readouterr().out
     assert f"refused    checkpoint {newest}" in printed
@@ -428,7 +428,7 @@ def test_presets_evaluate_where_the_agent_begins(preset: str, agent: str) -> Non
 @dataclasses.dataclass(frozen=True)
 class OwnConfig(AgentConfig):
     boldness: float = 1.0
-    """Of this agent alone."""
+    """A hyper-parameter that only this agent has."""
 
 
 def test_an_agent_may_have_flags_of_its_own(
@@ -460,7 +460,7 @@ def test_returns_are_those_of_whole_episodes() -> None:
     def still(obs: np.ndarray) -> np.ndarray:
         return np.zeros((len(obs), 3))
 
-    # Hopper falls over; whatever happens after that must not count
+    # Hopper falls over, and what happens after that must not count
     returns = run_episodes("Hopper-v5", still, episodes=3, seed=5)
     alone = [run_episodes("Hopper-v5", still, episodes=1, seed=5 + i)[0] for i in range(3)]
     np.testing.assert_allclose(returns, alone)

@@ -1,4 +1,4 @@
-"""The table of configurations: a GPU's own entries go first, then its family's; what was measured is kept."""
+"""The table of configurations: a GPU's own entries go before its family's, and measured ones are kept."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_a_gpus_own_entries_go_first(monkeypatch: pytest.MonkeyPatch) -> None:
         return best and best["source"]
 
     assert found(H100, "half") == "own"
-    assert found(H100, "high") == "family"  # its own say nothing of this precision
+    assert found(H100, "high") == "family"  # its own entries lack this precision
     assert found(Gpu("NVIDIA H200", "sm_90"), "half") == "family"
     assert found(A100, "half") is None
 

@@ -1,4 +1,4 @@
-"""What an update computes, and that other ways of making it compute the same: compiled, many seeds at once."""
+"""An update's results, and that it gives the same ones when it is compiled or trains many seeds at once."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def dataset(dtype: torch.dtype = torch.float32) -> OfflineDataset:
 
 
 class Training:
-    """A learner on random data, a generator for each seed."""
+    """A learner on random data, with a generator for each seed."""
 
     def __init__(self, learner: Learner, seeds: list[int], data: OfflineDataset) -> None:
         self.learner, self.data = learner, data
@@ -48,7 +48,7 @@ class Training:
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def run(self, updates: int, start: int = 0) -> list[dict[str, Tensor]]:
-        """A warm-up of the flow, one of the critics, then the agent; the figures of the last update."""
+        """One warm-up update of the flow, one of the critics, then the agent's; returns the last update's figures."""
         for i in range(start, start + updates):
             parts: Parts = ("flow",) if i == 0 else ("data_critic",) if i == 1 else self.learner.agent_parts(i - 2)
             batch, draws = self.learner.sample(self.data, BATCH, self.generators)
@@ -64,7 +64,7 @@ def assert_same(ours: Agent, theirs: Agent, **tolerance: float) -> None:
 
 
 class CountedFlow(fdkernels.VelocityMLP):
-    """Counts the rows that it is asked for."""
+    """Counts the rows that it evaluates."""
 
     rows = 0
 
@@ -75,7 +75,7 @@ class CountedFlow(fdkernels.VelocityMLP):
 
 @pytest.mark.parametrize(
     ("name", "per_state"),
-    # twice ten steps, a row of flow matching, and for each of K samples ten steps and the score
+    # fidec: twice ten steps, one row of flow matching, and for each of K samples ten steps and the score
     [("fidec", lambda k: 21 + 11 * k), ("deflow", lambda k: 21), ("fql", lambda k: 11)],
 )
 @pytest.mark.parametrize("log", [False, True])
@@ -132,7 +132,7 @@ def test_flow_precision_is_that_of_the_integration_alone() -> None:
 
 
 def test_importable_with_torch_alone() -> None:
-    """A GPU machine for tests and benchmarks has little more."""
+    """GPU machines for tests and benchmarks have little more."""
     hidden = ("tyro", "gymnasium", "minari", "mujoco", "safetensors", "matplotlib", "scipy", "tensorboard", "tqdm")
     code = f"import sys; sys.modules.update(dict.fromkeys({hidden}))\nimport train.agents.seeds, train.capture"
     code += "\nimport train.profiling, tests.published"
@@ -147,7 +147,7 @@ def test_importable_with_torch_alone() -> None:
 
 @pytest.mark.long("half a minute of C++ to compile")
 def test_compiled_losses_are_the_losses() -> None:
-    """Through inductor; the parity tests trace all three agents."""
+    """With inductor; the parity tests trace all three agents."""
     torch.compiler.reset()
     plain, compiled = (make("fidec", flow_steps=1, critic_hidden=(8,)).double() for _ in range(2))
     compiled.compile(fullgraph=True, dynamic=False)
@@ -239,7 +239,7 @@ def test_batches_are_those_of_the_seed_alone() -> None:
 @pytest.mark.parametrize("parts", [ALL_PARTS, ("flow",), ("critic", "actor")])
 @pytest.mark.parametrize("name", AGENTS)
 def test_flows_integrated_together_are_those_of_each_seed(name: str, parts: Parts) -> None:
-    """What a GPU does in one launch is here under vmap, and what the CPU does seed by seed."""
+    """Here vmap stands for the one launch on a GPU; the CPU integrates seed by seed."""
     group = SeedGroup([make(name, seed).double() for seed in SEEDS])
     batch, draws = group.sample(dataset(torch.float64), BATCH, [torch.Generator().manual_seed(seed) for seed in SEEDS])
     apart, together = group.integrate(batch, draws, parts), group.integrate_together(batch, draws, parts)

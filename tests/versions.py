@@ -1,10 +1,10 @@
-"""The library's tests under PyTorch from the oldest that is supported to the newest: ``make test-versions``.
+"""Run the library's tests under PyTorch from the oldest supported version to the newest: ``make test-versions``.
 
     python tests/versions.py [2.7 2.9 2.11 newest]
 
-Each PyTorch gets a virtual environment of its own under runs/versions, with the Triton that belongs to it; the oldest
-is tried with the oldest Python and NumPy, where there is a ``python3.10`` or OLDEST_PYTHON names one. Downloads several
-GB and takes half an hour on two cores. What comes out is written to docs/versions.md.
+Each PyTorch gets its own virtual environment under runs/versions, with the Triton that belongs to it. The oldest runs
+with the oldest Python and NumPy, if there is a ``python3.10`` or OLDEST_PYTHON names one. This downloads several GB,
+takes half an hour on two cores, and writes its results to docs/versions.md.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FOLDER = ROOT / "runs" / "versions"
 TABLE = ROOT / "docs" / "versions.md"
 VERSIONS = ("2.7", "2.9", "2.11", "newest")
 OLDEST_PYTHON = os.environ.get("OLDEST_PYTHON", "python3.10")
-# before Triton 3.7 the interpreter does not run with NumPy 2.4
+# before Triton 3.7 the interpreter does not work with NumPy 2.4
 NUMPY = {"2.7": "numpy==1.26.*", "newest": "numpy"}
 NEEDS = ("einops", "pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "setuptools")
 CPU = [f"tests/test_{name}.py" for name in ("backend", "chain", "flow", "networks", "operators", "philox", "reference")]
@@ -61,7 +61,7 @@ def works(python: str) -> bool:
 
 
 def install(version: str) -> Path:
-    """The interpreter of an environment with that PyTorch, made where it is not there yet."""
+    """The Python of an environment with that PyTorch, which is created if it is missing."""
     folder = FOLDER / version
     python = folder / "bin" / "python"
     if not (folder / "installed").exists():
@@ -76,7 +76,7 @@ def install(version: str) -> Path:
 
 
 def run(python: Path, version: str, group: str) -> str:
-    """The tests of a group, as the table has it."""
+    """Run the tests of a group; returns the counts for the table."""
     report = FOLDER / f"{version}-{group.replace(' ', '-')}.xml"
     report.unlink(missing_ok=True)
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "TRITON_CACHE_DIR": str(FOLDER / version / "triton")}

@@ -1,6 +1,6 @@
-"""The kernels' own suite. It runs on a GPU, or where TRITON_INTERPRET=1 was set before triton was imported.
+"""The kernels' own suite. It runs on a GPU, or with TRITON_INTERPRET=1 set before triton is imported.
 
-Without either nothing is collected here; ``make test`` runs it in a process of its own.
+Otherwise pytest collects nothing here; ``make test`` runs this suite in its own process.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tests.kernels.device import DEVICE, INTERPRETED, guarded_memory
 if DEVICE.type != "cuda" and not INTERPRETED:
     collect_ignore_glob = ["test_*.py"]
 
-# On a GPU each new size is a compilation of a second or so.
+# On a GPU each new size takes about a second to compile.
 examples = settings().max_examples if INTERPRETED else 10
 settings.register_profile("kernels", max_examples=examples, deadline=None, derandomize=True)
 settings.load_profile("kernels")
@@ -29,7 +29,7 @@ settings.load_profile("kernels")
 
 @pytest.fixture(autouse=True)
 def strict_memory() -> Iterator[None]:
-    """Fresh memory is NaN, so that an element nobody wrote shows; nothing outside of the arguments is touched."""
+    """Fresh memory is NaN, so that unwritten elements show; accesses outside the arguments fail."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     with guarded_memory() if INTERPRETED else contextlib.nullcontext():
@@ -47,7 +47,7 @@ def pytest_report_header() -> str:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Into $OUT, one line a test as it ends: a run that is cut short leaves what it found."""
+    """Write one line per finished test into $OUT, so that a run that is cut short leaves its results."""
     written_by_another = "PYTEST_XDIST_WORKER" in os.environ
     if "OUT" not in os.environ or written_by_another or (report.when != "call" and report.passed):
         return

@@ -1,4 +1,4 @@
-"""Where the kernels run, and memory that shows a stray access: bands of NaN, and spans that the interpreter minds."""
+"""The device of the tests, and memory that shows stray accesses: by bands of NaN, and by checks in the interpreter."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda")
 on_gpu = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA GPU: `make gpu` runs it where there is one")
 BACKENDS = ("torch", "triton")
-# bf16 arithmetic is not to be trusted in the interpreter; the GPU lane has all three.
+# bf16 arithmetic is unreliable in the interpreter; GPU runs test all three.
 DTYPES = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.bfloat16, torch.float16)
-# Nobody runs inductor's CPU code beside the interpreter. A process that did was once aborted, and it is not known why.
+# No inductor under the interpreter: a process that ran its CPU code there once aborted, for unknown reasons.
 COMPILERS = ("aot_eager",) if INTERPRETED else ("aot_eager", "inductor")
 GUARD = 64  # elements; keeps 16-byte alignment
 
 
 def guarded(tensor: Tensor) -> Tensor:
-    """The same values on the device, between bands of NaN: whoever reads beyond the tensor will show it."""
+    """The same values on the device between bands of NaN, so that reads beyond the tensor show."""
     storage = torch.full((tensor.numel() + 2 * GUARD,), torch.nan, dtype=tensor.dtype, device=DEVICE)
     inside = storage[GUARD : GUARD + tensor.numel()].view(tensor.shape)
     inside.copy_(tensor)
@@ -43,7 +43,7 @@ def strided(tensor: Tensor, layout: str) -> Tensor:
 
 
 def leaves(arguments: Iterable[Any]) -> Iterator[Any]:
-    """A kernel's arguments without the records that they come in."""
+    """A kernel's arguments, taken out of their records."""
     for argument in arguments:
         if isinstance(argument, tuple):
             yield from leaves(argument)
@@ -53,9 +53,9 @@ def leaves(arguments: Iterable[Any]) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def guarded_memory() -> Iterator[None]:
-    """Under the interpreter, every element that a kernel reads or writes lies in one of its arguments.
+    """Under the interpreter, check that every element that a kernel reads or writes lies in one of its arguments.
 
-    NaN bands show only what reaches a result; this shows what is read and thrown away, and what is written.
+    NaN bands only show reads that reach a result. This check also shows reads that are discarded, and writes.
     """
     from triton.runtime import interpreter
 

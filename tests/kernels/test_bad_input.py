@@ -1,4 +1,4 @@
-"""Every mistake is answered by a sentence that names the operator, the argument, what it got and what it wants."""
+"""Each mistake raises a sentence with the operator, the argument, the value it got and the one it wants."""
 
 from __future__ import annotations
 
@@ -76,5 +76,5 @@ def test_triton_says_what_it_cannot_serve() -> None:
 
 
 def test_no_backend_is_chosen_in_silence() -> None:
-    """float64 goes to PyTorch where the choice is free, on any device."""
+    """Without an explicit backend, float64 goes to PyTorch on any device."""
     assert fdkernels.fisher_penalty(δ, s.double()).dtype == torch.float64

@@ -1,4 +1,4 @@
-"""The fused flow against the plain maths in float64: integration, and the whole chain to penalty and gradient."""
+"""The fused flow against the plain maths in float64: integration, and the chain to penalty and gradient."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ from tests.kernels.together import programs_together
 
 HOPPER = DEVICE.type == "cuda" and torch.cuda.get_device_capability() == (9, 0)
 IMPLEMENTATIONS = ("streamed", "gemm", *(("stationary",) if INTERPRETED or HOPPER else ()))
-# What the products may cost, as ‖error‖/‖truth‖ of the float64 result.
-# Stationary networks have no room for "highest".
+# Allowed errors by precision of the products, as ‖error‖/‖truth‖ with a truth in float64.
+# Stationary networks do not fit in "highest".
 PRECISIONS = {"highest": 1e-5, "high": 1e-3, "bf16": 1e-2}
 long = pytest.mark.long("another one of its kind")
 MOST_EXACT = {"streamed": "highest", "gemm": "highest", "stationary": "high"}
@@ -52,7 +52,7 @@ def network(
     order: tuple[str, ...] = ("cond", "x", "t"),
     seed: int = 0,
 ) -> PackedMLP:
-    """A packed stack whose biases and norms are not those of a fresh one."""
+    """A packed stack with biases and norms unlike a fresh one's."""
     torch.manual_seed(seed)
     width, modules = cond_dim + d + 1, []
     for i, next_width in enumerate(hidden):
@@ -63,7 +63,7 @@ def network(
         width = next_width
     modules.append(nn.Linear(width, d))
     stack = nn.Sequential(*modules)
-    for parameter in stack.parameters():  # as large as the fresh weights, whatever the width
+    for parameter in stack.parameters():  # as large as the fresh weights at any width
         parameter.data += 0.5 * torch.randn_like(parameter) / parameter.shape[-1] ** 0.5
     return fdkernels.pack_mlp(stack.to(DEVICE), order if cond_dim else tuple(n for n in order if n != "cond"))
 
@@ -85,7 +85,7 @@ def mlp_on(mlp: PackedMLP, device: torch.device, dtype: torch.dtype) -> PackedML
 
 @contextlib.contextmanager
 def at_once(implementation: str, precision: str = "high") -> Iterator[None]:
-    """Programs that wait for one another all run, in the interpreter as on a GPU; the library's products follow."""
+    """Let programs that wait for one another run together, as on a GPU, and set the precision of library products."""
     before = torch.get_float32_matmul_precision()
     if implementation == "gemm" and precision in ("highest", "high"):
         torch.set_float32_matmul_precision(precision)
@@ -111,7 +111,7 @@ def true_end(velocity: PackedMLP | nn.Module, x0: Tensor, cond: Tensor, **option
 def true_penalty(
     velocity: PackedMLP | nn.Module, cond: Tensor, displacement: Tensor, noise: Tensor, bridge: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Penalty, and the gradient of its sum to the displacement, by the plain maths in float64 in two steps."""
+    """The penalty and the gradient of its sum with respect to δ, by the plain maths in float64 in two steps."""
     leaf = displacement.detach().double().cpu().requires_grad_()
     draws = {"noise": noise.double().cpu(), "bridge_noise": bridge.double().cpu(), "num_samples": noise.shape[-2]}
     penalty = fdkernels_ref.flow_fisher_penalty(in_double(velocity), cond.double().cpu(), leaf, **draws, num_steps=2)
@@ -158,7 +158,7 @@ def test_sizes(rows: tuple[int, ...], cond_dim: int, d: int, hidden: tuple[int, 
 @pytest.mark.parametrize("precision", ["high", "bf16"])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_precisions_at_the_published_size(implementation: str, precision: str) -> None:
-    """256 rows and 10 steps; the chain has four samples of each of 64 states."""
+    """256 rows and 10 steps; the chain has four samples for each of 64 states."""
     mlp = network(17, 6, (512,) * 4)
     judge_flow(mlp, draw(256, 6), draw(256, 17), implementation, precision, num_steps=10)
     judge_chain(mlp, (64,), 4, implementation, precision)
@@ -196,7 +196,7 @@ def test_any_network(
     implementation: str,
 ) -> None:  # fmt: skip
     if norm != "none" and 1 in hidden:
-        hidden = tuple(max(2, width) for width in hidden)  # the norm of one number is zero over zero
+        hidden = tuple(max(2, width) for width in hidden)  # normalising one number is zero over zero
     mlp = network(cond_dim, d, hidden, activation, norm, order)
     cond_lead = (*lead[:-1], 1) if shared and lead else lead
     judge_flow(
@@ -282,7 +282,7 @@ def test_more_samples_than_a_program_holds(implementation: str) -> None:
 
 @pytest.mark.parametrize("implementation", ["streamed", "gemm"])
 def test_autocast_reaches_no_further_than_it_is_let(implementation: str) -> None:
-    """The precision given is the one that is used; without one, it is autocast's."""
+    """An explicit precision is used; without one, autocast decides."""
     mlp, x0, cond = network(5, 3, (32, 32)), guarded(draw(9, 3)), guarded(draw(9, 5))
     run = functools.partial(fdkernels.integrate_flow, mlp, x0, cond, implementation=implementation)
     penalty = functools.partial(
@@ -301,7 +301,7 @@ def test_autocast_reaches_no_further_than_it_is_let(implementation: str) -> None
 @pytest.mark.parametrize("implementation", ["streamed", "gemm"])
 @pytest.mark.parametrize(("activation", "layer_norm"), [("relu", False), ("silu", True)])
 def test_networks_stacked_twice(implementation: str, activation: Any, layer_norm: bool) -> None:
-    """One vmap within another."""
+    """One vmap inside another."""
     modules = [fdkernels.VelocityMLP(5, 3, (16, 24), activation, layer_norm).to(DEVICE) for _ in range(4)]
     parameters, _ = torch.func.stack_module_state(modules)
     parameters = {name: value.unflatten(0, (2, 2)) for name, value in parameters.items()}
@@ -319,7 +319,7 @@ def test_networks_stacked_twice(implementation: str, activation: Any, layer_norm
 
 @pytest.mark.parametrize("implementation", ["streamed", "gemm"])
 def test_noise_from_a_seed(implementation: str) -> None:
-    """The same numbers as the generator in PyTorch gives, and others for another seed."""
+    """The kernel draws the same numbers as the generator in PyTorch, and others for another seed."""
     mlp, cond, displacement = network(5, 3, (16, 16)), guarded(draw(7, 5)), guarded(draw(7, 3))
     seed = 2**40 + 17
     noise, bridge = (philox_normal(seed, (7, 4, 3), DEVICE, torch.float32, first=first) for first in (0, 84))
@@ -352,7 +352,7 @@ def test_groups_equal_separate_calls(implementation: str) -> None:
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_many_networks_in_one_launch(implementation: str) -> None:
-    """What vmap over stacked parameters gives, with and without rows in common."""
+    """vmap over stacked parameters, with and without common rows, gives the results of separate calls."""
     bar = PRECISIONS["high"]
     modules = [fdkernels.VelocityMLP(5, 3, (32, 32)).to(DEVICE) for _ in range(3)]
     parameters, _ = torch.func.stack_module_state(modules)
@@ -421,7 +421,7 @@ def test_many_networks_in_one_launch(implementation: str) -> None:
 
 
 class _Calls(nn.Module):
-    """A module whose forward is a function of another: what ``functional_call`` can replace the parameters of."""
+    """A module whose forward calls a function of another, so that ``functional_call`` can replace its parameters."""
 
     def __init__(self, module: nn.Module, function: Any) -> None:
         super().__init__()
@@ -432,7 +432,7 @@ class _Calls(nn.Module):
 
 
 def test_a_seed_under_vmap_is_the_seed_of_each_call() -> None:
-    """One seed for all, and one for each: the numbers of separate calls."""
+    """One seed for all, and one for each, give the numbers of separate calls."""
     mlp, cond, displacement = network(5, 3, (16, 16)), guarded(draw(2, 7, 5)), guarded(draw(2, 7, 3))
     seeds = torch.tensor([3, 2**33], device=DEVICE)
 
@@ -450,13 +450,13 @@ def test_a_seed_under_vmap_is_the_seed_of_each_call() -> None:
 
 @pytest.mark.parametrize("implementation", ["streamed", "gemm"])
 def test_weights_are_read_in_place(implementation: str) -> None:
-    """An optimiser's step on the module is seen by the next call."""
+    """The next call sees an optimiser's step on the module."""
     module = fdkernels.VelocityMLP(5, 3, (16, 16)).to(DEVICE)
     packed, x0, cond = fdkernels.pack_mlp(module), guarded(draw(9, 3)), guarded(draw(9, 5))
     run = functools.partial(
         fdkernels.integrate_flow, packed, x0, cond, num_steps=2, clip=None, implementation=implementation
     )
-    run()  # of library products the second call is recorded, and later ones are replayed
+    run()  # library products are recorded on the second call and replayed on later ones
     before = run()
     with torch.no_grad():
         for parameter in module.parameters():
@@ -469,7 +469,7 @@ def test_weights_are_read_in_place(implementation: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16] if INTERPRETED else [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_half_precision_weights(dtype: torch.dtype, implementation: str) -> None:
-    """Products in the weights' dtype: at most twice the error of the plain loop in that dtype."""
+    """Products in the weights' dtype have at most twice the error of the plain loop in that dtype."""
     mlp = mlp_on(network(17, 6, (64, 64, 64)), DEVICE, dtype)
     x0, cond = draw(40, 6, dtype=dtype), draw(40, 17, dtype=dtype)
     with at_once(implementation):
@@ -497,7 +497,7 @@ def test_empty_batch_and_bad_rows(implementation: str) -> None:
 
 @pytest.mark.skipif(not INTERPRETED, reason="shuffles the interpreter's threads; a GPU has the next test")
 def test_programs_that_dawdle() -> None:
-    """Whatever the order in which a group's programs get on, nobody reads what is not there yet."""
+    """No program reads data that are not written yet, in whatever order the programs of a group run."""
     mlp, x0, cond = network(5, 3, (32, 32, 32, 32)), draw(50, 3), draw(50, 5)
     run = functools.partial(fdkernels.integrate_flow, mlp, guarded(x0), guarded(cond), num_steps=2)
     outs = []
@@ -512,7 +512,7 @@ def test_programs_that_dawdle() -> None:
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("rows", [1, 256, 1536])
 def test_a_thousand_times_the_same_bits(implementation: str, rows: int) -> None:
-    """A race shows as a difference sooner or later; other work on the GPU shifts who is late."""
+    """Sooner or later a race shows as a difference; other work on the GPU varies the timing."""
     module = fdkernels.VelocityMLP(17, 6).to(DEVICE)
     x0, cond = draw(rows, 6).to(DEVICE), draw(rows, 17).to(DEVICE)
     run = functools.partial(fdkernels.integrate_flow, module, x0, cond, implementation=implementation, precision="bf16")
@@ -565,7 +565,7 @@ def test_capture_in_a_graph() -> None:
 
 @on_gpu
 def test_replayed_products_follow_their_inputs() -> None:
-    """Of library products: alternating shapes and streams, fresh outputs, gradients, a seed, weights that moved."""
+    """Library products: alternating shapes and streams, fresh outputs, gradients, a seed, moved weights."""
     module = fdkernels.VelocityMLP(17, 6, (64, 64)).to(DEVICE)
     run = functools.partial(fdkernels.integrate_flow, implementation="gemm", num_steps=2)
     plain = functools.partial(fdkernels.integrate_flow, backend="torch", num_steps=2)
@@ -614,11 +614,11 @@ def test_opcheck(requires_grad: bool) -> None:
 
 @on_gpu
 def test_compiled_with_cuda_graphs() -> None:
-    """Inductor's own graphs, beside recorded solves: neither writes to the memory of the other."""
+    """Inductor's own graphs and recorded solves do not write to each other's memory."""
     module = fdkernels.VelocityMLP(17, 6).to(DEVICE)
     inputs = [(draw(40, 6, seed=i).to(DEVICE), draw(40, 17, seed=i).to(DEVICE)) for i in range(4)]
     recorded = functools.partial(fdkernels.integrate_flow, module, num_steps=3, implementation="gemm")
-    truth = [recorded(*pair) for pair in inputs]  # from the second on by a graph
+    truth = [recorded(*pair) for pair in inputs]  # from the second call on by a graph
 
     @functools.partial(torch.compile, mode="reduce-overhead")
     def compiled(x0: Tensor, cond: Tensor) -> Tensor:
@@ -660,7 +660,7 @@ def test_compiled_whole(compiler: str, dynamic: bool) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*lru_cache")
         torch.compile(chain, fullgraph=True, dynamic=dynamic, backend=backend)(cond, displacement, noise)
-    assert tables == [1]  # the solver of both is on the device before anything runs
+    assert tables == [1]  # both use one solver table, on the device before anything runs
     torch.compiler.reset()
 
     def both(function: Any) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""What the kernels make of an operand of a TF32 product, which reads 10 bits after the point and not the others."""
+"""The kernels' operands of TF32 products, of which the hardware reads only 10 bits after the point; activations."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def test_tf32_operands_are_rounded() -> None:
     unit = 2.0 ** (x.abs().log2().floor() - 10)
     error = (out - x) / unit
     assert error.abs().max() < 0.72
-    assert error.pow(2).mean().sqrt() < 1.1 * 12**-0.5  # of rounding to the nearest
+    assert error.pow(2).mean().sqrt() < 1.1 * 12**-0.5  # the error of rounding to the nearest
     relative = (out / x - 1).mean()
-    assert relative.abs() < 0.05 * 2**-11  # what is left off without rounding is 0.72 of 2^-11 on average
+    assert relative.abs() < 0.05 * 2**-11  # truncation loses 0.72 of 2^-11 on average
     assert torch.equal(as_operand(x, "tf32x3"), x)
 
 

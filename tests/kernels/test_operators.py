@@ -1,4 +1,4 @@
-"""What torch.library promises: shapes without data, gradients of any order, compilation, vmap, autocast, capture."""
+"""The promises of torch.library: shapes without data, gradients of any order, compiling, vmap, autocast, capture."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_score_gradients_in_float64(path: str) -> None:
 
 @backends
 def test_second_derivatives(backend: str) -> None:
-    """``create_graph=True`` differentiates the plain formula, whose second derivative to δ is 2F̂/d."""
+    """``create_graph=True`` differentiates the plain formula, whose second derivative in δ is 2F̂/d."""
     displacement, score = draw(5, 6, requires_grad=True), draw(5, 4, 6)
     velocity, x = draw(5, 4, 6), draw(5, 4, 6) * 2
     direction = torch.ones_like(displacement)
@@ -182,7 +182,7 @@ def test_the_same_bits_every_time(backend: str) -> None:
 
 @backends
 def test_only_what_is_asked_for(backend: str) -> None:
-    """A score that is held constant gets no gradient, and in inference nothing is prepared for one."""
+    """A constant score gets no gradient, and inference saves nothing for one."""
     displacement, score = draw(5, 6, requires_grad=True), draw(5, 4, 6)
     assert fdkernels.fisher_penalty(displacement, score, backend=backend).requires_grad
     with torch.inference_mode():
@@ -230,7 +230,7 @@ def test_no_synchronisation() -> None:
 
 @on_gpu
 def test_more_than_two_to_the_31_elements() -> None:
-    """Offsets are 64 bits wide where they have to be."""
+    """Offsets have 64 bits where necessary."""
     rows, num_samples, d = 2**24 + 7, 4, 33
     if torch.cuda.mem_get_info()[0] < 12 * 2**30:
         pytest.skip("needs 12 GiB of free GPU memory")

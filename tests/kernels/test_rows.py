@@ -1,4 +1,4 @@
-"""Rows of any size between memory and padded tiles: each number where it belongs, whatever the rows before it."""
+"""Rows of any size are copied between memory and padded tiles: each number goes where it belongs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def copy_kernel(
     source_ptr, target_ptr, num_rows, K: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """(num_rows, K, D), as the penalty's kernels walk over it."""
+    """Copy (num_rows, K, D) in the way in which the penalty's kernels read it."""
     RUN: tl.constexpr = ROWS * (K if K < BLOCK_K else BLOCK_K)
     STEP: tl.constexpr = ROWS * K if K <= BLOCK_K else (K | BLOCK_K) & -(K | BLOCK_K)
     first = tl.program_id(0).to(tl.int64) * ROWS
@@ -35,7 +35,7 @@ def copy_kernel(
     ("num_samples", "block_k", "rows"), [(1, 1, 1), (1, 1, 2), (1, 1, 8), (3, 4, 1), (5, 2, 1), (7, 8, 2)]
 )
 def test_every_size(num_samples: int, block_k: int, rows: int, dtype: torch.dtype) -> None:
-    """K = 1 is how displacements are read."""
+    """K = 1 covers displacements."""
     for d in SIZES:
         source = guarded(torch.randn(5, num_samples, d).to(dtype))
         target = guarded(torch.full_like(source, torch.nan))

@@ -1,4 +1,4 @@
-"""By compute-sanitizer: kernels touch no memory but their own, and no shared memory that is being written."""
+"""compute-sanitizer: kernels touch only their own memory, and no shared memory that is being written."""
 
 from __future__ import annotations
 

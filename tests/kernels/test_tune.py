@@ -1,4 +1,4 @@
-"""Tuning, on a network that takes no time: what is found fastest is what the next process goes by."""
+"""Tuning a tiny network: the next process uses the plan that was found fastest."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_the_fastest_is_used_from_then_on(
         return chosen[-1]
 
     def timer(run: Callable[[], object]) -> float:
-        """Runs the candidate, and says of the plan that was to be the fastest that it was."""
+        """Run the candidate; only the plan that is meant to be the fastest gets a short time."""
         run()
         return 1.0 if [getattr(chosen[-1], name) for name in CANDIDATES[fastest]] == fitted else 2.0
 
@@ -51,7 +51,7 @@ def test_the_fastest_is_used_from_then_on(
     finally:
         torch.set_float32_matmul_precision(setting)
     assert before == table.TABLE
-    assert len(chosen) == 2 * 3  # stationary groups do not serve this width
+    assert len(chosen) == 2 * 3  # stationary groups do not support this width
     assert len(set(chosen)) == 3
     assert "stationary" in (printed := capsys.readouterr().out)
     assert "serves two or more hidden layers of one width, a power of two" in printed

@@ -1,4 +1,4 @@
-"""A whole update of the agents on a GPU: the published numbers, and replays of CUDA graphs equal to plain updates."""
+"""The agents' updates on a GPU: they match the published numbers, and CUDA graphs match plain updates."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from train.data.transitions import OfflineDataset
 
 pytestmark = on_gpu
 
-# The tolerance is that of float32 on a CPU, off by 1e-6; the kernels' may be off by 1e-5.
+# Factors on the tolerance, which is for float32 on a CPU, off by 1e-6; kernels may be off by 1e-5.
 SLACK = {torch.float64: 1.0, torch.float32: 10.0}
 
 
@@ -37,7 +37,7 @@ def test_matches_the_published_agent(golden: Path, dtype: torch.dtype, path: Upd
 
 
 class Training:
-    """Updates on random data, plain or captured, of one agent or of several seeds."""
+    """Plain or captured updates on random data, of one agent or of several seeds."""
 
     def __init__(self, name: str, num_seeds: int, *, captured: bool) -> None:
         generator = torch.Generator().manual_seed(7)
@@ -60,12 +60,12 @@ class Training:
     def update(self, parts: Parts, log: bool) -> dict[str, torch.Tensor]:
         batch, draws = self.learner.sample(self.data, 64, self.generators)
         seen = self.learner.update(self.optimizer, batch, draws, parts, log=log)
-        # eigenvalues of scores are no part of an update, and not to be had while one is recorded
+        # eigenvalues of scores are not part of an update, and cannot be computed while a graph is recorded
         figures = self.learner.figures(batch, {name: tensor for name, tensor in seen.items() if name != "score"})
         return {f"{i}/{name}": figure for i, row in enumerate(figures) for name, figure in row.items()}
 
     def run(self) -> list[dict[str, torch.Tensor]]:
-        """Both warm-ups with a learning rate that changes, then updates of the agent that are logged now and then."""
+        """Both warm-ups with a changing learning rate, then updates of the agent, some of them logged."""
         logged = []
         for i in range(36):
             parts: Parts = ("flow",) if i < 8 else ("data_critic",) if i < 16 else self.learner.agent_parts(i - 16)
@@ -135,7 +135,7 @@ for _ in range(4):
 
 
 def test_what_cannot_be_recorded_says_so() -> None:
-    # in a process of its own, which a failed recording leaves unfit for more
+    # in its own process, because a failed recording makes a process unusable
     done = subprocess.run([sys.executable, "-c", WAITS_FOR_THE_DEVICE], capture_output=True, text=True, timeout=120)
     assert done.stdout.split() == ["1.0"] * PLAIN_UPDATES
     assert "CaptureError: the update (flow) cannot be recorded as a CUDA graph" in done.stderr

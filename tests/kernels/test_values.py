@@ -16,14 +16,14 @@ import fdkernels_ref
 from tests.judge import assert_close, with_gradients
 from tests.kernels.device import BACKENDS, DEVICE, DTYPES, INTERPRETED, guarded, strided
 
-# lead, K, d: neither powers of two nor multiples of anything; one number a row; several programs and a last one that is
-# not full; rows walked over in blocks of K, with and without 16-byte starts, of the blocks and of the rows.
+# lead, K, d: sizes that are no powers of two nor multiples of anything; one number per row; several programs, the last
+# not full; rows read in blocks of K, with blocks and rows that start at multiples of 16 bytes or not.
 SHAPES = [
     ((5,), 4, 6), ((), 4, 6), ((256,), 4, 6), ((3, 1, 2), 5, 7), ((2,), 3, 17), ((3,), 1, 1), ((700,), 3, 1),
     ((3,), 4, 8), ((1,), 300, 5), ((2,), 256, 33), ((2,), 3, 1024), ((2,), 3, 1031), ((33,), 16, 60), ((1,), 2, 2051),
     ((1300,), 2, 2), ((5,), 33, 17), ((4,), 129, 6), ((3,), 515, 2),
 ]  # fmt: skip
-# A compilation each on a GPU, where every fourth shape is enough for a second half precision.
+# Each case is a compilation on a GPU, where every fourth shape is enough for a second half precision.
 cases = pytest.mark.parametrize(
     ("lead", "num_samples", "d", "dtype"),
     [
@@ -35,7 +35,7 @@ cases = pytest.mark.parametrize(
 )
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 backends = pytest.mark.parametrize("backend", BACKENDS)
-# What PyTorch does with these shapes on a CPU is judged by tests/test_operators.py, and below by any shape.
+# tests/test_operators.py judges PyTorch on a CPU with these shapes, and the random shapes below do so too.
 kernels = pytest.mark.parametrize("backend", BACKENDS[1:] if INTERPRETED else BACKENDS)
 
 
@@ -47,7 +47,7 @@ def judge_penalty(
     displacement: Tensor, score: Tensor, backend: str, layout: str = "contiguous", **settings: Any
 ) -> None:
     upstream = draw(displacement.shape[:-1], torch.float32, seed=7)
-    dtype = torch.promote_types(displacement.dtype, score.dtype)  # the plain maths does not mix
+    dtype = torch.promote_types(displacement.dtype, score.dtype)  # the plain maths does not mix dtypes
     inputs = displacement.to(dtype), score.to(dtype)
     out = with_gradients(
         functools.partial(fdkernels.fisher_penalty, backend=backend, **settings),
@@ -57,7 +57,7 @@ def judge_penalty(
     reference = functools.partial(fdkernels_ref.fisher_penalty, **settings)
     truth = with_gradients(reference, tuple(tensor.double() for tensor in inputs), upstream.double())
     plain = with_gradients(reference, inputs, upstream)
-    # The gradient to the scores is a difference: rounding acts on its first term, (2/K)·(s·δ)δ over the denominator.
+    # The scores' gradient is a difference: rounding acts on its first term, (2/K)·(s·δ)δ over the denominator.
     first = dict(settings, normalize="none")
     size = with_gradients(
         functools.partial(fdkernels_ref.fisher_penalty, **first), tuple(t.double() for t in inputs), upstream.double()
@@ -151,7 +151,7 @@ def judge_velocity_penalty(
         return fdkernels_ref.fisher_penalty(displacement, made(velocity.to(dtype), x.to(dtype)), **settings)
 
     def without_cancellation(displacement: Tensor) -> Tensor:
-        """What rounding acts on: every term of the sums with the same sign."""
+        """The terms that are rounded: those of the sums, all with the same sign."""
         v, zero = velocity.double(), torch.zeros_like(x, dtype=torch.float64)
         score = made(v, zero).abs() + made(zero, x.double()).abs()
         return fdkernels_ref.fisher_penalty(displacement, score, **settings)
@@ -187,7 +187,7 @@ def test_velocity_penalty_and_gradient(
 @backends
 @pytest.mark.parametrize("tensor_time", [False, True])
 def test_velocity_penalty_gradients_to_everything(backend: str, tensor_time: bool) -> None:
-    """Where velocity, x or t require a gradient the two operators run one after the other, with the same result."""
+    """If velocity, x or t require a gradient, two operators run one after the other, with the same result."""
     inputs = [draw((5, 6), torch.float32, 1), *(draw((5, 3, 6), torch.float32, seed) for seed in (3, 4))]
     t: list[Tensor | float] = [torch.full((5, 1, 1), 0.625) if tensor_time else 0.625]
     if tensor_time:

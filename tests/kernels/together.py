@@ -1,7 +1,7 @@
-"""Triton's interpreter with all programs of a launch at once, one thread each, instead of one after another.
+"""Triton's interpreter with all programs of a launch running at once, a thread each, not one after another.
 
-Programs that wait for one another never end otherwise; and with their turns shuffled, one that does not wait long
-enough reads what is not there yet.
+Otherwise programs that wait for one another would never end. Their turns are shuffled, so that a program that does not
+wait long enough reads data that are not written yet.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
-LONGEST = 60.0  # seconds a launch may take: programs that wait for ever fail the test instead of hanging it
+LONGEST = 60.0  # seconds that a launch may take, so that endless waiting fails the test instead of hanging it
 
 
 @contextlib.contextmanager
@@ -37,8 +37,8 @@ def programs_together(seed: int = 0, pause: float = 0.0) -> Iterator[None]:
         return interpreter.TensorHandle(interpreter.np.array([index], dtype=interpreter.np.int32), interpreter.tl.int32)
 
     def rewrite_alone(self: Any) -> Any:
-        # Python 3.11's parser counts its depth for all threads in one place, and a callback of the garbage collector,
-        # of which Hypothesis has one, lets another thread in
+        # Python 3.11's parser has one depth counter for all threads, and a callback of the garbage collector
+        # (Hypothesis has one) lets another thread in
         with one_by_one:
             return rewrite(self)
 

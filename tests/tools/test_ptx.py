@@ -1,7 +1,7 @@
-"""The kernels as compiled for sm_80 and sm_90, run on the CPU by an emulator of PTX: values, races and stray accesses.
+"""The kernels compiled for sm_80 and sm_90 run on the emulator: values, races and stray accesses.
 
-Values are judged by the plain maths in float64, with what tensor cores round; ``tools/ptx/races.py`` says what a race
-is. Every run fails on one.
+Values are judged by the plain maths in float64, with room for the rounding of tensor cores. ``tools/ptx/races.py``
+defines races, and any race fails a run.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ def relative(out: Tensor, truth: Tensor) -> float:
 
 
 def cases(architecture: str, dtype: torch.dtype, shipped: bool) -> list:
-    """Those of the static report: their kernels are compiled once for both. Without those that share a kernel."""
+    """The cases of the static report, so that kernels are compiled once for both; one case per kernel."""
     found = [case for case in flow_cases(architecture, dtype) if case.shipped == shipped]
     if architecture == "sm_90" and dtype == torch.bfloat16 and shipped:
-        found = [case for case in found if case.rows != 256]  # its entry is that of 64 rows
+        found = [case for case in found if case.rows != 256]  # it has the same entry as 64 rows
     shipped_for_hopper = shipped and architecture == "sm_90"
     marks = [] if shipped_for_hopper else [pytest.mark.long("other tiles, and other products, of the same kernels")]
     return [pytest.param(architecture, case, id=name(architecture, case), marks=marks) for case in found]
 
 
 def name(architecture: str, case: FlowCase) -> str:
-    """What sets it apart."""
+    """A test id that tells the case from the others."""
     usual = FlowCase(*case[:3])
     rest = (f"{field}={value}" for field, value, same in zip(case._fields, case, usual) if value != same)
     return "-".join((architecture, *map(str, case[:3]), *(part for part in rest if part != "shipped=True")))
@@ -57,14 +57,14 @@ def name(architecture: str, case: FlowCase) -> str:
 
 BOTH = (torch.float32, torch.bfloat16)
 SHIPPED = [case for architecture in ("sm_80", "sm_90") for dtype in BOTH for case in cases(architecture, dtype, True)]
-# Each way to use a network once: what the first lacks is in the others.
+# Together these use each feature of a network once.
 OTHERS = cases("sm_80", torch.float32, False)[1::2] + cases("sm_90", torch.bfloat16, False)[::2]
 OTHERS += cases("sm_90", torch.bfloat16, False)[5:6]
 
 
 @pytest.mark.parametrize(("architecture", "case"), SHIPPED + OTHERS)
 def test_from_noise_to_penalty(architecture: str, case: FlowCase) -> None:
-    """At the size and with the tiles that are shipped, and what else the kernels serve."""
+    """At the shipped sizes with the shipped tiles, and in other cases that the kernels support."""
     case = case._replace(models=min(case.models, 2))
     problem = Problem(case, states=3, dtype=DTYPES[case.precision], steps=1)
     penalty, gradient, _ = problem.fisher(architecture)
@@ -74,7 +74,7 @@ def test_from_noise_to_penalty(architecture: str, case: FlowCase) -> None:
     assert max(errors) < 2 * BARS[case.precision]  # quadratic in the scores
 
 
-FEW = {"streamed": 0, "stationary": 2}  # processors, so that there is one group of programs
+FEW = {"streamed": 0, "stationary": 2}  # processors for a single group of programs
 SMALL = {
     "streamed": FlowCase("streamed", "bf16", width=128, depth=3, cond_dim=5),
     "stationary": FlowCase("stationary", "bf16", rows=64, width=64, depth=3, cond_dim=5),
@@ -88,7 +88,7 @@ def small(implementation: str, states: int = 4, **changes: object) -> Problem:
 
 @pytest.mark.parametrize(("implementation", "times"), [("streamed", False), ("stationary", True)])
 def test_blocks_of_rows_in_turns(implementation: str, times: bool) -> None:
-    """One group of programs walks over several blocks of rows; the result does not depend on who goes first."""
+    """One group of programs processes several blocks of rows; the order of turns does not change the result."""
     problem = small(implementation, states=10, times=times)
     path, true_penalty, _ = problem.truth()
     outs = [problem.integrate("sm_90", processors=FEW[implementation], seed=seed) for seed in range(3)]
@@ -105,7 +105,7 @@ def test_two_buffers_are_enough(depth: int) -> None:
 
 
 def fails(problem: Problem, edit: Callable[[str], str]) -> bool:
-    """Whether a race is reported, or programs wait for ever."""
+    """Whether the run reports a race or programs wait for ever."""
     try:
         problem.integrate("sm_90", edit=edit, processors=FEW[problem.case.implementation])
     except (RaceError, TimeoutError):
@@ -123,8 +123,8 @@ def ptx_of(problem: Problem) -> str:
 def test_a_barrier_too_few_is_a_race(implementation: str) -> None:
     """Every barrier of the small kernel is removed in turn.
 
-    What goes unnoticed must have another barrier on the same way: the compiler puts its own beside ours, one more at
-    the turn of each buffer, and some that only other ways through the code need.
+    A removal may only go unnoticed if another barrier is on the same path: the compiler adds its own beside ours, one
+    more at the turn of each buffer, and some that only other paths through the code need.
     """
     problem = small(implementation, states=5)
     ptx = ptx_of(problem)

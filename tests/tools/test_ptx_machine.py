@@ -1,4 +1,4 @@
-"""The emulator of PTX itself: single instructions against what the PTX ISA says, and races that must be seen."""
+"""The PTX emulator itself: single instructions against the PTX ISA, and races that it must see."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ HEAD = """.visible .entry kernel(
 
 
 def run(body: str, first: Tensor, second: Tensor, threads: int = 32, programs: int = 1, shared: int = 0) -> set[Race]:
-    """%r1 is the thread, %r2 four times that, %rd4 and %rd5 the thread's word of each tensor."""
+    """Run PTX. %r1 is the thread, %r2 four times that; %rd4 and %rd5 point to the thread's word in each tensor."""
     lines = "".join(
         f"\t{line.strip()};\n" if line.strip()[-1] != ":" else line.strip() + "\n" for line in body.split(";")
     )
@@ -112,7 +112,7 @@ def test_bfloat16_rounds_as_torch_does() -> None:
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_matrices_from_shared_memory(transposed: bool) -> None:
-    """Word t of row g goes to thread (g, t), or that of column g."""
+    """Thread (g, t) gets word t of row g, or of column g if transposed."""
     matrix, out = torch.arange(64, dtype=torch.int16), torch.zeros(32, dtype=torch.int32)
     load = f"ldmatrix.sync.aligned.m8n8.x1{'.trans' if transposed else ''}.shared.b16 {{%r4}}, [%r5]"
     body = f"""ld.global.b32 %r3, [%rd4]; st.shared.b32 [%r2], %r3; bar.sync 0;
@@ -123,7 +123,7 @@ def test_matrices_from_shared_memory(transposed: bool) -> None:
 
 
 def test_a_tensor_core_ignores_thirteen_bits() -> None:
-    """1 + 2^-11 reads as 1: eight products of it with 1 are 8."""
+    """1 + 2^-11 reads as 1, so the sum of eight products of it with 1 is 8."""
     words, out = torch.full((32,), 1 + 2**-11), torch.zeros(32)
     body = """ld.global.b32 %r3, [%rd4]; mov.b32 %r4, 0f3F800000; mov.b32 %r5, 0; mov.b32 %r6, 0; mov.b32 %r7, 0;
         mov.b32 %r8, 0; mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32
@@ -133,7 +133,7 @@ def test_a_tensor_core_ignores_thirteen_bits() -> None:
 
 
 def test_threads_part_and_meet_again() -> None:
-    """Odd threads take another way, and even ones go round a loop as often as their number says."""
+    """Odd threads take another path; even ones go round a loop as many times as their number."""
     out = torch.zeros(32, dtype=torch.int32)
     body = """and.b32 %r3, %r1, 1; setp.eq.b32 %p1, %r3, 1; mov.b32 %r4, 0; @%p1 bra $ODD; $LOOP:; add.s32 %r4, %r4, 1;
         setp.lt.s32 %p2, %r4, %r1; @%p2 bra $LOOP; bra.uni $END; $ODD:; mov.b32 %r4, -1; $END:; bar.sync 0;
@@ -152,7 +152,7 @@ COUNTER = """st.global.b32 [%rd4], %r1; {wait_own} setp.eq.b32 %p1, %r1, 0; @%p1
     ("body", "kinds"),
     [
         (EXCHANGE.format("bar.sync 0;", 4), set()),
-        (EXCHANGE.format("", 0), set()),  # its own
+        (EXCHANGE.format("", 0), set()),  # each thread's own word
         (EXCHANGE.format("", 4), {"read after write"}),  # of the same warp
         (EXCHANGE.format("", 128), {"read after write"}),
         (EXCHANGE.format("bar.warp.sync -1;", 4), set()),
@@ -162,7 +162,7 @@ COUNTER = """st.global.b32 [%rd4], %r1; {wait_own} setp.eq.b32 %p1, %r1, 0; @%p1
             {"write after read"},
         ),
         ("ld.shared.b32 %r3, [%r2]; xor.b32 %r4, %r2, 4; st.shared.b32 [%r4], %r3", {"write after read"}),
-        ("st.shared.b32 [global_smem+0], 1", set()),  # all the same
+        ("st.shared.b32 [global_smem+0], 1", set()),  # all store the same
         ("st.shared.b32 [global_smem+0], %r1", {"two values"}),
         ("st.global.b32 [%rd2], 1; st.global.b32 [%rd2], %r1", {"two values", "write after write"}),
     ],
@@ -182,7 +182,7 @@ def test_races_within_a_program(body: str, kinds: set[str]) -> None:
     ],
 )
 def test_races_between_programs(own: str, release: str, acquire: str, kinds: set[str]) -> None:
-    """Each program writes its own half, waits for the other, and writes to the other's half."""
+    """Each program writes its own half, waits for the other program, and writes to the other half."""
     mine = "mov.u32 %r6, %ctaid.x; shl.b32 %r7, %r6, 8; cvt.u64.u32 %rd6, %r7; add.s64 %rd4, %rd4, %rd6;"
     other = "sub.s32 %r8, 256, %r7; cvt.u64.u32 %rd7, %r8; add.s64 %rd8, %rd1, %rd3; add.s64 %rd8, %rd8, %rd7;"
     write = other + "add.s32 %r9, %r1, 5; st.global.b32 [%rd8], %r9"
@@ -201,7 +201,7 @@ def test_races_between_programs(own: str, release: str, acquire: str, kinds: set
     ],
 )
 def test_copies_are_waited_for(wait: str, barrier: str, kinds: set[str]) -> None:
-    """Without the wait there is NaN where the number should be; without the barrier, another thread's number."""
+    """Without the wait the result is NaN; without the barrier there is a race with another thread's copy."""
     words, out = torch.randn(32), torch.zeros(32)
     body = f"""cp.async.ca.shared.global [ %r2 + 0 ], [ %rd4 + 0 ], 0x4, 4; cp.async.commit_group; {wait} {barrier}
         xor.b32 %r3, %r2, 4; ld.shared.b32 %r4, [%r3]; st.global.b32 [%rd5], %r4"""

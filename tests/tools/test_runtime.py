@@ -1,6 +1,6 @@
-"""What Triton's runtime makes of the arguments of a launch, records among them, up to the moment it needs a driver.
+"""Triton's runtime binds the arguments of every launch, records included, and compiles, up to where it needs a driver.
 
-The stand-in of ``tools/aot.py`` writes down an argument's type by itself; this takes the runtime's own word for it.
+The stand-in of ``tools/aot.py`` derives the arguments' types by itself; here the runtime does.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tools.cases import calls, flow_calls, flow_cases
 
 
 class AtRunTime(AheadOfTime):
-    """Binds, specialises and compiles as ``JITFunction.run`` does."""
+    """Binds, specialises and compiles like ``JITFunction.run``."""
 
     def __call__(self, *args: Any, **given: Any) -> None:
         backend = make_backend(self.target)

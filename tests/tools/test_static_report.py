@@ -1,4 +1,4 @@
-"""The kernels as compiled ahead of time: nothing spills, loads are 128 bits wide, products are the tensor cores'."""
+"""The kernels compiled ahead of time: nothing spills, loads are 128 bits wide, products use tensor cores."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fdkernels.kernels.oldest_triton import IS_OLDEST
 from tools import static_report
 
 TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
-SHARED_BYTES = {"sm_80": 166_912, "sm_90": 232_448}  # that one program may have
+SHARED_BYTES = {"sm_80": 166_912, "sm_90": 232_448}  # available to one program
 long = pytest.mark.long("half a minute of compilation, and the other tests have no use for it")
 
 
@@ -26,7 +26,7 @@ long = pytest.mark.long("half a minute of compilation, and the other tests have 
         pytest.param("sm_80", torch.float32, marks=long),
         pytest.param("sm_80", torch.bfloat16, marks=long),
         pytest.param("sm_90", torch.float32, marks=long),
-        ("sm_90", torch.bfloat16),  # the emulator's tests run most of these
+        ("sm_90", torch.bfloat16),  # not long, because the emulator's tests compile most of these anyway
     ],
     ids=str,
 )
@@ -37,9 +37,9 @@ def test_no_spills_and_wide_loads(architecture: str, dtype: torch.dtype) -> None
     assert {row["case"]["implementation"] for row in flows} == expected
     fast = [row for row in rows if row.get("case", {"shipped": True})["shipped"]]
     wide = rows
-    # tiles were chosen with 3.7; compilers before it are a few registers short in the largest of sm_90
+    # tiles were chosen with 3.7; older compilers run a few registers short in the largest on sm_90
     allowed = 32 if architecture == "sm_90" and TRITON < (3, 7) else 0
-    if IS_OLDEST:  # spills more there and in long rows, and reads flat only what vectors divide
+    if IS_OLDEST:  # it spills more on sm_90 and in long rows, and only reads rows flat that vectors divide
         fast = [row for row in fast if row["arch"] == "sm_80" and row["d"] < 1000]
         wide = [row for row in rows if row["d"] % 8 == 0 or "case" in row]
     assert [row for row in fast if row["spilled_bytes"] > allowed] == []
@@ -50,7 +50,7 @@ def test_no_spills_and_wide_loads(architecture: str, dtype: torch.dtype) -> None
 
 @pytest.mark.parametrize("json_asked_for", [False, True])
 def test_the_command(json_asked_for: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """On one shape of the kernels without products, which compile in a moment."""
+    """On one shape of the kernels without products, which compile quickly."""
     monkeypatch.setattr(static_report, "SHAPES", [(4, 6)])
     monkeypatch.setattr(static_report, "flow_cases", lambda *_: [])
     static_report.main([*(["--json"] if json_asked_for else []), "--arch", "sm_90", "--dtype", "fp32"])
