@@ -1,4 +1,4 @@
-# `make train` runs the main job, `make test` the tests; each sets up .venv by itself, once.
+# `make train` runs the main job, `make test` the tests; either sets up .venv first if it is missing.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,15 +9,15 @@ STAMP := $(VENV)/.installed
 train: $(STAMP)
 	$(BIN)/python train/run.py --env halfcheetah-medium-expert --resume
 
-# The tests, then the kernels' own suite under Triton's interpreter, which has to be chosen before triton is imported.
-# `make test` leaves out what is marked long and draws fewer random cases; `make test-all` is everything.
+# The tests, then the kernels' own suite under Triton's interpreter, which must be chosen before triton is imported.
+# `make test` leaves out tests marked long and draws fewer random cases; `make test-all` runs everything.
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 test: QUICK := -m "not long" --hypothesis-profile quick
 test test-all: $(STAMP)
 	failed=0; $(PYTEST) $(QUICK) || failed=1; \
 	TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES= $(PYTEST) tests/kernels $(QUICK) || failed=1; exit $$failed
 
-# How the kernels are judged without a GPU (tools/README.md): the part of `make test-all` that is about that.
+# The checks of the kernels without a GPU (tools/README.md): a part of `make test-all`.
 tools-test: $(STAMP)
 	$(PYTEST) tests/tools
 
@@ -26,28 +26,28 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Before a release: the library's tests under each PyTorch and Triton that is supported; writes docs/versions.md.
+# Before a release: the library's tests under each supported PyTorch and Triton; writes docs/versions.md.
 test-versions:
 	$(PYTHON) tests/versions.py $(VERSIONS)
 
-# Results go where RESULTS says. A file under benchmarks/results belongs to its device and is refused on another one.
+# RESULTS is the file of results. A file under benchmarks/results belongs to its device and is refused on others.
 RESULTS ?= runs/bench.json
 BENCH := -m pytest --benchmark-only --benchmark-columns=median,iqr,min,rounds
 
-# Under ten minutes on two CPU cores; ends with what it did not measure. `pip install -e .[peers]` adds JAX and others.
+# Under ten minutes on two CPU cores; lists what it did not measure. `pip install -e .[peers]` adds JAX and others.
 bench: $(STAMP)
 	$(BIN)/python $(BENCH) benchmarks --results=$(RESULTS)
 	$(BIN)/python benchmarks/report.py $(RESULTS)
 
-# What a change did: make bench-compare BASE=saved.json
+# Shows what a change did: make bench-compare BASE=saved.json
 bench-compare: $(STAMP)
 	@test -n "$(BASE)" || { echo "which saved run? make bench-compare BASE=saved.json"; exit 2; }
 	$(BIN)/python $(BENCH) benchmarks -k ours --results=runs/bench-now.json
 	$(BIN)/python benchmarks/compare.py $(BASE) runs/bench-now.json
 
-# On a machine with a CUDA GPU, with the packages that are there: tests, tuning, benchmarks, training, in half an hour.
-# `make gpu-check` and so on are its parts. WHEELS names a folder of packages that are not there and cannot be downloaded;
-# `make gpu-wheels` fills it, by a Python of that machine's version, with what is seldom there.
+# On a machine with a CUDA GPU: tests, tuning, benchmarks and training in half an hour, with the installed packages.
+# `make gpu-check` and so on run its parts. WHEELS names a folder of wheels of packages that are missing and cannot be
+# downloaded there. `make gpu-wheels` fills it with the usual ones; run it with that machine's version of Python.
 GPU := $(PYTHON) benchmarks/gpu.py $(if $(WHEELS),--wheels $(WHEELS))
 SELDOM := docstring-parser einops farama-notifications glfw gymnasium minari mujoco mujoco-core pyopengl typeguard tyro
 gpu:
@@ -57,7 +57,7 @@ gpu-check gpu-tune gpu-bench gpu-train:
 gpu-wheels:
 	$(PYTHON) -m pip download --no-deps --only-binary=:all: --constraint constraints.txt -d $(or $(WHEELS),wheels) $(SELDOM)
 
-# torch goes first: a build of it that pip already has must not be replaced by a larger one.
+# torch goes first, so that an existing build is not replaced by a larger one.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch

@@ -89,9 +89,8 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         play.main([str(fql), "--episodes", "0"])
     assert "--episodes must be positive, got 0" in capsys.readouterr().err
     file = fql / "policy.safetensors"
-    weights = {
-        name: tensor.clone() for name, tensor in load_file(file).items()
-    }  # copied: the file is mapped, and cut next
+    # cloned, because load_file maps the file, which is cut short next
+    weights = {name: tensor.clone() for name, tensor in load_file(file).items()}
     file.write_bytes(file.read_bytes()[:1000])
     assert "is no policy of this version" in error(str(fql))
     header = {"env": "hopper-medium", "agent": "fql", "hyper": json.dumps({"alhpa": 1})}
