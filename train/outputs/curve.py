@@ -34,7 +34,7 @@ def draw_curve(folder: Path, config: RunConfig, dataset_score: float, label: str
         folder: the run's folder, with metrics.csv and evaluations.csv.
         config: the run's configuration.
         dataset_score: normalised score of the dataset's own mean return.
-        label: what the score is, for the axis.
+        label: name of the score, for the axis.
     """
     evaluations = read_table(folder / "evaluations.csv")
     metrics = [row for row in read_table(folder / "metrics.csv") if row["stage"] == config.agent]
@@ -132,7 +132,7 @@ def draw_comparison(
         title: its title.
         lines: maps each name to the interquartile mean, its interval, and the scores.
         dataset_score: normalised score of the dataset's own mean return.
-        label: what the score is, for the axis.
+        label: name of the score, for the axis.
     """
     with plt.rc_context(STYLE):
         figure, ax = plt.subplots(figsize=(9, 1.4 + 0.45 * len(lines)), layout="constrained")
@@ -168,7 +168,7 @@ def draw_group_curve(
         config: the group's configuration.
         evaluations: each seed's rows, as in its evaluations.csv, all at the same steps.
         dataset_score: normalised score of the dataset's own mean return.
-        label: what the score is, for the axis.
+        label: name of the score, for the axis.
     """
     with plt.rc_context(STYLE):
         figure, ax = plt.subplots(figsize=(10, 5), layout="constrained")
