@@ -49,7 +49,8 @@ def integrate_flow(
             state serves K samples.
         num_steps: S; the grid is then i/S, i = 0 ... S.
         method: ``"euler"``, ``"midpoint"``, ``"heun"`` (order 2) or ``"rk4"`` (order 4).
-        time_grid: S + 1 times of your own instead, in any direction: a sequence, or a 1-d tensor (read on the host).
+        time_grid: S + 1 times of your own instead, in any direction, none beyond ±10,000: a sequence, or a 1-d tensor
+            (read on the host).
         clip: bounds applied to the end of the path; None never clips.
         clip_each_step: apply them after every step. Nothing to do with the inner stages of a step.
         return_path: return the states at all times, (S + 1, ..., d), as stepped and clipped; x0 first, untouched.
@@ -77,7 +78,8 @@ def integrate_flow(
         is float32 on the way.
 
     Raises:
-        TypeError: x0 or cond is not a floating-point tensor, velocity is not callable.
+        TypeError: an argument is not of its kind, such as a tensor that is not floating point or not dense, or what
+            velocity returns.
         ValueError: shapes do not fit, devices or dtypes differ, an option is out of its range, or ``"high"`` or
             ``"bf16"`` is asked of float64.
         RuntimeError: the backend or the precision asked for cannot be had here.

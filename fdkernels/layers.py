@@ -88,7 +88,7 @@ class Network(NamedTuple):
 
     def cond_share(self, cond: Tensor | None) -> Tensor | None:
         """What the condition and the bias put into the first layer at every step, (..., H) in cond's leading shape."""
-        if cond is None:
+        if cond is None or "cond" not in self.columns:  # a condition of no width
             return self.first.bias
         weight = self.columns["cond"]
         return F.linear(cond.to(weight.dtype), weight, self.first.bias)
