@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: train test test-all check test-versions bench bench-compare gpu gpu-check gpu-tune gpu-bench gpu-train gpu-wheels clean
+.PHONY: train test test-all fuzz check test-versions bench bench-compare gpu gpu-check gpu-tune gpu-bench gpu-train gpu-wheels clean
 
 train: $(STAMP)
 	$(BIN)/python train/run.py --env halfcheetah-medium-expert --resume
@@ -16,6 +16,10 @@ test: QUICK := -m "not long" --hypothesis-profile quick
 test test-all: $(STAMP)
 	failed=0; $(PYTEST) $(QUICK) || failed=1; \
 	TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES= $(PYTEST) tests/kernels $(QUICK) || failed=1; exit $$failed
+
+# Odd arguments to every public function for some minutes, other ones each time; `make test` has the same ones each time.
+fuzz: $(STAMP)
+	$(PYTEST) tests/fuzz --hypothesis-profile fuzz
 
 check: $(STAMP)
 	$(BIN)/ruff check .
