@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -12,7 +13,7 @@ from fdkernels.backend import Backend, Implementation, Precision, choose_fused
 from fdkernels.cpu import field as cpu_field
 from fdkernels.ops.integrate import fused_integrate
 from fdkernels.solvers import Method, check_solver, integrate
-from fdkernels.validation import check_flag
+from fdkernels.validation import MAX_COUNT, check_flag, is_sequence
 from fdkernels.velocity import Velocity, bind, check_start
 
 
@@ -146,7 +147,7 @@ def integrate_flow_groups(
         [(8, 6), (8, 4, 6)]
     """
     op = "integrate_flow_groups"
-    _check_groups(op, x0s, conds)
+    x0s, conds = _check_groups(op, x0s, conds)
     check_flag(op, "differentiable", differentiable)
     solver = check_solver(op, num_steps, time_grid, method, clip, clip_each_step)
     if not x0s:
@@ -170,15 +171,19 @@ def integrate_flow_groups(
         return tuple(apart)
 
 
-def _check_groups(op: str, x0s: Sequence[Tensor], conds: Sequence[Tensor | None]) -> None:
+def _check_groups(
+    op: str, x0s: Sequence[Tensor], conds: Sequence[Tensor | None]
+) -> tuple[list[Tensor], list[Tensor | None]]:
     """As many conditions as groups, all of one dtype on one device."""
-    lists = [isinstance(given, Sequence) and not isinstance(given, str) for given in (x0s, conds)]
-    if not all(lists) or len(x0s) != len(conds):
+    starts = list(itertools.islice(x0s, MAX_COUNT)) if is_sequence(x0s) else None
+    conditions = list(itertools.islice(conds, MAX_COUNT)) if is_sequence(conds) else None
+    if starts is None or conditions is None or len(starts) != len(conditions):
         raise ValueError(f"{op}: x0s and conds must be sequences of one length, one entry for each group of rows")
-    for i, (x0, cond) in enumerate(zip(x0s, conds)):
+    for i, (x0, cond) in enumerate(zip(starts, conditions)):
         check_start(op, x0, cond, f"x0s[{i}]", f"conds[{i}]")
-        if (x0.dtype, x0.device) != (x0s[0].dtype, x0s[0].device):
+        if (x0.dtype, x0.device) != (starts[0].dtype, starts[0].device):
             raise ValueError(
                 f"{op}: all groups must have one dtype and device, got x0s[{i}] of {x0.dtype} on {x0.device} and "
-                f"x0s[0] of {x0s[0].dtype} on {x0s[0].device}"
+                f"x0s[0] of {starts[0].dtype} on {starts[0].device}"
             )
+    return starts, conditions

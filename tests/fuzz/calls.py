@@ -16,7 +16,7 @@ import fdkernels
 import fdkernels_ref
 from fdkernels.networks import PackedMLP
 from fdkernels.philox import _uniform, philox, philox_normal
-from fdkernels.validation import is_number
+from fdkernels.validation import is_integer, is_number
 from tests.fuzz import values
 
 DTYPES = ("float32", "float32", "float64", "bfloat16", "float16")
@@ -130,7 +130,7 @@ def condition(draw: Draw, lead: tuple[int, ...], cond_dim: int, dtype: str) -> s
 
 
 def precision(draw: Draw, dtype: str) -> Arguments:
-    return some(draw, precision=["None"] if dtype == "float64" else ["None", "'bf16'"])
+    return some(draw, precision=["None", "'highest'"] + ([] if dtype == "float64" else ["'high'", "'bf16'"]))
 
 
 @st.composite
@@ -263,7 +263,7 @@ def plain(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, nn.Module):
         return copy.deepcopy(value).to(dtype)
     if is_number(value):
-        return int(value) if value == int(value) else float(value)
+        return int(value) if is_integer(value) else float(value)
     if isinstance(value, list | tuple):
         return [plain(item, dtype) for item in value]
     return value

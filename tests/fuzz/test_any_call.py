@@ -35,7 +35,7 @@ RELATED = [
     {"path", "convention", "t"},
     {"clip", "clip_each_step"},
     {"num_samples", "noise", "bridge_noise", "samples", "t"},
-    {"seed", "generator"},
+    {"seed", "generator", "device"},
     {"backend", "implementation", "precision"},
     {"module", "order"},
     {"shape", "first"},
@@ -58,7 +58,9 @@ def odd_calls(draw: calls.Draw, public: Public) -> tuple[str, Arguments, tuple[s
         if name in ("x0s", "conds"):
             kinds.append([turned.replace("{}", text) for turned in LISTS])
         arguments[name] = draw(st.sampled_from(draw(st.sampled_from([kind for kind in kinds if kind]))))
-    return draw(st.sampled_from(CONTEXTS)), arguments, tuple(replaced)
+    # where float32 products are rough by a global setting, no call can have others
+    contexts = [context for context in CONTEXTS if context != "medium" or "precision" not in arguments]
+    return draw(st.sampled_from(contexts)), arguments, tuple(replaced)
 
 
 LISTS = [
@@ -80,7 +82,7 @@ LISTS += ["[poke(torch.ones(1, 2), nan) for _ in {}]", "[torch.ones(3, 2, 0) for
 
 @pytest.mark.parametrize("public", PUBLIC, ids=lambda public: public.name)
 def test_any_call(public: Public) -> None:
-    @settings(max_examples=25 * settings().max_examples, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=15 * settings().max_examples, suppress_health_check=list(HealthCheck))
     @given(odd_calls(public))
     def any_call(drawn: tuple[str, Arguments, tuple[str, ...]]) -> None:
         judge(public, *drawn)
@@ -105,7 +107,8 @@ def judge(public: Public, context: str, arguments: Arguments, replaced: tuple[st
         return
     try:
         wanted = Wanted(public, given, context)
-    except Exception:  # the reference does not take it
+    except Exception:
+        assert replaced, f"{call}\nthe reference does not take it"
         return
     with quietly():
         wanted.judge(out, call)

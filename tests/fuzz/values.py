@@ -133,7 +133,7 @@ ODD_FIELDS = [
     "lambda x, t, cond: x.unsqueeze(0)",
     "lambda x, t, cond: x.sum()",
     "lambda x, t, cond: x.double()",
-    "lambda x, t, cond: x.half()",
+    "lambda x, t, cond: torch.zeros_like(x, dtype=torch.float16)",
     "lambda x, t, cond: x.long()",
     "lambda x, t, cond: x > 0",
     "lambda x, t, cond: x.to(torch.complex64)",
