@@ -21,6 +21,10 @@ test test-all: $(STAMP)
 tools-test: $(STAMP)
 	$(PYTEST) tests/tools
 
+# Odd arguments to every public function for some minutes, other ones each time; `make test` has the same ones each time.
+fuzz: $(STAMP)
+	$(PYTEST) tests/fuzz --hypothesis-profile fuzz
+
 check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

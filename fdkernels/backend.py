@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from fdkernels.networks import PackedMLP
 
 Backend = Literal["triton", "torch"]
+BACKENDS = (None, "triton", "torch")
 Implementation = Literal["stationary", "streamed", "gemm"]
 Precision = Literal["highest", "high", "bf16"]
 
@@ -48,7 +50,7 @@ def choose_backend(
         asked: the caller's argument, for the message, if it insists on Triton.
         max_d: the most dimensions that the kernel serves, or None.
     """
-    check_choice(op, "backend", backend, (None, "triton", "torch"))
+    check_choice(op, "backend", backend, BACKENDS)
     on_gpu = tensors[0].device.type == "cuda"
     if backend == "torch" or (backend is None and not on_gpu):
         return "torch"
@@ -88,6 +90,7 @@ def choose_fused(
     everything else, such as a velocity that is not an MLP (``packed`` is None).
     """
     check_choice(op, "implementation", implementation, (None, "stationary", "streamed", "gemm"))
+    check_choice(op, "backend", backend, BACKENDS)
     if backend == "torch":
         if implementation is not None:
             raise ValueError(
@@ -132,7 +135,7 @@ def settle_precision(precision: Precision | None, weights: torch.dtype, device: 
     """ "highest", "high", "bf16" or "fp16". ``None`` follows autocast, the weights' dtype and PyTorch's setting."""
     if precision is not None:
         return precision
-    autocast = torch.is_autocast_enabled(device) and weights != torch.float64
+    autocast = autocast_enabled(device) and weights != torch.float64
     dtype = torch.get_autocast_dtype(device) if autocast else weights
     if dtype == torch.bfloat16:
         return "bf16"
@@ -166,6 +169,17 @@ def plain_is_better(*tensors: Tensor | None) -> bool:
     if torch.compiler.is_compiling() or transforms_active():
         return True
     return not (torch.is_grad_enabled() and any_requires_grad(*tensors))
+
+
+def autocast_enabled(device: str) -> bool:
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
+    """Autocast to this dtype, or none at all, where the device has it."""
+    if device.type == "meta":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
 def any_requires_grad(*args: Any) -> bool:

@@ -16,7 +16,8 @@ from fdkernels.ops.integrate import prepare
 from fdkernels.ops.penalty import penalty_from_score
 from fdkernels.ops.score import score_from_velocity
 from fdkernels.ops.velocity_penalty import penalty_from_velocity
-from fdkernels.philox import check_seed, philox_normal
+from fdkernels.philox import check_seed
+from fdkernels.philox import draw as draw_normal
 from fdkernels.records import (
     REDUCTIONS,
     Chain,
@@ -105,7 +106,8 @@ def flow_fisher_penalty(
         velocities and scores are constants (stop-gradient), as in the published method.
 
     Raises:
-        TypeError: a tensor is not floating point, or velocity is not callable.
+        TypeError: an argument, or what velocity returns, has the wrong type, such as a tensor that is not floating
+            point or not dense.
         ValueError: shapes do not fit, devices or dtypes differ, an option is out of its range, or two options exclude
             each other.
         RuntimeError: the backend or the precision asked for is not available here.
@@ -190,9 +192,10 @@ def _check_given(op: str, given: dict[str, Tensor | None], num_samples: int, dev
     if given["samples"] is not None and given["noise"] is not None:
         raise ValueError(f"{op}: samples and noise exclude each other, for given samples are not integrated again")
     counts = [tensor.shape[-2] for tensor in tensors.values() if tensor.ndim >= 2]
-    num_samples = counts[0] if counts else num_samples
-    check_count(op, "num_samples", num_samples)
-    return num_samples
+    if not counts:
+        return check_count(op, "num_samples", num_samples)
+    check_count(op, f"num_samples, which {' and '.join(tensors)} says,", counts[0])
+    return counts[0]
 
 
 def _check_source(
@@ -283,7 +286,7 @@ def _drawn(
 
     def draw(first: int) -> Tensor:
         if seed is not None:
-            return philox_normal(seed, shape, like.device, like.dtype, first=first)
+            return draw_normal(seed, shape, like.device, like.dtype, first)
         return torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
 
     return (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -12,7 +13,7 @@ from fdkernels.backend import Backend, Implementation, Precision, choose_fused
 from fdkernels.cpu import field as cpu_field
 from fdkernels.ops.integrate import fused_integrate
 from fdkernels.solvers import Method, check_solver, integrate
-from fdkernels.validation import check_flag
+from fdkernels.validation import MAX_COUNT, check_flag, is_sequence
 from fdkernels.velocity import Velocity, bind, check_start
 
 
@@ -49,7 +50,8 @@ def integrate_flow(
             state serves K samples.
         num_steps: S; the times are i/S, i = 0 ... S.
         method: ``"euler"``, ``"midpoint"``, ``"heun"`` (order 2) or ``"rk4"`` (order 4).
-        time_grid: S + 1 times to use instead, in any direction: a sequence, or a 1-d tensor (read on the host).
+        time_grid: S + 1 times to use instead, in any direction and within ±10,000: a sequence, or a 1-d tensor (read on
+            the host).
         clip: bounds applied to the end of the path; None never clips.
         clip_each_step: apply them after every step. The inner stages of a step are never clipped.
         return_path: return the states at all times, (S + 1, ..., d), as stepped and clipped; x0 comes first, unchanged.
@@ -77,7 +79,8 @@ def integrate_flow(
         half precision is float32.
 
     Raises:
-        TypeError: x0 or cond is not a floating-point tensor, or velocity is not callable.
+        TypeError: an argument, or what velocity returns, has the wrong type, such as a tensor that is not floating
+            point or not dense.
         ValueError: shapes do not fit, devices or dtypes differ, an option is out of its range, or ``"high"`` or
             ``"bf16"`` is asked of float64.
         RuntimeError: the backend or the precision asked for is not available here.
@@ -144,7 +147,7 @@ def integrate_flow_groups(
         [(8, 6), (8, 4, 6)]
     """
     op = "integrate_flow_groups"
-    _check_groups(op, x0s, conds)
+    x0s, conds = _check_groups(op, x0s, conds)
     check_flag(op, "differentiable", differentiable)
     solver = check_solver(op, num_steps, time_grid, method, clip, clip_each_step)
     if not x0s:
@@ -168,15 +171,19 @@ def integrate_flow_groups(
         return tuple(apart)
 
 
-def _check_groups(op: str, x0s: Sequence[Tensor], conds: Sequence[Tensor | None]) -> None:
+def _check_groups(
+    op: str, x0s: Sequence[Tensor], conds: Sequence[Tensor | None]
+) -> tuple[list[Tensor], list[Tensor | None]]:
     """Check that there are as many conditions as groups, and one dtype and device for all groups."""
-    lists = [isinstance(given, Sequence) and not isinstance(given, str) for given in (x0s, conds)]
-    if not all(lists) or len(x0s) != len(conds):
+    starts = list(itertools.islice(x0s, MAX_COUNT)) if is_sequence(x0s) else None
+    conditions = list(itertools.islice(conds, MAX_COUNT)) if is_sequence(conds) else None
+    if starts is None or conditions is None or len(starts) != len(conditions):
         raise ValueError(f"{op}: x0s and conds must be sequences of one length, one entry for each group of rows")
-    for i, (x0, cond) in enumerate(zip(x0s, conds)):
+    for i, (x0, cond) in enumerate(zip(starts, conditions)):
         check_start(op, x0, cond, f"x0s[{i}]", f"conds[{i}]")
-        if (x0.dtype, x0.device) != (x0s[0].dtype, x0s[0].device):
+        if (x0.dtype, x0.device) != (starts[0].dtype, starts[0].device):
             raise ValueError(
                 f"{op}: all groups must have one dtype and device, got x0s[{i}] of {x0.dtype} on {x0.device} and "
-                f"x0s[0] of {x0s[0].dtype} on {x0s[0].device}"
+                f"x0s[0] of {starts[0].dtype} on {starts[0].device}"
             )
+    return starts, conditions

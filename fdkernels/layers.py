@@ -90,7 +90,7 @@ class Network(NamedTuple):
 
     def cond_share(self, cond: Tensor | None) -> Tensor | None:
         """Share of condition and bias in the first layer, the same at every step; (..., H), cond's leading shape."""
-        if cond is None:
+        if cond is None or "cond" not in self.columns:  # a condition of width 0
             return self.first.bias
         weight = self.columns["cond"]
         return F.linear(cond.to(weight.dtype), weight, self.first.bias)

@@ -6,14 +6,16 @@ import dataclasses
 import itertools
 import weakref
 from collections.abc import Iterator, Sequence
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from fdkernels.activations import ACTIVATIONS, ActivationName, name_of
+from fdkernels.backend import autocast
 from fdkernels.cpu.layers import linear
 from fdkernels.layers import Input, Layer, Network, Norm
-from fdkernels.validation import check_at_least, check_choice, check_count, check_flag
+from fdkernels.validation import FLOATING, brief, check_at_least, check_choice, check_count, check_flag, is_sequence
 
 
 class Linear(nn.Linear):
@@ -52,10 +54,11 @@ class VelocityMLP(nn.Module):
     ) -> None:
         super().__init__()
         op = "VelocityMLP"
-        check_count(op, "cond_dim", cond_dim, least=0)
-        check_count(op, "action_dim", action_dim)
-        _check_stack(op, hidden, activation, layer_norm, layer_norm_eps)
-        self.net = build_mlp(cond_dim + action_dim + 1, hidden, action_dim, activation, layer_norm, layer_norm_eps)
+        cond_dim = check_count(op, "cond_dim", cond_dim, least=0)
+        action_dim = check_count(op, "action_dim", action_dim)
+        widths = _check_widths(op, cond_dim + action_dim + 1, hidden, action_dim)
+        _check_layers(op, activation, layer_norm, layer_norm_eps)
+        self.net = _build(widths, activation, layer_norm, layer_norm_eps)
         self.order: Sequence[Input] = ("cond", "x", "t") if cond_dim else ("x", "t")
 
     def forward(self, x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
@@ -81,18 +84,22 @@ def build_mlp(
 ) -> nn.Sequential:
     """The stack inside a :class:`VelocityMLP`: linear, activation, optional layer norm, ..., and a last linear.
 
-    Glorot-uniform weights, zero biases. Policies and critics around a flow use the same stack.
+    Glorot-uniform weights, zero biases. Policies and critics around a flow use the same stack. Raises the same errors.
     """
     op = "build_mlp"
-    check_count(op, "inputs", inputs)
-    check_count(op, "outputs", outputs)
-    _check_stack(op, hidden, activation, layer_norm, layer_norm_eps)
+    inputs, outputs = check_count(op, "inputs", inputs), check_count(op, "outputs", outputs)
+    widths = _check_widths(op, inputs, hidden, outputs)
+    _check_layers(op, activation, layer_norm, layer_norm_eps)
+    return _build(widths, activation, layer_norm, layer_norm_eps)
+
+
+def _build(widths: Sequence[int], activation: str, layer_norm: bool, layer_norm_eps: float) -> nn.Sequential:
     modules: list[nn.Module] = []
-    width = inputs
+    width, *hidden, outputs = widths
     for next_width in hidden:
         modules += [Linear(width, next_width), ACTIVATIONS[activation].module()]
         if layer_norm:
-            modules.append(nn.LayerNorm(next_width, eps=layer_norm_eps))
+            modules.append(nn.LayerNorm(next_width, eps=float(layer_norm_eps)))
         width = next_width
     modules.append(Linear(width, outputs))
     for module in modules:
@@ -102,11 +109,27 @@ def build_mlp(
     return nn.Sequential(*modules)
 
 
-def _check_stack(op: str, hidden: Sequence[int], activation: str, layer_norm: bool, layer_norm_eps: float) -> None:
-    if not isinstance(hidden, Sequence) or isinstance(hidden, str):
+MAX_LAYERS, MAX_WEIGHTS = 2**10, 2**30
+"""Larger networks are taken for a mistake."""
+
+
+def _check_widths(op: str, inputs: int, hidden: Sequence[int], outputs: int) -> list[int]:
+    """All widths, from inputs to outputs."""
+    if not is_sequence(hidden):
         raise TypeError(f"{op}: hidden must be a sequence of widths, got {type(hidden).__name__}")
-    for width in hidden:
-        check_count(op, "every width in hidden", width)
+    given = itertools.islice(hidden, MAX_LAYERS + 1)
+    widths = [inputs, *(check_count(op, "every width in hidden", width) for width in given), outputs]
+    if len(widths) > MAX_LAYERS + 2:
+        raise ValueError(f"{op}: hidden must have at most {MAX_LAYERS} layers, got more")
+    weights = sum(before * after for before, after in itertools.pairwise(widths))
+    if weights > MAX_WEIGHTS:
+        raise ValueError(
+            f"{op}: hidden must make at most {MAX_WEIGHTS} weights, got {brief(hidden)}, which make {weights}"
+        )
+    return widths
+
+
+def _check_layers(op: str, activation: str, layer_norm: bool, layer_norm_eps: float) -> None:
     check_choice(op, "activation", activation, ACTIVATIONS)
     check_flag(op, "layer_norm", layer_norm)
     check_at_least(op, "layer_norm_eps", layer_norm_eps, 0.0)
@@ -197,8 +220,8 @@ def pack_mlp(module: nn.Module, order: Sequence[Input] = ("cond", "x", "t")) -> 
         The packed MLP, callable as v(x, t, cond) and accepted wherever a velocity is.
 
     Raises:
-        TypeError: the module holds anything else, or does not compute what its stack computes.
-        ValueError: widths do not chain, or ``order`` is not a permutation of its names.
+        TypeError: the module holds anything else, or itself, or does not compute what its stack computes.
+        ValueError: widths do not chain, weights are on several devices, or ``order`` is not a permutation of its names.
 
     Example:
         >>> import torch, fdkernels
@@ -209,15 +232,17 @@ def pack_mlp(module: nn.Module, order: Sequence[Input] = ("cond", "x", "t")) -> 
     """
     if isinstance(module, PackedMLP):
         return module
-    if isinstance(module, VelocityMLP) and type(module).forward is VelocityMLP.forward:
-        return _pack_known(module)
+    what = "pack_mlp: module"
+    if is_known(module):
+        return pack_known(what, module)
     if not isinstance(module, nn.Module):
-        raise TypeError(f"pack_mlp: module must be a torch.nn.Module, got {type(module).__name__}")
-    if not isinstance(order, Sequence) or tuple(map(str, order)) not in _ORDERS:
+        raise TypeError(f"{what} must be a torch.nn.Module, got {type(module).__name__}")
+    names = tuple(itertools.islice(order, 4)) if is_sequence(order) else ()
+    if not all(isinstance(name, str) for name in names) or names not in _ORDERS:
         raise ValueError(
-            f"pack_mlp: order must name 'x', 't' and, unless unconditional, 'cond' once, got {order!r:.80}"
+            f"pack_mlp: order must name 'x', 't' and, unless unconditional, 'cond' once, got {brief(order)}"
         )
-    packed = _pack(module, order)
+    packed = _pack(what, module, names)
     _try_out(module, packed)
     return packed
 
@@ -228,34 +253,54 @@ _ORDERS = (*itertools.permutations(("cond", "x", "t")), *itertools.permutations(
 _known: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[object, ...], PackedMLP]] = weakref.WeakKeyDictionary()
 
 
-def _pack_known(module: VelocityMLP) -> PackedMLP:
-    """Packing takes half as long as a launch, so the result is kept until the module changes."""
+def is_known(module: object) -> TypeGuard[VelocityMLP]:
+    """Whether it is a VelocityMLP with its own forward."""
+    return isinstance(module, VelocityMLP) and type(module).forward is VelocityMLP.forward
+
+
+def pack_known(what: str, module: VelocityMLP) -> PackedMLP:
+    """Packing takes half as long as a launch, so the result is kept until the module changes.
+
+    Args:
+        what: the operator and the argument, for messages.
+    """
     stack = module.net
     if torch.compiler.is_compiling() or not isinstance(stack, nn.Sequential):
-        return _pack(stack, module.order)
+        return _pack(what, stack, module.order)
     settings = ((layer.training, getattr(layer, "approximate", None)) for layer in stack)
     made_of = (*module.order, *stack, *settings)
     before, packed = _known.get(module, ((), None))
     if packed is None or made_of != before:
-        packed = _pack(stack, module.order)
+        packed = _pack(what, stack, module.order)
         if all(next(layer.children(), None) is None for layer in stack):  # changes further down would go unnoticed
             _known[module] = made_of, packed
     return packed
 
 
-def _pack(module: nn.Module, order: Sequence[Input]) -> PackedMLP:
-    layers = tuple(_layers(list(_leaves(module))))
+def _pack(what: str, module: nn.Module, order: Sequence[Input]) -> PackedMLP:
+    try:
+        leaves = list(_leaves(what, module))
+    except RecursionError:
+        raise TypeError(f"{what} must not contain itself") from None
+    layers = tuple(_layers(what, leaves))
     packed = PackedMLP(layers, tuple(order))
     for layer in layers:
         for norm in (layer.norm_before, layer.norm_after):
             if norm is not None and norm.normalized_shape != (layer.linear.out_features,):
-                raise ValueError(f"pack_mlp: {norm} must normalise the {layer.linear.out_features} outputs before it")
+                raise ValueError(f"{what}'s {norm} must normalise the {layer.linear.out_features} outputs before it")
     for before, after in itertools.pairwise(layers):
         if before.linear.out_features != after.linear.in_features:
-            raise ValueError(f"pack_mlp: widths do not chain: {before.linear} is followed by {after.linear}")
-    if packed.cond_dim < 0 or ("cond" in order) != (packed.cond_dim > 0):
+            raise ValueError(f"{what}'s widths do not chain: {before.linear} is followed by {after.linear}")
+        if before.linear.weight.device != after.linear.weight.device:
+            raise ValueError(f"{what}'s weights must be on one device, got {before.linear.weight.device} and others")
+    for layer in layers:
+        if layer.linear.weight.dtype not in FLOATING:
+            raise TypeError(
+                f"{what}'s weights must be float32, bfloat16, float16 or float64, got {layer.linear.weight.dtype}"
+            )
+    if packed.action_dim < 1 or packed.cond_dim < 0 or ("cond" in order) != (packed.cond_dim > 0):
         raise ValueError(
-            f"pack_mlp: with order={tuple(order)} and {packed.action_dim} outputs the first layer must take "
+            f"{what}: with order={tuple(order)} and {packed.action_dim} outputs the first layer must take "
             f"{'cond_dim + ' if 'cond' in order else ''}{packed.action_dim} + 1 inputs, got "
             f"{layers[0].linear.in_features}"
         )
@@ -268,21 +313,22 @@ def _try_out(module: nn.Module, packed: PackedMLP) -> None:
     width = packed.layers[0].linear.in_features
     rows = torch.linspace(-1, 1, 2 * width, dtype=packed.dtype, device=packed.device).view(2, width)
     try:
-        same = torch.allclose(module(rows), packed.run(rows), rtol=1e-3, atol=1e-5)
+        with autocast(packed.device, None):
+            same = torch.allclose(module(rows), packed.run(rows), rtol=1e-3, atol=1e-5, equal_nan=True)
     except Exception as error:  # whatever a custom forward raises
         raise TypeError(
-            f"pack_mlp: {type(module).__name__} cannot be called with the concatenated inputs alone "
+            f"pack_mlp: module {type(module).__name__} cannot be called with the concatenated inputs alone "
             f"({type(error).__name__}: {error}); pass the nn.Sequential inside it"
         ) from error
     if not same:
-        raise TypeError(f"pack_mlp: {type(module).__name__} computes something else than the layers inside it")
+        raise TypeError(f"pack_mlp: module {type(module).__name__} computes something else than the layers inside it")
 
 
-def _leaves(module: nn.Module) -> Iterator[nn.Module]:
+def _leaves(what: str, module: nn.Module) -> Iterator[nn.Module]:
     """The modules that compute, in order of execution as far as it can be known."""
     if isinstance(module, nn.Sequential):
         for child in module:
-            yield from _leaves(child)
+            yield from _leaves(what, child)
     elif isinstance(module, nn.Identity) or (isinstance(module, nn.Dropout) and not module.training):
         return
     elif isinstance(module, (nn.Linear, nn.LayerNorm)) or name_of(module) is not None:
@@ -291,21 +337,21 @@ def _leaves(module: nn.Module) -> Iterator[nn.Module]:
         children = list(module.children())
         if len(children) != 1:
             raise TypeError(
-                "pack_mlp: module must be a VelocityMLP, an nn.Sequential of Linear, activation (GELU, SiLU, ReLU, "
+                f"{what} must be a VelocityMLP, an nn.Sequential of Linear, activation (GELU, SiLU, ReLU, "
                 f"Tanh) and LayerNorm, or a module that wraps one; got {type(module).__name__}"
             )
-        yield from _leaves(children[0])
+        yield from _leaves(what, children[0])
 
 
-def _layers(leaves: list[nn.Module]) -> Iterator[LayerModules]:
+def _layers(what: str, leaves: list[nn.Module]) -> Iterator[LayerModules]:
     if not leaves or not isinstance(leaves[0], nn.Linear) or not isinstance(leaves[-1], nn.Linear):
-        raise TypeError("pack_mlp: the stack must begin and end with nn.Linear")
+        raise TypeError(f"{what} must begin and end with nn.Linear")
     starts = [i for i, leaf in enumerate(leaves) if isinstance(leaf, nn.Linear)]
     for start, end in zip(starts, [*starts[1:], len(leaves)]):
         linear, rest = leaves[start], leaves[start + 1 : end]
         kinds = "".join("n" if isinstance(leaf, nn.LayerNorm) else "a" for leaf in rest)
         if kinds not in ("", "a", "n", "na", "an", "nan"):
-            raise TypeError(f"pack_mlp: between two nn.Linear at most norm, activation, norm, got {rest}")
+            raise TypeError(f"{what} must have between two nn.Linear at most norm, activation, norm, got {rest}")
         before = rest[0] if kinds.startswith("n") else None
         after = rest[-1] if kinds.endswith("n") and len(kinds) > 1 else None
         activation = name_of(rest[kinds.index("a")]) if "a" in kinds else None

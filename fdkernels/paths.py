@@ -10,6 +10,8 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
+from fdkernels.validation import FLOATING, brief
+
 Time = TypeVar("Time", float, Tensor)
 PathName = Literal["linear", "linear_reversed", "vp", "cosine"]
 FUNCTIONS = ("alpha", "sigma", "d_alpha", "d_sigma")
@@ -22,6 +24,8 @@ class AffinePath:
     Attributes:
         alpha, sigma: coefficients of data and noise: functions of a tensor of times (...,) that keep its shape.
         d_alpha, d_sigma: their time derivatives.
+
+    What is no function, or gives something else than floating-point numbers, is a TypeError where the path is used.
     """
 
     alpha: Callable[[Tensor], Tensor]
@@ -35,8 +39,15 @@ class AffinePath:
         found = path.alpha(t), path.sigma(t), path.d_alpha(t), path.d_sigma(t)
         if isinstance(t, Tensor):
             for name, value in zip(FUNCTIONS, found):
-                if not isinstance(value, Tensor) or value.shape != t.shape:
+                if not isinstance(value, Tensor) or value.layout != torch.strided or value.shape != t.shape:
                     raise TypeError(f"{op}: path.{name} must give a tensor of its times' shape {tuple(t.shape)}")
+                anywhere = t.ndim == 0 and value.device.type != "meta"  # a single number goes with any device
+                elsewhere = value.device != t.device and not anywhere
+                if value.dtype not in FLOATING or elsewhere:
+                    raise TypeError(
+                        f"{op}: path.{name} must give floating-point numbers on {t.device}, got {value.dtype} on "
+                        f"{value.device}"
+                    )
         return found
 
 
@@ -105,7 +116,7 @@ def resolve_path(op: str, path: PathName | AffinePath) -> AffinePath:
     if isinstance(path, str) and path in PATHS:
         return PATHS[path]
     if not isinstance(path, AffinePath):
-        raise ValueError(f"{op}: path must be an AffinePath or one of {', '.join(map(repr, PATHS))}, got {path!r:.80}")
+        raise ValueError(f"{op}: path must be an AffinePath or one of {', '.join(map(repr, PATHS))}, got {brief(path)}")
     for name in FUNCTIONS:
         function = getattr(path, name)
         if not callable(function):

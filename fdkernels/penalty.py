@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fdkernels.backend import MAX_PENALTY_D, Backend, choose_backend
+from fdkernels.backend import MAX_PENALTY_D, Backend, autocast, choose_backend
 from fdkernels.ops.penalty import penalty_from_score
 from fdkernels.ops.velocity_penalty import penalty_from_velocity
 from fdkernels.paths import AffinePath, PathName
@@ -63,7 +63,7 @@ def fisher_penalty(
         their own row only. Zero scores with ``damping=0`` give zero.
 
     Raises:
-        TypeError: a tensor is missing or not floating point.
+        TypeError: an argument has the wrong type, such as a tensor that is not floating point or not dense.
         ValueError: shapes do not fit, d or K is zero, devices differ, or an option is out of its range.
         RuntimeError: the backend asked for cannot serve these tensors.
 
@@ -124,7 +124,7 @@ def velocity_fisher_penalty(
         precision.
 
     Raises:
-        TypeError: a tensor is missing or not floating point.
+        TypeError: an argument has the wrong type, such as a tensor that is not floating point or not dense.
         ValueError: shapes do not fit, d or K is zero, devices differ, or an option is out of its range.
         RuntimeError: the backend asked for cannot serve these tensors.
 
@@ -164,8 +164,8 @@ def fisher_spectrum(score: Tensor, *, damping: float = 1e-3) -> Tensor:
         NaN or infinite. Differentiable where the eigenvalues are distinct.
 
     Raises:
-        TypeError: ``score`` is not a floating-point tensor.
-        ValueError: d or K is zero, or ``damping`` is negative.
+        TypeError: ``score`` is not a dense floating-point tensor, or ``damping`` is no number.
+        ValueError: d or K is zero, or ``damping`` is out of its range.
 
     Example:
         >>> import torch, fdkernels
@@ -178,7 +178,7 @@ def fisher_spectrum(score: Tensor, *, damping: float = 1e-3) -> Tensor:
         raise ValueError(f"{op}: score must be (..., K, d) with K and d of at least 1, got {tuple(score.shape)}")
     damping = check_at_least(op, "damping", damping, 0.0)
     score = score.to(torch.promote_types(score.dtype, torch.float32))
-    with torch.autocast(score.device.type, enabled=False):  # half precision makes small eigenvalues negative
+    with autocast(score.device, None):  # half precision makes small eigenvalues negative
         fisher = score.mT @ score / score.shape[-2]
         # one matrix that is not finite would make eigvalsh refuse the whole batch
         finite = fisher.isfinite().all(-1).all(-1)[..., None]

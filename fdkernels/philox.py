@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from fdkernels.validation import FLOATING, brief, is_integer, is_sequence
+
 _WORD = 0xFFFFFFFF
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
+_MAX_ELEMENTS, _MAX_DIMENSIONS = 2**31, 64
 
 
 def philox_normal(
@@ -29,14 +34,34 @@ def philox_normal(
         first: position of the first element, at least 0.
 
     Raises:
-        TypeError: ``seed`` is not an integer or an integer tensor.
-        ValueError: ``seed`` or ``first`` is out of range, or a tensor seed has dimensions or is on another device.
+        TypeError: an argument has the wrong type, such as a ``seed`` that is not an integer or an integer tensor.
+        ValueError: ``seed``, ``shape`` or ``first`` is out of range, or a tensor seed has dimensions or is on another
+            device.
+        RuntimeError: there is no such device here, or no memory on it.
 
     Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
     """
-    seed = check_seed("philox_normal", seed, torch.device(device))
-    if first < 0:
-        raise ValueError(f"philox_normal: first must be at least 0, got {first}")
+    op = "philox_normal"
+    try:
+        device = torch.empty(0, device=device).device
+    except Exception as error:  # whatever PyTorch has to say about a device
+        raise RuntimeError(f"{op}: device must be one that is here, got {brief(device)} ({error})") from None
+    if not isinstance(dtype, torch.dtype) or dtype not in FLOATING:
+        raise TypeError(f"{op}: dtype must be float32, bfloat16, float16 or float64, got {brief(dtype)}")
+    seed = check_seed(op, seed, device)
+    sizes = list(itertools.islice(shape, _MAX_DIMENSIONS + 1)) if is_sequence(shape) else [-1]
+    if len(sizes) > _MAX_DIMENSIONS or not all(is_integer(size) and 0 <= size <= _MAX_ELEMENTS for size in sizes):
+        raise ValueError(f"{op}: shape must be a sequence of sizes of at least 0, got {brief(shape)}")
+    sizes = [int(size) for size in sizes]
+    if math.prod(sizes) > _MAX_ELEMENTS:
+        raise ValueError(f"{op}: shape must have at most {_MAX_ELEMENTS} elements, got {math.prod(sizes)}")
+    if not is_integer(first) or not 0 <= first <= 2**63 - 1 - _MAX_ELEMENTS:
+        raise ValueError(f"{op}: first must be an integer of at least 0 and below 2^63, got {brief(first)}")
+    return draw(seed, sizes, device, dtype, int(first))
+
+
+def draw(seed: int | Tensor, shape: Sequence[int], device: torch.device, dtype: torch.dtype, first: int) -> Tensor:
+    """``philox_normal`` on checked arguments."""
     position = torch.arange(first, first + math.prod(shape), dtype=torch.int64, device=device)
     zero = torch.zeros_like(position)
     words = philox((position & _WORD, position >> 32, zero, zero), (seed & _WORD, (seed >> 32) & _WORD))
@@ -48,8 +73,8 @@ def philox_normal(
 def check_seed(op: str, seed: int | Tensor, device: torch.device) -> int | Tensor:
     """The seed as a signed 64-bit number or tensor."""
     if isinstance(seed, Tensor):
-        if seed.dtype.is_floating_point or seed.dtype.is_complex or seed.dtype == torch.bool:
-            raise TypeError(f"{op}: seed must be an int or an integer tensor, got a tensor of {seed.dtype}")
+        if seed.dtype not in _INTEGERS or seed.layout != torch.strided or seed.is_nested:
+            raise TypeError(f"{op}: seed must be an int or an integer tensor, dense, got a tensor of {seed.dtype}")
         if seed.ndim != 0:
             raise ValueError(f"{op}: a tensor seed must have no dimensions, got shape {tuple(seed.shape)}")
         if seed.device != device:
@@ -58,7 +83,7 @@ def check_seed(op: str, seed: int | Tensor, device: torch.device) -> int | Tenso
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"{op}: seed must be an int or an integer tensor, got {type(seed).__name__}")
     if not -(2**63) <= seed < 2**64:
-        raise ValueError(f"{op}: seed must have 64 bits, got {seed}")
+        raise ValueError(f"{op}: seed must have 64 bits, got {brief(seed)}")
     return seed if seed < 2**63 else seed - 2**64
 
 

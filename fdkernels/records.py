@@ -14,7 +14,7 @@ from torch import Tensor
 from fdkernels.layers import EncodedNetwork
 from fdkernels.paths import PATHS, AffinePath, PathName, Time, resolve_path, takes_numbers
 from fdkernels.solvers import Solver
-from fdkernels.validation import check_at_least, check_broadcast, check_choice, check_floating, is_number
+from fdkernels.validation import brief, check_at_least, check_broadcast, check_choice, check_floating, is_number
 
 Convention = Literal["exact", "velocity"]
 Normalize = Literal["trace", "none"]
@@ -102,7 +102,9 @@ def check_score_rule(op: str, path: PathName | AffinePath, convention: Conventio
     min_sigma = check_at_least(op, "min_sigma", min_sigma, 0.0)
     resolved = resolve_path(op, path)
     if convention == "velocity" and resolved is not PATHS["linear"]:
-        raise ValueError(f"{op}: convention='velocity' is v / (1 − t), defined for path='linear' only, got {path!r}")
+        raise ValueError(
+            f"{op}: convention='velocity' is v / (1 − t), defined for path='linear' only, got {brief(path)}"
+        )
     return ScoreRule(op, resolved, convention == "exact", min_sigma, takes_numbers(resolved))
 
 
@@ -116,12 +118,16 @@ def check_time(t: Tensor | float, rule: ScoreRule, like: Tensor, shape: tuple[in
     if not is_number(t):
         raise TypeError(f"{op}: t must be a number or a torch.Tensor, got {type(t).__name__}")
     if not 0 <= t <= 1:
-        raise ValueError(f"{op}: t must lie in [0, 1], got {t!r}")
+        raise ValueError(f"{op}: t must lie in [0, 1], got {brief(t)}")
     t = float(t)
-    sigma: Any = path.sigma if rule.of_numbers else lambda t: path.at(op, torch.tensor(t, dtype=torch.float64))[1]
+    sigma: Any = path.sigma if rule.of_numbers else lambda t: path.at(op, _single(t))[1]
     if not sigma(t) > 0:
         raise ValueError(f"{op}: t must leave some noise (σ_t > 0) for a score to exist, got t={t!r} with σ_t = 0")
     return t
+
+
+def _single(t: float) -> Tensor:
+    return torch.tensor(t, dtype=torch.float64, device="cpu")
 
 
 class Way(NamedTuple):

@@ -48,7 +48,7 @@ def velocity_to_score(
         in ``velocity``, ``x`` and a tensor ``t``.
 
     Raises:
-        TypeError: a tensor is missing or not floating point.
+        TypeError: an argument has the wrong type, such as a tensor that is not floating point or not dense.
         ValueError: shapes do not fit, devices differ, or an option is out of its range.
         RuntimeError: the backend asked for cannot serve these tensors.
 

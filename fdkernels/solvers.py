@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from fdkernels.backend import autocast
 from fdkernels.torch_private import transforms_active
-from fdkernels.validation import MAX_COUNT, check_bounds, check_choice, check_count, check_flag
+from fdkernels.validation import (
+    MAX_COUNT,
+    as_float,
+    brief,
+    check_bounds,
+    check_choice,
+    check_count,
+    check_flag,
+    is_sequence,
+)
 
 Method = Literal["euler", "midpoint", "heun", "rk4"]
+MAX_TIME = 1e4
+"""Times beyond this are taken for a mistake; float16 holds them, and the steps between them."""
 Field: TypeAlias = Callable[[Tensor, float | Tensor], Tensor]  # v(x, t) for a fixed condition
 
 
@@ -74,17 +88,28 @@ def check_solver(
 def _check_times(op: str, num_steps: int, time_grid: Sequence[float] | Tensor | None) -> list[float]:
     """The S + 1 times: those of ``time_grid``, or i/S."""
     if time_grid is None:
-        check_count(op, "num_steps", num_steps)
+        num_steps = check_count(op, "num_steps", num_steps)
         return [i / num_steps for i in range(num_steps + 1)]
-    try:
-        grid = torch.as_tensor(time_grid, dtype=torch.float64)
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"{op}: time_grid must be a sequence of times, got {type(time_grid).__name__}") from None
-    if grid.ndim != 1 or not 2 <= len(grid) <= MAX_COUNT + 1 or not grid.isfinite().all():
+    listed = _on_host(time_grid)
+    if not is_sequence(listed):
+        raise TypeError(f"{op}: time_grid must be a sequence of times, got {type(time_grid).__name__}")
+    times = [as_float(_on_host(t)) for t in itertools.islice(listed, MAX_COUNT + 2)]
+    if not 2 <= len(times) <= MAX_COUNT + 1 or not all(-MAX_TIME <= t <= MAX_TIME for t in times):
         raise ValueError(
-            f"{op}: time_grid must hold two or more finite times, at most {MAX_COUNT + 1}, got {time_grid!r:.100}"
+            f"{op}: time_grid must hold two or more times, at most {MAX_COUNT + 1}, between {-MAX_TIME:g} and "
+            f"{MAX_TIME:g}, got {brief(time_grid)}"
         )
-    return grid.tolist()
+    return times
+
+
+def _on_host(value: Any) -> Any:
+    """What a tensor or an array holds as Python has it, None where that cannot be read; anything else as it is."""
+    if not isinstance(value, (Tensor, np.ndarray)):
+        return value
+    try:
+        return value.tolist()
+    except (RuntimeError, TypeError):  # nested, sparse, without data, ...
+        return None
 
 
 def integrate(field: Field, x: Tensor, solver: Solver, return_path: bool = False) -> Tensor:
@@ -96,14 +121,19 @@ def integrate(field: Field, x: Tensor, solver: Solver, return_path: bool = False
     forget = torch.is_grad_enabled() and not transforms_active()
     path = [x]
     last = len(solver.times) - 2
+    largest = torch.finfo(x.dtype).max
+    low, high = (b if abs(b) <= largest else math.copysign(math.inf, b) for b in (solver.low, solver.high))
     for i, (t, next_t) in enumerate(itertools.pairwise(solver.times)):
         arguments = (stages, field, x, t, next_t - t)
         x = checkpoint(_step, *arguments, use_reentrant=False) if forget else _step(*arguments)
         if solver.clip == "step" or (solver.clip == "end" and i == last):
-            x = x.clamp(solver.low, solver.high)
+            x = x.clamp(low, high)
         if return_path:
             path.append(x)
-    return torch.stack(path) if return_path else x
+    if not return_path:
+        return x
+    with autocast(x.device, None):  # in bfloat16, it cannot stack float16
+        return torch.stack(path)
 
 
 def _step(stages: tuple[Stage, ...], v: Field, x: Tensor, t: float, h: float) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import numbers
 import sys
 from collections.abc import Collection, Sequence
@@ -15,6 +17,8 @@ _LARGEST = sys.float_info.max
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_COUNT = 2**16
 """More steps or samples than this, or a larger width, are taken for a mistake."""
+MAX_NUMBER = 1e30
+"""So is any other option above this, which float32 still holds."""
 
 
 def check_floating(op: str, device: torch.device | None = None, **tensors: Tensor) -> torch.device:
@@ -40,12 +44,12 @@ def _layout(tensor: Tensor) -> str:
 def check_choice(op: str, name: str, value: object, choices: Collection[str | None]) -> None:
     # not `in` alone, which gives an array for an array
     if not (value is None or isinstance(value, str)) or value not in choices:
-        raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, choices))}, got {_brief(value)}")
+        raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, choices))}, got {brief(value)}")
 
 
 def check_flag(op: str, name: str, value: object) -> None:
     if not isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"{op}: {name} must be True or False, got {_brief(value)}")
+        raise TypeError(f"{op}: {name} must be True or False, got {brief(value)}")
 
 
 def is_number(value: object) -> bool:
@@ -53,31 +57,52 @@ def is_number(value: object) -> bool:
     return isinstance(value, (int, float, numbers.Real)) and not isinstance(value, (bool, np.bool_))
 
 
+def is_integer(value: object) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, (bool, np.bool_))
+
+
+def as_float(value: Any) -> float:
+    """The number as a float; NaN, which is in no interval, for anything else or a number larger than any float."""
+    if not is_number(value):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.nan
+
+
+def is_sequence(value: object) -> bool:
+    """Whether this is a sequence, but not text or bytes."""
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray, memoryview))
+
+
 def check_at_least(op: str, name: str, value: float, least: float, *, exclusive: bool = False) -> float:
     """Check the number, and return it as a float."""
     if not is_number(value):
-        raise TypeError(f"{op}: {name} must be a number, got {_brief(value)}")
-    if not least <= value <= _LARGEST or (exclusive and value == least):  # NaN is in no interval
-        raise ValueError(f"{op}: {name} must be finite and {'>' if exclusive else '>='} {least:g}, got {_brief(value)}")
-    return float(value)
+        raise TypeError(f"{op}: {name} must be a number, got {brief(value)}")
+    number = as_float(value)
+    if not least <= number <= _LARGEST or (exclusive and number == least):
+        raise ValueError(f"{op}: {name} must be finite and {'>' if exclusive else '>='} {least:g}, got {brief(value)}")
+    if number > MAX_NUMBER:
+        raise ValueError(f"{op}: {name} must be at most {MAX_NUMBER:g}, got {brief(value)}")
+    return number
 
 
-def check_count(op: str, name: str, value: int, least: int = 1) -> None:
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)) or value < least:
-        raise ValueError(f"{op}: {name} must be an integer of at least {least}, got {_brief(value)}")
+def check_count(op: str, name: str, value: int, least: int = 1) -> int:
+    """Check the count, and return it as Python's int, because NumPy's integers overflow."""
+    if not is_integer(value) or value < least:
+        raise ValueError(f"{op}: {name} must be an integer of at least {least}, got {brief(value)}")
     if value > MAX_COUNT:
-        raise ValueError(f"{op}: {name} must be at most {MAX_COUNT}, got {_brief(value)}")
+        raise ValueError(f"{op}: {name} must be at most {MAX_COUNT}, got {brief(value)}")
+    return int(value)
 
 
 def check_bounds(op: str, name: str, value: tuple[float, float]) -> tuple[float, float]:
     """Check that this is a pair of numbers in order, and return floats."""
-    pair = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else ()
-    if len(pair) != 2 or not all(map(is_number, pair)) or not pair[0] <= pair[1]:
-        raise ValueError(f"{op}: {name} must be None or (low, high) with low <= high, got {_brief(value)}")
-    try:
-        return float(pair[0]), float(pair[1])
-    except OverflowError:
-        raise ValueError(f"{op}: {name} must be None or (low, high) of floats, got {_brief(value)}") from None
+    pair = [as_float(bound) for bound in itertools.islice(value, 3)] if is_sequence(value) else []
+    if len(pair) != 2 or not pair[0] <= pair[1]:
+        raise ValueError(f"{op}: {name} must be None or (low, high) of floats with low <= high, got {brief(value)}")
+    return pair[0], pair[1]
 
 
 def check_shape(op: str, name: str, tensor: Tensor, shape: tuple[int, ...], wants: str) -> None:
@@ -110,13 +135,16 @@ def check_samples(op: str, displacement: Tensor, name: str, samples: Tensor) -> 
         )
 
 
-def _brief(value: Any) -> str:
+def brief(value: Any) -> str:
     """The given value, in one line that fits on a screen."""
     if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)}"
+        return "a nested tensor" if value.is_nested else f"a tensor of shape {tuple(value.shape)}"
     if isinstance(value, np.ndarray):
         return f"an array of shape {value.shape}"
     if isinstance(value, int) and abs(value) > 10**20:
         return f"an integer of {value.bit_length()} bits"
-    text = repr(value)
+    try:
+        text = repr(value)
+    except Exception:  # that of somebody's own class, or too many digits for Python
+        text = f"a value of type {type(value).__name__}"
     return text if len(text) <= 80 else f"{text[:77]}..."

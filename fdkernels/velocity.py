@@ -9,11 +9,19 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from fdkernels.backend import HALF, Precision, check_float32_products, check_precision, settle_precision
+from fdkernels.backend import (
+    HALF,
+    Precision,
+    autocast,
+    autocast_enabled,
+    check_float32_products,
+    check_precision,
+    settle_precision,
+)
 from fdkernels.cpu import field as cpu_field
 from fdkernels.cpu import processor
 from fdkernels.layers import EncodedNetwork, encode
-from fdkernels.networks import PackedMLP, VelocityMLP, pack_mlp
+from fdkernels.networks import PackedMLP, is_known, pack_known
 from fdkernels.records import Way
 from fdkernels.solvers import Field
 from fdkernels.validation import check_broadcast, check_floating
@@ -52,9 +60,9 @@ class BoundVelocity(NamedTuple):
         """The context in which PyTorch integrates."""
         check_float32_products(self.op, self.asked, device)
         if self.autocast and (self.packed is not None or self.asked in ("highest", "high")):
-            return torch.autocast(device.type, enabled=False)  # an MLP's dtypes are settled
+            return autocast(device, None)  # an MLP's dtypes are settled
         if self.packed is None and self.asked == "bf16":
-            return torch.autocast(device.type, dtype=torch.bfloat16)
+            return autocast(device, torch.bfloat16)
         return contextlib.nullcontext()
 
     def flow(self) -> Flow:
@@ -87,8 +95,7 @@ class BoundVelocity(NamedTuple):
                 if not isinstance(t, Tensor):
                     t = torch.full((), t, dtype=x.dtype, device=x.device)
                 v = velocity(x, t.expand(*lead, 1), spread)
-                if not isinstance(v, Tensor):
-                    raise TypeError(f"{op}: velocity must return a torch.Tensor, got {type(v).__name__}")
+                check_floating(op, x.device, **{"what velocity returns": v})
                 if v.shape != x.shape:
                     raise ValueError(f"{op}: velocity must return x's shape {tuple(x.shape)}, got {tuple(v.shape)}")
                 return v.to(x.dtype)
@@ -121,8 +128,8 @@ class BoundVelocity(NamedTuple):
 
 def bind(op: str, velocity: Velocity, like: Tensor, precision: Precision | None) -> BoundVelocity:
     """Bind the velocity to the dtype and device of ``like``. A :class:`VelocityMLP` is packed."""
-    if isinstance(velocity, VelocityMLP) and type(velocity).forward is VelocityMLP.forward:
-        velocity = pack_mlp(velocity)
+    if is_known(velocity):
+        velocity = pack_known(f"{op}: velocity", velocity)
     if not callable(velocity):
         raise TypeError(
             f"{op}: velocity must be a VelocityMLP, a packed MLP or a callable v(x, t, cond), "
@@ -133,7 +140,7 @@ def bind(op: str, velocity: Velocity, like: Tensor, precision: Precision | None)
     check_precision(op, precision, dtype, like.dtype)
     device = like.device.type
     settled = settle_precision(precision, dtype, device)
-    return BoundVelocity(op, velocity, packed, precision, settled, torch.is_autocast_enabled(device))
+    return BoundVelocity(op, velocity, packed, precision, settled, autocast_enabled(device))
 
 
 def check_start(op: str, x0: Tensor, cond: Tensor | None, x0_name: str, cond_name: str) -> None:
