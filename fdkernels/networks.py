@@ -54,8 +54,8 @@ class VelocityMLP(nn.Module):
     ) -> None:
         super().__init__()
         op = "VelocityMLP"
-        cond_dim = check_count(op, "cond_dim", cond_dim, least=0)
-        action_dim = check_count(op, "action_dim", action_dim)
+        cond_dim = check_count(op, "cond_dim", cond_dim, least=0, most=MAX_WIDTH)
+        action_dim = check_count(op, "action_dim", action_dim, most=MAX_WIDTH)
         widths = _check_widths(op, cond_dim + action_dim + 1, hidden, action_dim)
         _check_layers(op, activation, layer_norm, layer_norm_eps)
         self.net = _build(widths, activation, layer_norm, layer_norm_eps)
@@ -87,7 +87,8 @@ def build_mlp(
     Glorot-uniform weights, zero biases. Policies and critics around a flow use the same stack. Raises the same errors.
     """
     op = "build_mlp"
-    inputs, outputs = check_count(op, "inputs", inputs), check_count(op, "outputs", outputs)
+    inputs = check_count(op, "inputs", inputs, most=2 * MAX_WIDTH)
+    outputs = check_count(op, "outputs", outputs, most=MAX_WIDTH)
     widths = _check_widths(op, inputs, hidden, outputs)
     _check_layers(op, activation, layer_norm, layer_norm_eps)
     return _build(widths, activation, layer_norm, layer_norm_eps)
@@ -109,7 +110,7 @@ def _build(widths: Sequence[int], activation: str, layer_norm: bool, layer_norm_
     return nn.Sequential(*modules)
 
 
-MAX_LAYERS, MAX_WEIGHTS = 2**10, 2**30
+MAX_WIDTH, MAX_LAYERS, MAX_WEIGHTS = 2**20, 2**10, 2**30
 """Larger networks are taken for a mistake."""
 
 
@@ -118,7 +119,7 @@ def _check_widths(op: str, inputs: int, hidden: Sequence[int], outputs: int) -> 
     if not is_sequence(hidden):
         raise TypeError(f"{op}: hidden must be a sequence of widths, got {type(hidden).__name__}")
     given = itertools.islice(hidden, MAX_LAYERS + 1)
-    widths = [inputs, *(check_count(op, "every width in hidden", width) for width in given), outputs]
+    widths = [inputs, *(check_count(op, "every width in hidden", width, most=MAX_WIDTH) for width in given), outputs]
     if len(widths) > MAX_LAYERS + 2:
         raise ValueError(f"{op}: hidden must have at most {MAX_LAYERS} layers, got more")
     weights = sum(before * after for before, after in itertools.pairwise(widths))

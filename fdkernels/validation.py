@@ -16,7 +16,7 @@ from torch import Tensor
 _LARGEST = sys.float_info.max
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_COUNT = 2**16
-"""More steps or samples than this, or a larger width, are taken for a mistake."""
+"""More steps or samples are taken for a mistake."""
 MAX_NUMBER = 1e30
 """So is any other option above this, which float32 still holds."""
 
@@ -88,12 +88,12 @@ def check_at_least(op: str, name: str, value: float, least: float, *, exclusive:
     return number
 
 
-def check_count(op: str, name: str, value: int, least: int = 1) -> int:
+def check_count(op: str, name: str, value: int, least: int = 1, most: int = MAX_COUNT) -> int:
     """Check the count, and return it as Python's int, because NumPy's integers overflow."""
     if not is_integer(value) or value < least:
         raise ValueError(f"{op}: {name} must be an integer of at least {least}, got {brief(value)}")
-    if value > MAX_COUNT:
-        raise ValueError(f"{op}: {name} must be at most {MAX_COUNT}, got {brief(value)}")
+    if value > most:
+        raise ValueError(f"{op}: {name} must be at most {most}, got {brief(value)}")
     return int(value)
 
 
