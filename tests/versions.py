@@ -3,8 +3,8 @@
     python tests/versions.py [2.7 2.9 2.11 newest]
 
 Each PyTorch gets its own virtual environment under runs/versions, with the Triton that belongs to it. The oldest runs
-with the oldest Python and NumPy, if there is a ``python3.10`` or OLDEST_PYTHON names one. This downloads several GB,
-takes half an hour on two cores, and writes its results to docs/versions.md.
+with the oldest Python and NumPy, if there is a ``python3.10`` or OLDEST_PYTHON names one. This downloads 15 GB,
+takes the better part of an hour on two cores, and writes its results to docs/versions.md.
 """
 
 from __future__ import annotations
