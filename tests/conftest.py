@@ -18,7 +18,7 @@ from hypothesis import settings
 DATA = Path(__file__).parent / "data"
 settings.register_profile("whole", max_examples=100, deadline=None)
 settings.register_profile("quick", max_examples=12, deadline=None, derandomize=True)
-settings.register_profile("fuzz", max_examples=700, deadline=None, print_blob=True)
+settings.register_profile("fuzz", max_examples=1000, deadline=None, print_blob=True)
 settings.load_profile("whole")
 
 

@@ -246,6 +246,50 @@ ODD_HIDDEN = [
 ODD_COUNTS = ["np.uint8(255)", "np.int8(127)", "2**16 + 1", "2**70", "10**5000", "2.0", "-1", "np.float64(2)"]
 
 
+# -- a few calls whose arguments are replaced one by one ---------------------------------------------------------------
+
+_ONE, _MANY, _MORE, _COND, _HALF, _TIMES = (
+    f"tensor({shape}, {dtype!r}, {how!r}, {seed})"
+    for seed, (shape, dtype, how) in enumerate(
+        [
+            ((2, 3), "float32", "grad"),
+            ((2, 4, 3), "float32", ""),
+            ((2, 4, 3), "float32", ""),
+            ((2, 2), "float32", ""),
+            ((2, 2), "float16", ""),
+            ((2, 4, 1), "float32", ""),
+        ]
+    )
+)
+_TIMES = f"torch.sigmoid({_TIMES})"
+_CHAIN = {"velocity": "network(3, 2)", "cond": _COND, "displacement": _ONE}
+EXAMPLES: dict[str, list[Arguments]] = {
+    "fisher_penalty": [{"displacement": _ONE, "score": _MANY}],
+    "velocity_to_score": [{"velocity": _MANY, "x": _MORE, "t": t} for t in ("0.5", _TIMES)],
+    "velocity_fisher_penalty": [{"displacement": _ONE, "velocity": _MANY, "x": _MORE, "t": t} for t in ("0.5", _TIMES)],
+    "fisher_spectrum": [{"score": _MANY}],
+    "integrate_flow": [
+        {"velocity": "network(3, 2)", "x0": _ONE, "cond": _COND},
+        {"velocity": "field", "x0": _ONE, "cond": _COND, "return_path": "True"},
+        {"velocity": "field", "x0": _HALF, "differentiable": "True"},
+        {"velocity": "network(3, 0)", "x0": _ONE},
+    ],
+    "integrate_flow_groups": [
+        {"velocity": "network(3, 2)", "x0s": f"[{_ONE}, {_MANY}]", "conds": f"[{_COND}, {_COND}.unsqueeze(1)]"},
+        {"velocity": "field", "x0s": f"[{_ONE}, {_MANY}]", "conds": f"[{_COND}, None]"},
+    ],
+    "flow_fisher_penalty": [
+        _CHAIN | {"seed": "3", "return_score": "True"},
+        _CHAIN | {"velocity": "field", "noise": _MANY, "bridge_noise": _MORE},
+        _CHAIN | {"samples": _MANY, "seed": "torch.tensor(3)", "t": _TIMES},
+    ],
+    "VelocityMLP": [{"cond_dim": "2", "action_dim": "2"}],
+    "build_mlp": [{"inputs": "3", "hidden": "(4,)", "outputs": "2", "layer_norm": "True"}],
+    "pack_mlp": [{"module": MODULES[0], "order": ORDERS[0]}],
+    "philox_normal": [{"seed": "3", "shape": "(2,)", "device": "'cpu'", "dtype": "torch.float32"}],
+}
+
+
 # -- references ------------------------------------------------------------------------------------------------------
 
 
