@@ -21,7 +21,7 @@ test test-all: $(STAMP)
 tools-test: $(STAMP)
 	$(PYTEST) tests/tools
 
-# Odd arguments to every public function for some minutes, other ones each time; `make test` has the same ones each time.
+# Odd arguments to every public function for some minutes, different ones each time; `make test` has the same ones each time.
 fuzz: $(STAMP)
 	$(PYTEST) tests/fuzz --hypothesis-profile fuzz
 

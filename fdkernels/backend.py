@@ -146,8 +146,10 @@ def settle_precision(precision: Precision | None, weights: torch.dtype, device: 
 
 def check_float32_products(op: str, precision: str | None, device: torch.device) -> None:
     """Check that PyTorch's global setting gives this precision. It belongs to the caller and is not changed here."""
+    if precision not in ("highest", "high"):
+        return
     setting = float32_products()
-    if precision in ("highest", "high") and (setting == "medium" or (device.type == "cuda" and setting != precision)):
+    if setting == "medium" or (device.type == "cuda" and setting != precision):
         raise RuntimeError(
             f"{op}: precision={precision!r} on the PyTorch path needs torch.set_float32_matmul_precision({precision!r})"
             f", got {setting!r}"

@@ -194,7 +194,7 @@ def _check_given(op: str, given: dict[str, Tensor | None], num_samples: int, dev
     counts = [tensor.shape[-2] for tensor in tensors.values() if tensor.ndim >= 2]
     if not counts:
         return check_count(op, "num_samples", num_samples)
-    check_count(op, f"num_samples, which {' and '.join(tensors)} says,", counts[0])
+    check_count(op, f"K, the number of samples in {' and '.join(tensors)},", counts[0])
     return counts[0]
 
 

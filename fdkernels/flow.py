@@ -175,10 +175,12 @@ def _check_groups(
     op: str, x0s: Sequence[Tensor], conds: Sequence[Tensor | None]
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """Check that there are as many conditions as groups, and one dtype and device for all groups."""
-    starts = list(itertools.islice(x0s, MAX_COUNT)) if is_sequence(x0s) else None
-    conditions = list(itertools.islice(conds, MAX_COUNT)) if is_sequence(conds) else None
+    starts = list(itertools.islice(x0s, MAX_COUNT + 1)) if is_sequence(x0s) else None
+    conditions = list(itertools.islice(conds, MAX_COUNT + 1)) if is_sequence(conds) else None
     if starts is None or conditions is None or len(starts) != len(conditions):
         raise ValueError(f"{op}: x0s and conds must be sequences of one length, one entry for each group of rows")
+    if len(starts) > MAX_COUNT:
+        raise ValueError(f"{op}: x0s and conds must hold at most {MAX_COUNT} groups, got more")
     for i, (x0, cond) in enumerate(zip(starts, conditions)):
         check_start(op, x0, cond, f"x0s[{i}]", f"conds[{i}]")
         if (x0.dtype, x0.device) != (starts[0].dtype, starts[0].device):

@@ -49,18 +49,13 @@ class Layer(NamedTuple):
         # not _replace, which PyTorch 2.7 does not compile
         return Layer(self.weight.to(dtype), bias, self.norm_before, self.activation, self.norm_after)
 
-    @property
-    def normalises(self) -> bool:
-        """Whether the layer has a layer norm, which needs more than half precision."""
-        return self.norm_before is not None or self.norm_after is not None
-
-    def finish(self, h: Tensor) -> Tensor:
-        """Apply what follows the linear map, in h's dtype."""
+    def finish(self, h: Tensor, norm_dtype: torch.dtype | None = None) -> Tensor:
+        """Apply what follows the linear map, in h's dtype; a layer norm, and what follows that, in ``norm_dtype``."""
         if self.norm_before is not None:
-            h = layer_norm(h, self.norm_before)
+            h = layer_norm(h.to(norm_dtype or h.dtype), self.norm_before)
         if self.activation is not None:
             h = ACTIVATIONS[self.activation].function(h)
-        return h if self.norm_after is None else layer_norm(h, self.norm_after)
+        return h if self.norm_after is None else layer_norm(h.to(norm_dtype or h.dtype), self.norm_after)
 
 
 def layer_norm(h: Tensor, norm: Norm) -> Tensor:

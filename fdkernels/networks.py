@@ -111,7 +111,7 @@ def _build(widths: Sequence[int], activation: str, layer_norm: bool, layer_norm_
 
 
 MAX_WIDTH, MAX_LAYERS, MAX_WEIGHTS = 2**20, 2**10, 2**30
-"""Larger networks are taken for a mistake."""
+"""Larger networks are treated as a mistake."""
 
 
 def _check_widths(op: str, inputs: int, hidden: Sequence[int], outputs: int) -> list[int]:
@@ -207,10 +207,10 @@ class PackedMLP:
 def pack_mlp(module: nn.Module, order: Sequence[Input] = ("cond", "x", "t")) -> PackedMLP:
     """Use an existing stack of Linear / activation / LayerNorm as a velocity field, in place.
 
-    Nothing is copied: the next call sees an optimiser step on ``module``. Activations are GELU (either form), SiLU,
-    ReLU and Tanh; a LayerNorm comes after or before the activation. Nested ``nn.Sequential`` and modules that wrap
-    exactly one child are unwrapped; ``nn.Identity`` and ``nn.Dropout`` in eval mode are skipped. What a custom
-    ``forward`` does besides calling its children cannot be seen, so it is tried out on two rows.
+    Nothing is copied: the next call sees an optimiser step on ``module``. Activations are the modules of
+    ``fdkernels.activations.ACTIVATIONS``; a LayerNorm comes after or before the activation. Nested ``nn.Sequential``
+    and modules that wrap exactly one child are unwrapped; ``nn.Identity`` and ``nn.Dropout`` in eval mode are skipped.
+    What a custom ``forward`` does besides calling its children cannot be seen, so it is tried out on two rows.
 
     Args:
         module: a :class:`VelocityMLP`, an ``nn.Sequential``, or a module that wraps one.
@@ -322,7 +322,7 @@ def _try_out(module: nn.Module, packed: PackedMLP) -> None:
             f"({type(error).__name__}: {error}); pass the nn.Sequential inside it"
         ) from error
     if not same:
-        raise TypeError(f"pack_mlp: module {type(module).__name__} computes something else than the layers inside it")
+        raise TypeError(f"pack_mlp: module {type(module).__name__} computes something other than the layers inside it")
 
 
 def _leaves(what: str, module: nn.Module) -> Iterator[nn.Module]:
@@ -338,8 +338,8 @@ def _leaves(what: str, module: nn.Module) -> Iterator[nn.Module]:
         children = list(module.children())
         if len(children) != 1:
             raise TypeError(
-                f"{what} must be a VelocityMLP, an nn.Sequential of Linear, activation (GELU, SiLU, ReLU, "
-                f"Tanh) and LayerNorm, or a module that wraps one; got {type(module).__name__}"
+                f"{what} must be a VelocityMLP, an nn.Sequential of Linear, activation ({', '.join(ACTIVATIONS)}) and "
+                f"LayerNorm, or a module that wraps one; got {type(module).__name__}"
             )
         yield from _leaves(what, children[0])
 

@@ -25,7 +25,7 @@ class AffinePath:
         alpha, sigma: coefficients of data and noise: functions of a tensor of times (...,) that keep its shape.
         d_alpha, d_sigma: their time derivatives.
 
-    What is no function, or gives something else than floating-point numbers, is a TypeError where the path is used.
+    Using a path raises a TypeError if a coefficient is not a function, or does not return floating-point numbers.
     """
 
     alpha: Callable[[Tensor], Tensor]

@@ -53,8 +53,9 @@ def fisher_penalty(
         normalize: ``"trace"`` for F̂; ``"none"`` for δᵀFδ / d.
         eps: ε > 0, lower bound of tr F / d.
         reduction: ``"none"`` keeps the leading shape; ``"mean"`` and ``"sum"`` give a scalar.
-        backend: ``None`` picks Triton for CUDA tensors in float32, bfloat16 or float16, otherwise PyTorch; ``"torch"``
-            and ``"triton"`` insist on one. The kernels read contiguous tensors; others are copied first.
+        backend: ``None`` picks Triton for CUDA tensors in float32, bfloat16 or float16 with d up to 8192, otherwise
+            PyTorch; ``"torch"`` and ``"triton"`` insist on one. The kernels read contiguous tensors; others are copied
+            first.
 
     Returns:
         Penalty (...), or a scalar; float64 for float64 inputs, float32 otherwise. Differentiable in ``displacement``

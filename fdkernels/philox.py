@@ -80,10 +80,11 @@ def check_seed(op: str, seed: int | Tensor, device: torch.device) -> int | Tenso
         if seed.device != device:
             raise ValueError(f"{op}: a tensor seed must be on {device}, where it is read, got {seed.device}")
         return seed.to(torch.int64)
-    if isinstance(seed, bool) or not isinstance(seed, int):
+    if not is_integer(seed):
         raise TypeError(f"{op}: seed must be an int or an integer tensor, got {type(seed).__name__}")
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"{op}: seed must have 64 bits, got {brief(seed)}")
+    seed = int(seed)
     return seed if seed < 2**63 else seed - 2**64
 
 

@@ -105,7 +105,7 @@ def check_score_rule(op: str, path: PathName | AffinePath, convention: Conventio
         raise ValueError(
             f"{op}: convention='velocity' is v / (1 − t), defined for path='linear' only, got {brief(path)}"
         )
-    return ScoreRule(op, resolved, convention == "exact", min_sigma, takes_numbers(resolved))
+    return ScoreRule(op, resolved, convention == "exact", min_sigma, isinstance(path, str) or takes_numbers(resolved))
 
 
 def check_time(t: Tensor | float, rule: ScoreRule, like: Tensor, shape: tuple[int, ...]) -> Tensor | float:

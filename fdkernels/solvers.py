@@ -27,7 +27,7 @@ from fdkernels.validation import (
 
 Method = Literal["euler", "midpoint", "heun", "rk4"]
 MAX_TIME = 1e4
-"""Times beyond this are taken for a mistake; float16 holds them, and the steps between them."""
+"""Times beyond this are treated as a mistake; float16 holds them, and the steps between them."""
 Field: TypeAlias = Callable[[Tensor, float | Tensor], Tensor]  # v(x, t) for a fixed condition
 
 

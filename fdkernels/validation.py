@@ -16,9 +16,9 @@ from torch import Tensor
 _LARGEST = sys.float_info.max
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_COUNT = 2**16
-"""More steps or samples are taken for a mistake."""
+"""More steps or samples are treated as a mistake."""
 MAX_NUMBER = 1e30
-"""So is any other option above this, which float32 still holds."""
+"""A larger option is treated as a mistake. float32 still holds this."""
 
 
 def check_floating(op: str, device: torch.device | None = None, **tensors: Tensor) -> torch.device:
@@ -80,7 +80,7 @@ def check_at_least(op: str, name: str, value: float, least: float, *, exclusive:
     """Check the number, and return it as a float."""
     if not is_number(value):
         raise TypeError(f"{op}: {name} must be a number, got {brief(value)}")
-    number = as_float(value)
+    number = value if type(value) is float else as_float(value)
     if not least <= number <= _LARGEST or (exclusive and number == least):
         raise ValueError(f"{op}: {name} must be finite and {'>' if exclusive else '>='} {least:g}, got {brief(value)}")
     if number > MAX_NUMBER:

@@ -57,7 +57,7 @@ class Compiler:
     def __enter__(self) -> Compiler:
         for (module, name), kernel in self.kernels.items():
             self.patches.enter_context(mock.patch.object(module, name, kernel))
-        for module in (penalty_launch, score_launch, flow_launch):
+        for module in (module for module in KERNELS if hasattr(module, "gpu_of")):
             self.patches.enter_context(mock.patch.object(module, "gpu_of", return_value=Gpu("", self.architecture)))
         processors = MULTIPROCESSORS[self.architecture]
         self.patches.enter_context(mock.patch.object(flow_launch, "multiprocessors", return_value=processors))

@@ -127,9 +127,7 @@ class Workspace:
         onednn = None if layer.activation is None else ACTIVATIONS[layer.activation].onednn
         if layer.norm_before is None and onednn is not None:
             fused, rest = onednn, layer._replace(activation=None)
-        if rest.normalises:
-            return lambda h: rest.finish(onednn_linear(h, weight, bias, *fused).float())
-        return lambda h: rest.finish(onednn_linear(h, weight, bias, *fused))
+        return lambda h: rest.finish(onednn_linear(h, weight, bias, *fused), norm_dtype=torch.float32)
 
 
 def plain_layer(layer: Layer) -> Function:

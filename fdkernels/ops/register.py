@@ -131,11 +131,11 @@ def _define(name: str, layout: Layout, returns: str, body: Callable, fake: Calla
     return getattr(torch.ops.fdkernels, name).default
 
 
-def _add_gradient(name: str, layout: Layout, gradient: type[Gradient], operator: Callable[..., Any]) -> None:
+def _add_gradient(name: str, layout: Layout, gradient: type[Gradient], values_operator: Callable[..., Any]) -> None:
     lift, flat = layout.lift, layout.flat
 
     def values(call: Any) -> Any:
-        return operator(*flat(call))
+        return values_operator(*flat(call))
 
     def run_backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         found = gradient.backward(ctx, lift(ctx.needs_input_grad), *upstream)
@@ -153,7 +153,7 @@ def _add_gradient(name: str, layout: Layout, gradient: type[Gradient], operator:
             if transforms_active():
                 raise RuntimeError(f"{name}: torch.func gradients need backend='torch'")
             return Function.apply(*args)
-        return operator(*args)
+        return values_operator(*args)
 
     _LIBRARY.impl(name, dispatch, "Autograd")
 

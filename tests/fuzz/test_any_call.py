@@ -135,7 +135,7 @@ def judge(public: Public, context: str, arguments: Arguments, replaced: tuple[st
 def refused(
     public: Public, error: Exception, arguments: Arguments, given: dict[str, Any], replaced: tuple[str, ...]
 ) -> bool:
-    """Whether it is a refusal that names what was replaced, or an error of somebody's own."""
+    """Whether the error names a replaced argument, or was raised by a replaced argument itself."""
     texts = [arguments[name] for name in replaced]
     if isinstance(error, values.Own):
         return any("raising" in text for text in texts)
@@ -149,7 +149,7 @@ def refused(
 
 @contextlib.contextmanager
 def within(seconds: int, call: str) -> Iterator[None]:
-    """Fails where the body takes longer; what does not come back at all ends here, too."""
+    """Fail if the body takes longer, also if it never returns."""
 
     def stop(*_: object) -> None:
         pytest.fail(f"{call}\nstill running after {seconds} s")
@@ -219,7 +219,7 @@ def tensors_in(given: dict[str, Any]) -> list[Tensor]:
 
 
 def differentiate(out: Any, given: dict[str, Any]) -> None:
-    """Where there is a gradient, it can be had."""
+    """Compute the gradients, where there are any."""
     wants = [tensor for tensor in tensors_in(given) if tensor.requires_grad]
     for tensor in leaves(out) if not isinstance(out, nn.Module | PackedMLP) else ():
         if wants and tensor.requires_grad:

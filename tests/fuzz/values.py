@@ -51,7 +51,7 @@ def quantized(given: Tensor) -> Tensor:
 
 
 class Own(Exception):
-    """What somebody's own function raises; it passes through as it is."""
+    """Raised by a user's function; it passes through as it is."""
 
 
 class Raising:
@@ -65,7 +65,7 @@ class Raising:
 
 
 class Lying:
-    """Equal to everything, as long as anything."""
+    """Equal to everything, of length 2, and false."""
 
     __hash__ = object.__hash__
 
@@ -98,7 +98,7 @@ class Endless(Sequence):
 
 
 class Number(float):
-    """A float of somebody's own."""
+    """A user's subclass of float."""
 
 
 # -- velocities ------------------------------------------------------------------------------------------------------

@@ -21,7 +21,6 @@ DTYPES: dict[str, Any] = {
 }
 POISON = 0xFF  # NaN in every floating-point type
 POLLS = 20_000  # most polls in a row without an addition, so that programs cannot wait for ever
-Mask = Any  # True, or the active threads
 
 
 class MemoryFault(Exception):

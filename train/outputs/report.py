@@ -51,7 +51,7 @@ def group_table(config: RunConfig, results: Sequence[Result], minutes: float) ->
     lines.append(f"{'interquartile mean':20}{cells}   [95 % interval over seeds]")
     lines.append(f"{'dataset':20}{results[0].dataset_score:>20.1f}")
     folders = f"{config.agent}-seed{config.seed} ... {config.agent}-seed{results[-1].config.seed}"
-    lines += ["", f"{minutes:.1f} minutes. {group_curve_path(config)}; in {folders} what each seed leaves alone"]
+    lines += ["", f"{minutes:.1f} minutes. {group_curve_path(config)}; in {folders} the files of each seed"]
     return "\n".join(lines)
 
 

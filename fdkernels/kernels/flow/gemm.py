@@ -48,7 +48,8 @@ class Closing(NamedTuple):
 class Solve(NamedTuple):
     """All other arguments. Equal ones launch the same kernels."""
 
-    architecture: str
+    text: str
+    """The encoded network's."""
     plan: FlowPlan
     table: Timetable
     want_path: bool
@@ -60,7 +61,7 @@ def integrate(inputs: Inputs, parameters: list[Tensor | None], solve: Solve) -> 
     start = inputs.start
     assert start is not None
     path = start.new_empty(solve.table.num_steps + 1, *start.shape) if solve.want_path else None
-    end, _ = _solve(inputs, EncodedNetwork(parameters, solve.architecture), solve, start.shape[:2], path)
+    end, _ = _solve(inputs, EncodedNetwork(parameters, solve.text), solve, start.shape[:2], path)
     return (end.to(start.dtype) if path is None else path,)
 
 
@@ -71,7 +72,7 @@ def fisher(inputs: Inputs, parameters: list[Tensor | None], solve: Solve) -> tup
     assert closing is not None
     models, states, d = displacement.shape
     shape = models, states * closing.num_samples
-    x_t, velocity = _solve(inputs, EncodedNetwork(parameters, solve.architecture), solve, shape, None)
+    x_t, velocity = _solve(inputs, EncodedNetwork(parameters, solve.text), solve, shape, None)
     samples = (models, states, closing.num_samples, d)
     x_t, velocity = x_t.view(samples), velocity.view(samples)
     pairs = None if inputs.triples is None else inputs.triples[..., 1:].reshape(*samples[:-1], 2)
@@ -154,7 +155,7 @@ def _multiply(layer: Layer, h: Tensor) -> Tensor:
         return linear_gelu(h[0], weight, bias).unsqueeze(0)
     else:
         product = F.linear(h, weight, bias)
-    return layer.finish(product.float() if layer.normalises else product).to(h.dtype)
+    return layer.finish(product, norm_dtype=torch.float32).to(h.dtype)
 
 
 def _condition_share(net: Architecture, first: Layer, cond: Tensor | None) -> Tensor:

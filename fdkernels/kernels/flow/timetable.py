@@ -11,7 +11,6 @@ from torch import Tensor
 
 from fdkernels.backend import HALF
 from fdkernels.solvers import METHODS, Solver
-from fdkernels.torch_private import constant_when_compiled
 
 
 class Timetable(NamedTuple):
@@ -47,10 +46,9 @@ class Timetable(NamedTuple):
 
 
 def timetable(solver: Solver, precision: str) -> Timetable:
-    return Timetable(_lines(tuple(solver.times), solver.method), *solver[2:], precision)
+    return Timetable(_lines(tuple(solver.times), solver.method), solver.low, solver.high, solver.clip, precision)
 
 
-@constant_when_compiled
 def put_on_device(times: tuple[float, ...], method: str, device: torch.device) -> None:
     """Put a solver's lines on the device for good, while a graph is traced.
 
