@@ -63,6 +63,8 @@ def is_integer(value: object) -> bool:
 
 def as_float(value: Any) -> float:
     """The number as a float; NaN, which is in no interval, for anything else or a number larger than any float."""
+    if type(value) is float:
+        return value
     if not is_number(value):
         return math.nan
     try:
@@ -78,9 +80,9 @@ def is_sequence(value: object) -> bool:
 
 def check_at_least(op: str, name: str, value: float, least: float, *, exclusive: bool = False) -> float:
     """Check the number, and return it as a float."""
-    if not is_number(value):
+    if type(value) is not float and not is_number(value):
         raise TypeError(f"{op}: {name} must be a number, got {brief(value)}")
-    number = value if type(value) is float else as_float(value)
+    number = as_float(value)
     if not least <= number <= _LARGEST or (exclusive and number == least):
         raise ValueError(f"{op}: {name} must be finite and {'>' if exclusive else '>='} {least:g}, got {brief(value)}")
     if number > MAX_NUMBER:

@@ -102,7 +102,7 @@ def test_what_a_layer_does_before_its_product_is_done() -> None:
 def test_a_forward_of_ones_own_is_never_passed_over() -> None:
     stack = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))
     for module in (Squashed(stack), Residual(*stack)):
-        with pytest.raises(TypeError, match="computes something else"):
+        with pytest.raises(TypeError, match="computes something other"):
             fdkernels.pack_mlp(module)
     flow, x0, cond = Doubled(3, 2, hidden=(8,)), torch.randn(4, 2), torch.randn(4, 3)
     with pytest.raises(TypeError, match="Doubled cannot be called with the concatenated inputs alone"):

@@ -52,7 +52,7 @@ class _Gradient(Gradient):
     twice = False
 
     @staticmethod
-    def forward(ctx: Any, call: Chain, needs: Chain, values: Callable[[Chain], Any]) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, call: Chain, values: Callable[[Chain], Any]) -> tuple[Tensor, Tensor, Tensor]:
         penalty, gradient, score = values(call)
         ctx.mark_non_differentiable(gradient, score)
         ctx.set_materialize_grads(False)

@@ -79,8 +79,8 @@ class _Gradient(Gradient):
     """The forward pass saves the gradient to δ, so that the scores need not be read twice."""
 
     @staticmethod
-    def forward(ctx: Any, call: Call, needs: Any, values: Callable[[Call], Any]) -> tuple[Tensor, Tensor, Tensor]:
-        wanted = call.want_gradient or needs.displacement, call.want_trace or needs.score
+    def forward(ctx: Any, call: Call, values: Callable[[Call], Any]) -> tuple[Tensor, Tensor, Tensor]:
+        wanted = call.want_gradient or call.displacement.requires_grad, call.want_trace or call.score.requires_grad
         penalty, gradient, trace = values(Call(call.displacement, call.score, call.rule, *wanted, call.triton))
         ctx.mark_non_differentiable(gradient, trace)
         ctx.set_materialize_grads(False)

@@ -42,19 +42,18 @@ class Gradient:
     """Whether the backward pass can itself be differentiated."""
 
     @staticmethod
-    def forward(ctx: Any, call: Any, needs: Any, values: Callable[[Any], Any]) -> Any:
+    def forward(ctx: Any, call: Any, values: Callable[[Any], Any]) -> Any:
         """Compute what the operator returns.
 
         Args:
             call: the operator's arguments.
-            needs: the same record with True where a gradient is wanted.
             values: the same operator without a gradient.
         """
         raise NotImplementedError
 
     @staticmethod
     def backward(ctx: Any, needs: Any, *upstream: Tensor | None) -> dict[str, Tensor | None]:
-        """The gradients by argument name."""
+        """The gradients by argument name; ``needs`` is the record of arguments with True where one is wanted."""
         raise NotImplementedError
 
 
@@ -144,7 +143,7 @@ def _add_gradient(name: str, layout: Layout, gradient: type[Gradient], values_op
     class Function(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
-            return gradient.forward(ctx, lift(args), lift(ctx.needs_input_grad), values)
+            return gradient.forward(ctx, lift(args), values)
 
         backward: Any = staticmethod(run_backward if gradient.twice else once_differentiable(run_backward))
 

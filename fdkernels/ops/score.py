@@ -59,10 +59,11 @@ class _Gradient(Gradient):
     """The score is linear in v and x. The backward pass is plain PyTorch and can be differentiated again."""
 
     @staticmethod
-    def forward(ctx: Any, call: Call, needs: Call, values: Callable[[Call], Any]) -> Tensor:
-        points = (call.velocity, call.x) if needs.affine.pairs else ()
-        ctx.save_for_backward(call.affine.pairs, *points)
-        ctx.affine, ctx.dtypes = call.affine._replace(pairs=None), (call.velocity.dtype, call.x.dtype)
+    def forward(ctx: Any, call: Call, values: Callable[[Call], Any]) -> Tensor:
+        pairs, *ctx.numbers = call.affine
+        points = (call.velocity, call.x) if pairs is not None and pairs.requires_grad else ()
+        ctx.save_for_backward(pairs, *points)
+        ctx.dtypes = call.velocity.dtype, call.x.dtype
         return values(call)
 
     @staticmethod
@@ -70,8 +71,9 @@ class _Gradient(Gradient):
         (to_score,) = upstream
         assert to_score is not None
         pairs, *points = ctx.saved_tensors
-        use_x = ctx.affine.use_x
-        p, q = (ctx.affine.p, ctx.affine.q) if pairs is None else (pairs[..., :1], pairs[..., 1:])
+        p, q, use_x = ctx.numbers
+        if pairs is not None:
+            p, q = pairs[..., :1], pairs[..., 1:]
         velocity_dtype, x_dtype = ctx.dtypes
         found: dict[str, Tensor | None] = {}
         if needs.velocity:

@@ -62,12 +62,12 @@ class _Gradient(Gradient):
     """Differentiable in δ only. If more is asked, ``penalty_from_velocity`` composes two other operators."""
 
     @staticmethod
-    def forward(ctx: Any, call: Call, needs: Call, values: Callable[[Call], Any]) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, call: Call, values: Callable[[Call], Any]) -> tuple[Tensor, Tensor]:
         penalty, gradient = values(call._replace(want_gradient=True))
         ctx.mark_non_differentiable(gradient)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(call.displacement, call.velocity, call.x, call.affine.pairs, gradient)
-        ctx.affine, ctx.rule = call.affine._replace(pairs=None), call.rule
+        ctx.numbers, ctx.rule = call.affine[1:], call.rule  # a tensor is only to be saved as one
         return penalty, gradient
 
     @staticmethod
@@ -80,7 +80,7 @@ class _Gradient(Gradient):
         displacement, velocity, x, pairs, gradient = ctx.saved_tensors
         if not torch.is_grad_enabled():
             return {"displacement": scaled(gradient, to_penalty, displacement)}
-        score = score_formula(velocity.to(gradient.dtype), x, ctx.affine._replace(pairs=pairs))
+        score = score_formula(velocity.to(gradient.dtype), x, Affine(pairs, *ctx.numbers))
         return differentiable_gradients(to_penalty, {"displacement": displacement}, displacement, score, ctx.rule)
 
 
