@@ -368,11 +368,11 @@ def chain_reference(velocity: Any, cond: Tensor, displacement: Tensor, **options
     options["num_samples"] = k = counts[0] if counts else options.get("num_samples", 4)
     shape = (*displacement.shape[:-1], k, displacement.shape[-1])
     generator = torch.Generator().manual_seed(generator.initial_seed()) if generator is not None else None
-    if seed is None and generator is None:
-        raise NotImplementedError("drawn from PyTorch's own generator")
     for i, name in enumerate(("noise", "bridge_noise")):
         if noises[name] is not None or (name == "noise" and samples is not None):
             continue
+        if seed is None and generator is None:
+            raise NotImplementedError("drawn from PyTorch's own generator")
         if seed is not None:
             noise = philox_normal(seed, shape, "cpu", drawn, first=i * math.prod(shape))
         else:
