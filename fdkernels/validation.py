@@ -101,6 +101,10 @@ def check_count(op: str, name: str, value: int, least: int = 1, most: int = MAX_
 
 def check_bounds(op: str, name: str, value: tuple[float, float]) -> tuple[float, float]:
     """Check that this is a pair of numbers in order, and return floats."""
+    if type(value) is tuple and len(value) == 2:  # the usual case first, which should cost nothing
+        low, high = value
+        if type(low) is float and type(high) is float and low <= high:
+            return value
     pair = [as_float(bound) for bound in itertools.islice(value, 3)] if is_sequence(value) else []
     if len(pair) != 2 or not pair[0] <= pair[1]:
         raise ValueError(f"{op}: {name} must be None or (low, high) of floats with low <= high, got {brief(value)}")
