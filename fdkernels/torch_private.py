@@ -7,7 +7,7 @@ the names exist, from the oldest supported PyTorch to the newest.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,15 @@ transforms_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transf
 
 Instead: always True, which costs speed on the CPU, and gradients through the kernels.
 """
+
+
+def applied_directly(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """``function.apply`` without the tensors of a finished ``torch.func`` transform, which an operator never receives:
+    the dispatcher unwraps them first. That spares 3.5 µs of 7.7.
+
+    Instead: ``function.apply``.
+    """
+    return getattr(super(torch.autograd.Function, function), "apply", function.apply)
 
 
 def forward_mode_active() -> bool:

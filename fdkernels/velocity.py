@@ -145,12 +145,11 @@ def bind(op: str, velocity: Velocity, like: Tensor, precision: Precision | None)
 
 def check_start(op: str, x0: Tensor, cond: Tensor | None, x0_name: str, cond_name: str) -> None:
     """Check that x0 is (..., d), and that the leading shape of cond (..., c) broadcasts to x0's."""
-    device = check_floating(op, None, **{x0_name: x0})
+    check_floating(op, None, **({x0_name: x0} if cond is None else {x0_name: x0, cond_name: cond}))
     if x0.ndim == 0:
         raise ValueError(f"{op}: {x0_name} must be (..., d), got a scalar")
     if cond is None:
         return
-    check_floating(op, device, **{cond_name: cond})
     if cond.ndim == 0:
         raise ValueError(f"{op}: {cond_name} must be (..., c), got a scalar")
     shape = (*x0.shape[:-1], cond.shape[-1])

@@ -191,3 +191,14 @@ def test_empty_batches(lead: tuple[int, ...]) -> None:
     assert penalty.shape == lead
     penalty.sum().backward()
     assert displacement.grad is not None
+
+
+def test_a_tensor_of_a_finished_transform() -> None:
+    """A tensor that escaped from ``torch.func.grad`` is a wrapper without a transform."""
+    kept: list[Tensor] = []
+    displacement, score = torch.randn(3, 6), torch.randn(3, 4, 6, requires_grad=True)
+    torch.func.grad(lambda x: kept.append(x) or x.sum())(displacement)
+    penalty, plain = (fdkernels.fisher_penalty(x, score) for x in (kept[0], displacement))
+    torch.testing.assert_close(penalty, plain)
+    gradients = [torch.autograd.grad(p.sum(), score)[0] for p in (penalty, plain)]
+    torch.testing.assert_close(*gradients)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fdkernels.backend import any_requires_grad
-from fdkernels.torch_private import transforms_active
+from fdkernels.torch_private import applied_directly, transforms_active
 
 _LIBRARY = torch.library.Library("fdkernels", "DEF")
 _TYPES: dict[Any, str] = {
@@ -147,11 +147,13 @@ def _add_gradient(name: str, layout: Layout, gradient: type[Gradient], values_op
 
         backward: Any = staticmethod(run_backward if gradient.twice else once_differentiable(run_backward))
 
+    apply = applied_directly(Function)
+
     def dispatch(*args: Any) -> Any:
         if torch.is_grad_enabled() and any_requires_grad(*args):
             if transforms_active():
                 raise RuntimeError(f"{name}: torch.func gradients need backend='torch'")
-            return Function.apply(*args)
+            return apply(*args)
         return values_operator(*args)
 
     _LIBRARY.impl(name, dispatch, "Autograd")
