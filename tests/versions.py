@@ -4,7 +4,7 @@
 
 Each PyTorch gets its own virtual environment under runs/versions, with the Triton that belongs to it. The oldest runs
 with the oldest Python and NumPy, if there is a ``python3.10`` or OLDEST_PYTHON names one. This downloads 15 GB,
-takes the better part of an hour on two cores, and writes its results to docs/versions.md.
+takes a quarter of an hour on two cores once the environments are there, and writes its results to docs/versions.md.
 """
 
 from __future__ import annotations
