@@ -11,7 +11,6 @@ from torch import Tensor
 
 from fdkernels.backend import MAX_PENALTY_D, Backend, Implementation, Precision, choose_backend, choose_fused
 from fdkernels.ops.chain import chain
-from fdkernels.ops.dtypes import accumulate_dtype
 from fdkernels.ops.integrate import prepare
 from fdkernels.ops.penalty import penalty_from_score
 from fdkernels.ops.score import score_from_velocity
@@ -241,8 +240,8 @@ def _fused(request: _Request, bound: BoundVelocity, way: Way) -> tuple[Tensor, T
 
 def _timed(request: _Request, rows: tuple[int, ...]) -> TimedAffine:
     """t, p and q of the samples; numbers if all samples have the same."""
-    t, like = request.t, request.displacement
-    affine = request.score_rule.affine(t, like.ndim + 1, accumulate_dtype(like), like.device)
+    t, like = request.t, request.displacement.unsqueeze(-2)
+    affine = request.score_rule.affine(t, like, like)
     if affine.pairs is None:
         assert not isinstance(t, Tensor)
         return TimedAffine(None, t, affine.p, affine.q, affine.use_x)

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from fdkernels.dtypes import accumulate_dtype
 from fdkernels.layers import EncodedNetwork
 from fdkernels.paths import PATHS, AffinePath, PathName, Time, resolve_path, takes_numbers
 from fdkernels.solvers import Solver
@@ -73,19 +74,17 @@ class ScoreRule(NamedTuple):
     of_numbers: bool
     """Whether the path also takes a Python float and returns one."""
 
-    def affine(self, t: Tensor | float, ndim: int, dtype: torch.dtype, device: torch.device) -> Affine:
-        """p and q at time t, for velocities with ``ndim`` dimensions.
-
-        On a built-in path a number stays a number, which costs the device nothing.
-        """
+    def affine(self, t: Tensor | float, velocity: Tensor, x: Tensor) -> Affine:
+        """p and q at time t. A number stays one on a built-in path, and costs the device nothing."""
         if self.of_numbers and not isinstance(t, Tensor):
             return Affine(None, *self._coefficients(t), self.exact)
+        dtype, ndim = accumulate_dtype(velocity, x), velocity.ndim
         if isinstance(t, Tensor):
             t = t.to(dtype)
             t = torch.where((t >= 0) & (t <= 1), t, torch.nan)
             t = t.reshape((1,) * (ndim - t.ndim) + t.shape)
         else:
-            t = torch.full((1,) * ndim, t, dtype=dtype, device=device)
+            t = torch.full((1,) * ndim, t, dtype=dtype, device=x.device)
         return Affine(torch.cat(self._coefficients(t), -1), 1.0, 0.0, self.exact)
 
     def _coefficients(self, t: Time) -> tuple[Time, Time]:

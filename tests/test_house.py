@@ -15,7 +15,7 @@ FILES = sorted((ROOT / "fdkernels").rglob("*.py"))
 # From the bottom up. A module may import from its own floor and from floors below, never from above. A folder's name
 # stands for all of its modules.
 FLOORS = [
-    {"torch_private", "validation"},
+    {"torch_private", "validation", "dtypes"},
     {"backend", "philox", "groups", "paths", "solvers"},
     {"cpu.processor", "cpu.layers"},
     {"activations"},

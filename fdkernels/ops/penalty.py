@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fdkernels.backend import plain_is_better
-from fdkernels.ops.dtypes import accumulate_dtype
+from fdkernels.dtypes import accumulate_dtype
 from fdkernels.ops.register import Gradient, register
 from fdkernels.ops.score_gradient import score_gradient
 from fdkernels.records import PenaltyRule

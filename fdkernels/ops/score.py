@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fdkernels.backend import plain_is_better
-from fdkernels.ops.dtypes import accumulate_dtype
+from fdkernels.dtypes import accumulate_dtype
 from fdkernels.ops.register import Gradient, register
 from fdkernels.records import Affine, ScoreRule
 
@@ -25,7 +25,7 @@ def score_from_velocity(
     velocity: Tensor, x: Tensor, t: Tensor | float, rule: ScoreRule, triton: bool = False
 ) -> Tensor:
     """The conversion, on checked arguments."""
-    affine = rule.affine(t, velocity.ndim, accumulate_dtype(velocity, x), x.device)
+    affine = rule.affine(t, velocity, x)
     if not triton and plain_is_better(velocity, x, affine.pairs):
         return score_formula(velocity, x, affine)
     return _operator(Call(velocity, x, affine, triton))

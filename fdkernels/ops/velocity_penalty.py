@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fdkernels.backend import any_requires_grad
-from fdkernels.ops.dtypes import accumulate_dtype
+from fdkernels.dtypes import accumulate_dtype
 from fdkernels.ops.penalty import differentiable_gradients, penalty_from_score, scaled
 from fdkernels.ops.register import Gradient, register
 from fdkernels.ops.score import score_formula, score_from_velocity
@@ -37,7 +37,7 @@ def penalty_from_velocity(
     """The penalty, on checked arguments."""
     dtype = accumulate_dtype(velocity, x)
     if triton and not (torch.is_grad_enabled() and any_requires_grad(velocity, x, t)):
-        affine = score_rule.affine(t, velocity.ndim, dtype, x.device)
+        affine = score_rule.affine(t, velocity, x)
         return _operator(Call(displacement, velocity, x, affine, rule, False))[0]
     # intermediate scores are not rounded to half precision
     score = score_from_velocity(velocity.to(dtype), x.to(dtype), t, score_rule, triton)
