@@ -151,6 +151,6 @@ def brief(value: Any) -> str:
         return f"an integer of {value.bit_length()} bits"
     try:
         text = repr(value)
-    except Exception:  # that of somebody's own class, or too many digits for Python
+    except Exception:  # of a user's class, or because the number has too many digits
         text = f"a value of type {type(value).__name__}"
     return text if len(text) <= 80 else f"{text[:77]}..."

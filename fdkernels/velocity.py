@@ -27,8 +27,6 @@ from fdkernels.solvers import Field
 from fdkernels.validation import check_broadcast, check_floating
 
 Velocity: TypeAlias = PackedMLP | nn.Module | Callable[[Tensor, Tensor, Tensor | None], Tensor]
-
-
 Flow: TypeAlias = Callable[[Tensor, "Tensor | None", str, str], "tuple[Field, Tensor]"]
 """Maps x0, cond and their names in messages to v(x, t) and x0 in the dtype of the solver's state."""
 
@@ -95,7 +93,7 @@ class BoundVelocity(NamedTuple):
                 if not isinstance(t, Tensor):
                     t = torch.full((), t, dtype=x.dtype, device=x.device)
                 v = velocity(x, t.expand(*lead, 1), spread)
-                check_floating(op, x.device, **{"what velocity returns": v})
+                check_floating(op, x.device, **{"velocity's result": v})
                 if v.shape != x.shape:
                     raise ValueError(f"{op}: velocity must return x's shape {tuple(x.shape)}, got {tuple(v.shape)}")
                 return v.to(x.dtype)

@@ -10,6 +10,7 @@ read as it is, and computed in float32 at least.
 
 from __future__ import annotations
 
+import abc
 import typing
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -35,13 +36,14 @@ _TYPES: dict[Any, str] = {
 }
 
 
-class Gradient:
+class Gradient(abc.ABC):
     """An operator's forward and backward pass, used if a gradient is wanted."""
 
     twice = True
     """Whether the backward pass can itself be differentiated."""
 
     @staticmethod
+    @abc.abstractmethod
     def forward(ctx: Any, call: Any, values: Callable[[Any], Any]) -> Any:
         """Compute what the operator returns.
 
@@ -49,12 +51,11 @@ class Gradient:
             call: the operator's arguments.
             values: the same operator without a gradient.
         """
-        raise NotImplementedError
 
     @staticmethod
+    @abc.abstractmethod
     def backward(ctx: Any, needs: Any, *upstream: Tensor | None) -> dict[str, Tensor | None]:
         """The gradients by argument name; ``needs`` is the record of arguments with True where one is wanted."""
-        raise NotImplementedError
 
 
 class Layout:

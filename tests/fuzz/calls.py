@@ -358,6 +358,10 @@ def groups_reference(velocity: Any, x0s: list[Tensor], conds: list[Tensor | None
     return tuple(flow_reference(velocity, x0, cond, **options) for x0, cond in zip(x0s, conds, strict=True))
 
 
+GLOBAL_SEED = 0
+"""Of PyTorch's own generator before every call."""
+
+
 def chain_reference(velocity: Any, cond: Tensor, displacement: Tensor, **options: Any) -> Any:
     """Noise that is drawn is drawn as documented; ``drawn`` is the dtype in which it is."""
     drawn, noises = options.pop("drawn"), {name: options.get(name) for name in ("noise", "bridge_noise", "samples")}
@@ -367,12 +371,11 @@ def chain_reference(velocity: Any, cond: Tensor, displacement: Tensor, **options
     counts = [noise.shape[-2] for noise in noises.values() if noise is not None]
     options["num_samples"] = k = counts[0] if counts else options.get("num_samples", 4)
     shape = (*displacement.shape[:-1], k, displacement.shape[-1])
-    generator = torch.Generator().manual_seed(generator.initial_seed()) if generator is not None else None
+    drawn_from = GLOBAL_SEED if generator is None else generator.initial_seed()
+    generator = torch.Generator().manual_seed(drawn_from)
     for i, name in enumerate(("noise", "bridge_noise")):
         if noises[name] is not None or (name == "noise" and samples is not None):
             continue
-        if seed is None and generator is None:
-            raise NotImplementedError("drawn from PyTorch's own generator")
         if seed is not None:
             noise = philox_normal(seed, shape, "cpu", drawn, first=i * math.prod(shape))
         else:
