@@ -22,6 +22,7 @@ SHAPES = [
     ((5,), 4, 6), ((), 4, 6), ((256,), 4, 6), ((3, 1, 2), 5, 7), ((2,), 3, 17), ((3,), 1, 1), ((700,), 3, 1),
     ((3,), 4, 8), ((1,), 300, 5), ((2,), 256, 33), ((2,), 3, 1024), ((2,), 3, 1031), ((33,), 16, 60), ((1,), 2, 2051),
     ((1300,), 2, 2), ((5,), 33, 17), ((4,), 129, 6), ((3,), 515, 2),
+    ((5,), 4, 125), ((5,), 16, 29), ((5,), 33, 5), ((5,), 64, 21),  # programs of few rows
 ]  # fmt: skip
 # Each case is a compilation on a GPU, where every fourth shape is enough for a second half precision.
 cases = pytest.mark.parametrize(
