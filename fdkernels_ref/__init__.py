@@ -10,6 +10,7 @@ behaviour density p keeps δ small, for KL(p(·−δ) ‖ p) ≈ ½·δᵀFδ. O
     score       ∇ log p_t from the velocity
     penalty     the d×d matrix F from the outer products of K scores, and the penalty δᵀF̂δ/d
     chain       all of these in turn, from a state and a δ to the penalty
+    pullback    not in the paper: the same penalty with the flow's own Jacobian in place of scores
 
 Every function computes in the dtype and on the device of its input: a float64 call gives the truth, a bf16 call shows
 what that precision costs. Inputs are not validated: a wrong shape fails where PyTorch or einops notices it.
@@ -19,6 +20,7 @@ from fdkernels_ref.chain import flow_fisher_penalty
 from fdkernels_ref.flow import integrate_flow
 from fdkernels_ref.paths import PATHS, AffinePath
 from fdkernels_ref.penalty import fisher_matrix, fisher_penalty, fisher_spectrum, normalize_fisher
+from fdkernels_ref.pullback import flow_jacobian, flow_pullback_penalty, pullback_penalty
 from fdkernels_ref.score import velocity_to_score
 
 __all__ = [
@@ -28,7 +30,10 @@ __all__ = [
     "fisher_penalty",
     "fisher_spectrum",
     "flow_fisher_penalty",
+    "flow_jacobian",
+    "flow_pullback_penalty",
     "integrate_flow",
     "normalize_fisher",
+    "pullback_penalty",
     "velocity_to_score",
 ]

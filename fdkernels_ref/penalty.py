@@ -79,7 +79,12 @@ def fisher_penalty(
         raise ValueError(f"fisher_penalty: normalize must be 'trace' or 'none', got {normalize!r}")
     delta = rearrange(displacement, "... i -> ... i 1")
     quadratic = rearrange(delta.mT @ fisher @ delta, "... 1 1 -> ...")
-    return _REDUCTIONS[reduction](quadratic / displacement.shape[-1])
+    return reduce_penalty(quadratic / displacement.shape[-1], reduction)
+
+
+def reduce_penalty(penalty: Tensor, reduction: str) -> Tensor:
+    """The penalty as it is for "none", or its "mean" or "sum" over all dimensions."""
+    return _REDUCTIONS[reduction](penalty)
 
 
 def fisher_spectrum(score: Tensor, *, damping: float = 1e-3) -> Tensor:
