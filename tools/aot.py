@@ -34,7 +34,7 @@ MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "gfx942": 304}
 KERNELS = {
     penalty_launch: ("penalty_kernel", "score_gradient_kernel"),
     score_launch: ("score_kernel",),
-    flow_launch: ("flow_kernel",),
+    flow_launch: ("flow_kernel", "jacobian_kernel"),
     gemm: ("turn_kernel",),
 }
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import torch
 from fdkernels.kernels.flow import launch as flow_launch
 from fdkernels.kernels.penalty import launch as penalty_launch
 from fdkernels.kernels.score import launch as score_launch
+from fdkernels.kernels.tuning.plans import lanes
 from fdkernels.kernels.tuning.table import TABLE
 from fdkernels.layers import EncodedNetwork, Layer, Norm, encode
 from fdkernels.records import Affine, Chain, Noise, PenaltyRule, TimedAffine, Way
@@ -86,7 +88,7 @@ def flow_cases(architecture: str, dtype: torch.dtype) -> Iterator[FlowCase]:
 
 
 def flow_calls(case: FlowCase, dtype: torch.dtype) -> Iterator[tuple[str, Any, tuple]]:
-    """The solve (with all its states if the times vary), and the chain to the penalty."""
+    """The solve (with all its states if the times vary), the chain to the penalty, and a streamed solve's Jacobian."""
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -110,3 +112,7 @@ def flow_calls(case: FlowCase, dtype: torch.dtype) -> Iterator[tuple[str, Any, t
     drawn, at = Noise(noise, noise, seed, case.num_samples), TimedAffine(triples, 0.95, 19.0, -20.0, True)
     rule = PenaltyRule(1e-3, True, 1e-6)
     yield "chain", flow_launch.fisher, (Chain(drawn, obs, states, at, network, solver, rule, case.times, way),)
+    if case.implementation == "streamed":
+        starts = empty(models, max(1, case.rows // math.prod(lanes(d))), d)
+        conds = None if cond is None else cond[:, : starts.shape[1]].contiguous()
+        yield "jacobian", flow_launch.jacobian, (starts, conds, network, solver, way)

@@ -20,3 +20,33 @@ def activate(h, ACTIVATION: tl.constexpr):
     else:
         tl.static_assert(ACTIVATION == "none", "no kernel knows this activation")
         return h
+
+
+@triton.jit
+def derivative(h, ACTIVATION: tl.constexpr):
+    """The activation's derivative at h; NaN stays NaN, where the derivative depends on h."""
+    if ACTIVATION == "gelu_tanh":
+        square = tl.minimum(h * h, 100.0)  # beyond, the slope is zero, and an infinite square would give NaN
+        value, slope = sigmoid(h * (1.5957691216057308 + 0.07135481627159625 * square))
+        return value + h * slope * (1.5957691216057308 + 0.21406444881478875 * square)
+    elif ACTIVATION == "gelu":
+        return 0.5 * (1 + tl.erf(0.7071067811865476 * h)) + h * (0.3989422804014327 * tl.exp(-0.5 * h * h))
+    elif ACTIVATION == "silu":
+        value, slope = sigmoid(h)
+        return value + h * slope
+    elif ACTIVATION == "relu":
+        return tl.where(h > 0, 1.0, tl.where(h <= 0, 0.0, h))
+    elif ACTIVATION == "tanh":
+        _, slope = sigmoid(2 * h)
+        return 4 * slope
+    else:
+        tl.static_assert(ACTIVATION == "none", "no kernel knows this activation's derivative")
+        return tl.zeros_like(h) + 1.0
+
+
+@triton.jit
+def sigmoid(h):
+    """sigmoid(h) and its derivative sigmoid(h)·sigmoid(−h), without the cancellation of 1 − sigmoid(h)."""
+    small = tl.exp(-tl.abs(h))
+    large = 1 / (1 + small)
+    return tl.where(h < 0, small * large, large), small * large * large

@@ -33,7 +33,7 @@ def fused_integrate(
     """The ends (..., d), or the states at all times (S + 1, ..., d)."""
     prepare(solver, x0.device)
     start = x0.detach().reshape(1, -1, x0.shape[-1])
-    out = _operator(Call(start, _rows_of(cond, x0.shape[:-1]), network, solver, return_path, way))
+    out = _operator(Call(start, rows_of(cond, x0.shape[:-1]), network, solver, return_path, way))
     return out.reshape(len(solver.times), *x0.shape) if return_path else out.reshape(x0.shape)
 
 
@@ -50,7 +50,7 @@ def _put_on_device(times: tuple[float, ...], method: str, device: torch.device) 
     put_on_device(times, method, device)
 
 
-def _rows_of(cond: Tensor | None, lead: torch.Size) -> Tensor | None:
+def rows_of(cond: Tensor | None, lead: torch.Size) -> Tensor | None:
     """cond as (1, rows, c). Each row serves equally many neighbouring rows of the flow; else cond is expanded."""
     if cond is None or cond.shape[-1] == 0:
         return None

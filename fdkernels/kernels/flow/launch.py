@@ -12,9 +12,10 @@ from fdkernels.backend import HALF, float32_products
 from fdkernels.kernels.flow import gemm
 from fdkernels.kernels.flow.arguments import Bridge, Fisher, Rows, Scratch, Weights
 from fdkernels.kernels.flow.graphs import replayed
+from fdkernels.kernels.flow.jacobian import jacobian_kernel
 from fdkernels.kernels.flow.kernel import flow_kernel
 from fdkernels.kernels.flow.timetable import Timetable, timetable
-from fdkernels.kernels.tuning.plans import PROGRAMS_PER_SM, FlowPlan, Problem, flow_plan, multiprocessors
+from fdkernels.kernels.tuning.plans import PROGRAMS_PER_SM, FlowPlan, Problem, flow_plan, lanes, multiprocessors
 from fdkernels.kernels.tuning.table import gpu_of
 from fdkernels.kernels.tuning.tiles import next_power_of_two
 from fdkernels.layers import EncodedNetwork
@@ -85,6 +86,45 @@ def fisher(call: Chain) -> tuple[Tensor, Tensor, Tensor]:
     return penalty, gradient, score
 
 
+def jacobian(
+    start: Tensor, cond: Tensor | None, network: EncodedNetwork, solver: Solver, way: Way
+) -> tuple[Tensor, Tensor]:
+    """The end of the flow (models, rows, d), and its Jacobian before clipping (models, rows, d, d) in float32."""
+    assert solver.clip != "step", "the Jacobian of clipped steps is not implemented"
+    (models, states, d), device, net = start.shape, start.device, network.architecture
+    end, columns = start.new_empty(start.shape), start.new_empty((*start.shape, d), dtype=torch.float32)
+    if start.numel() == 0:
+        return end, columns
+    table, (in_chunk, chunks) = timetable(solver, way.precision), lanes(d)
+    shape = Shape(models, states * chunks, in_chunk)
+    plan = _plan("flow_jacobian", network, device, shape, Way(way.precision, "streamed"))
+    job = Job(network, plan, table, shape)
+    groups, block_d = _groups(job, device), max(16, next_power_of_two(d))
+    with torch.cuda.device_of(start):
+        jacobian_kernel[(models * groups,)](
+            Rows(start.contiguous(), None, _contiguous(cond), table.on(device)),
+            end,
+            columns,
+            _weights(network),
+            _scratch(job, models * groups, block_d, device),
+            num_states=states,
+            rows_per_cond=1 if cond is None else models * states // cond[..., 0].numel(),
+            num_evals=table.num_evals,
+            groups_per_model=groups,
+            low=table.low,
+            high=table.high,
+            NET=net,
+            PLAN=plan,
+            LANES=in_chunk,
+            CHUNKS=chunks,
+            BLOCK_D=block_d,
+            PRECISION=table.dot_precision,
+            CLIP=table.clip,
+            num_warps=plan.num_warps,
+        )
+    return end, columns
+
+
 def _plan(op: str, network: EncodedNetwork, device: torch.device, shape: Shape, way: Way) -> FlowPlan:
     precision, net = way.precision, network.architecture
     # cuBLAS multiplies float32 as PyTorch's global setting says, which belongs to the caller and is not changed here
@@ -122,22 +162,18 @@ def _launch(
     use_x: bool = False,
 ) -> None:
     (models, states, num_samples), plan, net = job.shape, job.plan, job.network.architecture
-    weights, biases, scales, shifts = (tuple(map(_contiguous, job.network.parameters[i::4])) for i in range(4))
-    weight = weights[0]
-    assert weight is not None
+    weights, cond = _weights(job.network), rows.cond
+    weight = weights.weights[0]
     device = weight.device
     block_k, block_d = next_power_of_two(num_samples), max(16, next_power_of_two(net.action_dim))
-    blocks = -(-states * block_k // plan.rows)
-    at_once = multiprocessors(device) * (1 if plan.split > 1 else PROGRAMS_PER_SM)
-    groups = max(1, min(blocks, at_once // (plan.split * models)))
-    cond = rows.cond
+    groups = _groups(job, device)
     with torch.cuda.device_of(weight):
         flow_kernel[(models * groups * plan.split,)](
             rows,
             end,
             path,
             fisher,
-            Weights(weights, biases, scales[:-1], shifts[:-1]),  # type: ignore[arg-type]
+            weights,
             _scratch(job, models * groups, block_d, device),
             num_states=states,
             num_models=models,
@@ -159,6 +195,19 @@ def _launch(
             num_warps=plan.num_warps,
             **({"launch_cooperative_grid": True} if plan.split > 1 else {}),  # programs of a group wait for one another
         )
+
+
+def _groups(job: Job, device: torch.device) -> int:
+    """Groups of programs for each model: one for each block of rows, up to as many as the GPU runs at once."""
+    (models, states, num_samples), plan = job.shape, job.plan
+    blocks = -(-states * next_power_of_two(num_samples) // plan.rows)
+    at_once = multiprocessors(device) * (1 if plan.split > 1 else PROGRAMS_PER_SM)
+    return max(1, min(blocks, at_once // (plan.split * models)))
+
+
+def _weights(network: EncodedNetwork) -> Weights:
+    weights, biases, scales, shifts = (tuple(map(_contiguous, network.parameters[i::4])) for i in range(4))
+    return Weights(weights, biases, scales[:-1], shifts[:-1])  # type: ignore[arg-type]
 
 
 def _scratch(job: Job, groups: int, block_d: int, device: torch.device) -> Scratch:

@@ -44,6 +44,16 @@ def load_bias(bias_ptr, model, n, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def bias_of_rows(bias_ptr, model, r, n, WIDTH: tl.constexpr, LANES: tl.constexpr):
+    """The bias of outputs n in each of the rows r; zero in rows that carry a tangent (``tangents.py``)."""
+    bias = load_bias(bias_ptr, model, n, WIDTH)
+    if LANES == 1:
+        return tl.zeros((r.shape[0], n.shape[0]), tl.float32) + bias
+    else:
+        return tl.where((r % LANES == 0)[:, None], bias, 0.0)
+
+
+@triton.jit
 def load_weight(
     weight_ptr, model, k, n, FAN_IN: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
@@ -67,9 +77,12 @@ def first_product(rows, weight, total, PRECISION: tl.constexpr):
 @triton.jit
 def condition_share(
     cond_ptr, cond_row, keep, model, weights, share_ptr, first_column, last_column,
-    NET: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    NET: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, LANES: tl.constexpr = 1,
 ):  # fmt: skip
-    """Write some columns of o = W_cond·cond + b_1, for a block of rows, into (rows, width) at ``share_ptr``."""
+    """Write some columns of o = W_cond·cond + b_1, for a block of rows, into (rows, width) at ``share_ptr``.
+
+    Rows to ``keep`` have a condition.
+    """
     BLOCK_C: tl.constexpr = 32
     COND: tl.constexpr = NET.cond_dim
     AT: tl.constexpr = NET.at_cond
@@ -78,7 +91,7 @@ def condition_share(
     r = tl.arange(0, keep.shape[0])
     for n0 in tl.range(first_column, last_column, BLOCK_N, num_stages=1):
         n = n0 + tl.arange(0, BLOCK_N)
-        share = tl.zeros((keep.shape[0], BLOCK_N), tl.float32) + load_bias(weights.biases[0], model, n, WIDTH)
+        share = bias_of_rows(weights.biases[0], model, r, n, WIDTH, LANES)
         if cond_ptr is not None:
             for c0 in tl.range(0, COND, BLOCK_C, num_stages=1):
                 c = c0 + tl.arange(0, BLOCK_C)

@@ -119,6 +119,19 @@ def flow_plan(problem: Problem, implementation: str | None, library: bool) -> Fl
     return plan if plan.implementation == "streamed" else plan._replace(split=split, block_n=widest // split)
 
 
+MOST_LANES = 32  # with more, a program would hold more rows than the table's
+
+
+def lanes(d: int) -> tuple[int, int]:
+    """How a state and its d tangents become rows: so many, a power of two, and in so many chunks.
+
+    Each chunk holds the state again, and as many tangents as there are rows left. Of all choices with the fewest rows
+    this one has the fewest chunks.
+    """
+    choices = [(2**i, -(-d // (2**i - 1))) for i in range(1, MOST_LANES.bit_length())]
+    return min(choices, key=lambda choice: (choice[0] * choice[1], choice[1]))
+
+
 def _split(problem: Problem) -> tuple[int, str]:
     """The number of programs into which a stationary network is split, and the reason if it cannot be split."""
     widths, width, family = problem.widths, problem.widths[0], problem.gpu.family
