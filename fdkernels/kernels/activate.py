@@ -23,25 +23,26 @@ def activate(h, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def derivative(h, ACTIVATION: tl.constexpr):
-    """The activation's derivative at h; NaN stays NaN, where the derivative depends on h."""
+def activate_with_derivative(h, ACTIVATION: tl.constexpr):
+    """The activation of h and its derivative there, which share their exponential; NaN stays NaN."""
     if ACTIVATION == "gelu_tanh":
         square = tl.minimum(h * h, 100.0)  # beyond, the slope is zero, and an infinite square would give NaN
         value, slope = sigmoid(h * (1.5957691216057308 + 0.07135481627159625 * square))
-        return value + h * slope * (1.5957691216057308 + 0.21406444881478875 * square)
+        return h * value, value + h * slope * (1.5957691216057308 + 0.21406444881478875 * square)
     elif ACTIVATION == "gelu":
-        return 0.5 * (1 + tl.erf(0.7071067811865476 * h)) + h * (0.3989422804014327 * tl.exp(-0.5 * h * h))
+        value = 0.5 + 0.5 * tl.erf(0.7071067811865476 * h)
+        return h * value, value + h * (0.3989422804014327 * tl.exp(-0.5 * h * h))
     elif ACTIVATION == "silu":
         value, slope = sigmoid(h)
-        return value + h * slope
+        return h * value, value + h * slope
     elif ACTIVATION == "relu":
-        return tl.where(h > 0, 1.0, tl.where(h <= 0, 0.0, h))
+        return tl.where(h < 0, 0.0, h), tl.where(h > 0, 1.0, tl.where(h <= 0, 0.0, h))
     elif ACTIVATION == "tanh":
-        _, slope = sigmoid(2 * h)
-        return 4 * slope
+        value, slope = sigmoid(2 * h)
+        return 2 * value - 1, 4 * slope
     else:
         tl.static_assert(ACTIVATION == "none", "no kernel knows this activation's derivative")
-        return tl.zeros_like(h) + 1.0
+        return h, tl.zeros_like(h) + 1.0
 
 
 @triton.jit

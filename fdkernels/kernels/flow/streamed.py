@@ -3,7 +3,6 @@
 import triton
 import triton.language as tl
 
-from fdkernels.kernels.activate import activate
 from fdkernels.kernels.flow.layers import bias_of_rows, first_layer, normalise_rows, operand, product
 from fdkernels.kernels.flow.tangents import activate_lanes, normalise_lanes
 
@@ -71,8 +70,8 @@ def finish(
     ACTIVATION: tl.constexpr = NET.activations[LAYER]
     at, mask = r[:, None] * WIDTH + n[None, :], (n < WIDTH)[None, :]
     if NORM == "none":
-        h = activate(h, ACTIVATION) if LANES == 1 else activate_lanes(h, LANES, ACTIVATION)
-        tl.store(hidden_ptr + at, operand(h, hidden_ptr.dtype.element_ty, PRECISION), mask=mask)
+        DTYPE: tl.constexpr = hidden_ptr.dtype.element_ty
+        tl.store(hidden_ptr + at, operand(activate_lanes(h, LANES, ACTIVATION), DTYPE, PRECISION), mask=mask)
     else:
         tl.store(wide_ptr + at, h, mask=mask)
 

@@ -7,21 +7,23 @@ in which it may move. A layer that maps a state from h to f(h) maps a direction 
 import triton
 import triton.language as tl
 
-from fdkernels.kernels.activate import activate, derivative
+from fdkernels.kernels.activate import activate, activate_with_derivative
 from fdkernels.kernels.flow.layers import operand
 
 
 @triton.jit
 def activate_lanes(h, LANES: tl.constexpr, ACTIVATION: tl.constexpr):
     """act(h) in the rows of states, act'(state's h)·h in the rows of tangents."""
-    STATES: tl.constexpr = h.shape[0] // LANES
-    WIDTH: tl.constexpr = h.shape[1]
-    is_state = (tl.arange(0, LANES) == 0)[None, :, None]
-    lanes = tl.reshape(h, (STATES, LANES, WIDTH))
-    state = tl.sum(tl.where(is_state, lanes, 0.0), 1)
-    moved = derivative(state, ACTIVATION)[:, None, :] * lanes
-    lanes = tl.where(is_state, activate(state, ACTIVATION)[:, None, :], moved)
-    return tl.reshape(lanes, (STATES * LANES, WIDTH))
+    if LANES == 1:
+        return activate(h, ACTIVATION)
+    else:
+        STATES: tl.constexpr = h.shape[0] // LANES
+        is_state = (tl.arange(0, LANES) == 0)[None, :, None]
+        lanes = tl.reshape(h, (STATES, LANES, h.shape[1]))
+        state = tl.sum(tl.where(is_state, lanes, 0.0), 1)
+        value, slope = activate_with_derivative(state, ACTIVATION)
+        lanes = tl.where(is_state, value[:, None, :], slope[:, None, :] * lanes)
+        return tl.reshape(lanes, h.shape)
 
 
 @triton.jit
@@ -52,8 +54,8 @@ def normalise_lanes(
         h = tl.load(wide_ptr + (r // LANES * LANES)[:, None] * WIDTH + j[None, :], mask=inside, other=0.0)
         g = tl.load(wide_ptr + r[:, None] * WIDTH + j[None, :], mask=inside, other=0.0)
         if NORM == "after":
-            g *= derivative(h, ACTIVATION)
-            h = activate(h, ACTIVATION)
+            h, slope = activate_with_derivative(h, ACTIVATION)
+            g *= slope
         centred = tl.where(inside, h - tl.sum(tl.where(inside, h, 0.0), 1)[:, None] / WIDTH, 0.0)
         inverse = tl.rsqrt(tl.sum(centred * centred, 1) / WIDTH + NET.norm_eps[LAYER])[:, None]
         h = centred * inverse
@@ -61,7 +63,7 @@ def normalise_lanes(
         g = scale * inverse * (g - tl.sum(tl.where(inside, g, 0.0), 1)[:, None] / WIDTH - h * along)
         h = h * scale + shift
         if NORM == "before":
-            g *= derivative(h, ACTIVATION)
-            h = activate(h, ACTIVATION)
+            h, slope = activate_with_derivative(h, ACTIVATION)
+            g *= slope
         h = operand(tl.where(is_state, h, g), hidden_ptr.dtype.element_ty, PRECISION)
         tl.store(hidden_ptr + r[:, None] * WIDTH + j[None, :], h, mask=inside)
