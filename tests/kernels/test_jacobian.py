@@ -225,9 +225,13 @@ def test_many_networks_in_one_launch() -> None:
         rows = torch.vmap(of, in_dims=(None, 0, 0))({k: v[1] for k, v in parameters.items()}, x0, cond)
     assert launched.call_count == 3
     for i, module in enumerate(modules):
-        for outs, network, condition in ((own, module, cond[i]), (common, module, shared), (rows, modules[1], cond[i])):
-            exact = truth(network, x0[i], condition)
-            assert_agree([out[i] for out in outs], jacobian(network, x0[i], condition), exact)
+        for outs, velocity, condition in (
+            (own, module, cond[i]),
+            (common, module, shared),
+            (rows, modules[1], cond[i]),
+        ):
+            exact = truth(velocity, x0[i], condition)
+            assert_agree([out[i] for out in outs], jacobian(velocity, x0[i], condition), exact)
 
 
 def test_opcheck() -> None:

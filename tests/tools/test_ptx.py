@@ -98,6 +98,25 @@ def test_blocks_of_rows_in_turns(implementation: str, times: bool) -> None:
     assert relative(problem.fisher("sm_90", processors=FEW[implementation])[0], true_penalty) < 2 * BARS["bf16"]
 
 
+@pytest.mark.parametrize(
+    ("architecture", "changes"),
+    [
+        ("sm_80", {"d": 17, "depth": 2}),
+        ("sm_90", {"norm": "before", "models": 2}),
+        pytest.param("sm_90", {"rows": 4096, "width": 256}, marks=pytest.mark.long("other products")),
+    ],
+    ids=str,
+)
+def test_jacobian(architecture: str, changes: dict[str, object]) -> None:
+    """One program processes all blocks of rows; with d = 17, a state's tangents may lie in two of them."""
+    problem = small("streamed", states=3, num_samples=1, **changes)
+    end, jacobian = problem.jacobian(architecture, processors=0)
+    true_end, true_jacobian = problem.true_jacobian()
+    assert relative(end, true_end) < BARS["bf16"]
+    assert relative(jacobian, true_jacobian) < BARS["bf16"]
+    assert relative(jacobian.mT, true_jacobian) > 10 * BARS["bf16"]
+
+
 @pytest.mark.parametrize("depth", [2, 4])
 def test_two_buffers_are_enough(depth: int) -> None:
     problem = small("stationary", states=10, depth=depth)

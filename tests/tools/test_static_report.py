@@ -42,13 +42,10 @@ def test_no_spills_and_wide_loads(architecture: str, dtype: torch.dtype) -> None
     if IS_OLDEST:  # it spills more on sm_90 and in long rows, and only reads rows flat that vectors divide
         fast = [row for row in fast if row["arch"] == "sm_80" and row["d"] < 1000]
         wide = [row for row in rows if row["d"] % 8 == 0 or "case" in row]
-    # Before and after the solve a Jacobian's kernel needs what the products do not. The assembler keeps that on the stack
-    # if two programs then share a multiprocessor.
-    beside = {True: 160, False: 0}
-    too_many = [
-        row for row in fast if row["spilled_bytes"] > allowed + beside[row["kernel"].startswith("jacobian")]
-    ]
-    assert too_many == []
+    # what a Jacobian needs beside the products, the assembler may put on the stack, so that two programs run at once
+    jacobians = [row for row in fast if row["kernel"].startswith("jacobian")]
+    assert [row for row in fast if row not in jacobians and row["spilled_bytes"] > allowed] == []
+    assert [row for row in jacobians if row["spilled_bytes"] > 160] == []
     assert [row for row in wide if row["widest_load_bits"] != 128] == []
     assert [row for row in flows if not row["mma"]] == []
     assert [row for row in rows if row["shared_bytes"] > SHARED_BYTES[architecture]] == []

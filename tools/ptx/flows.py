@@ -123,6 +123,21 @@ class Problem:
         with self.entry():
             return emulate(architecture, launch.fisher, call, **options)
 
+    def true_jacobian(self) -> tuple[Tensor, Tensor]:
+        """The ends of the solve and their Jacobians, from the reference in float64."""
+        found = []
+        for model in range(self.case.models):
+            cond = None if self.obs is None else self.obs[model].double().repeat_interleave(self.case.num_samples, 0)
+            velocity, start = self.velocity(model), self.start[model].double()
+            found.append(fdkernels_ref.flow_jacobian(velocity, start, cond, num_steps=self.steps, clip=None))
+        end, jacobian = map(torch.stack, zip(*found))
+        return end, jacobian
+
+    def jacobian(self, architecture: str, **options: Any) -> tuple[Tensor, Tensor]:
+        with self.entry():
+            arguments = self.start, self.obs, self.network, self.solver, self.way
+            return emulate(architecture, launch.jacobian, *arguments, **options)
+
     @contextlib.contextmanager
     def entry(self) -> Iterator[None]:
         """A context in which launchers take the table's plan for the case's number of rows."""

@@ -46,23 +46,22 @@ def jacobian_kernel(
     lane = r % LANES
     blocks = tl.cdiv(num_states * CHUNKS, TOGETHER)
     for block in tl.range(program % groups_per_model, blocks, groups_per_model, num_stages=1):
-        chunk = block * TOGETHER % CHUNKS + r // LANES
-        state = chunk // CHUNKS  # counted from the block's first
+        chunk = block * TOGETHER + r // LANES
+        state = chunk // CHUNKS
         column = chunk % CHUNKS * (LANES - 1) + lane - 1
-        first = block * TOGETHER // CHUNKS
-        inside = state < num_states - first
-        first += model * num_states
+        inside = state < num_states
+        state = model * num_states + state
         is_state, is_tangent = inside & (lane == 0), inside & (lane > 0) & (column < D)
         at, mask = state[:, None] * D + j, is_state[:, None] & (j < D)
 
         condition_share(
-            rows.cond, (first + state) // rows_per_cond, is_state, model, weights, share_ptr, 0, WIDTH,
+            rows.cond, state // rows_per_cond, is_state, model, weights, share_ptr, 0, WIDTH,
             NET, BLOCK_N, PRECISION, LANES,
         )  # fmt: skip
         tl.debug_barrier()
 
         unit = tl.where(is_tangent[:, None] & (column[:, None] == j), 1.0, 0.0)
-        x = unit + tl.load(rows.start + first * D + at, mask=mask, other=0.0).to(tl.float32)
+        x = unit + tl.load(rows.start + at, mask=mask, other=0.0).to(tl.float32)
         z = x
         total = tl.zeros((ROWS, BLOCK_D), tl.float32)
         for e in tl.range(0, num_evals, num_stages=1):
@@ -71,8 +70,8 @@ def jacobian_kernel(
             v = streamed(z, t, share_ptr, hidden_ptr, wide_ptr, model, weights, NET, PLAN, PRECISION, LANES)
             x, total, z = advance(x, total, v, line, False, low, high, "never")
 
-        tl.store(jacobian_ptr + first * (D * D) + at * D + column[:, None], x, mask=is_tangent[:, None] & (j < D))
+        tl.store(jacobian_ptr + at * D + column[:, None], x, mask=is_tangent[:, None] & (j < D))
         if CLIP == "end":
             x = clamp(x, low, high)
-        once = mask & (chunk % CHUNKS == 0)[:, None]
-        tl.store(end_ptr + first * D + at, x.to(end_ptr.dtype.element_ty), mask=once)
+        first = mask & (chunk % CHUNKS == 0)[:, None]
+        tl.store(end_ptr + at, x.to(end_ptr.dtype.element_ty), mask=first)
