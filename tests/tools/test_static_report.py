@@ -43,9 +43,10 @@ def test_no_spills_and_wide_loads(architecture: str, dtype: torch.dtype) -> None
         fast = [row for row in fast if row["arch"] == "sm_80" and row["d"] < 1000]
         wide = [row for row in rows if row["d"] % 8 == 0 or "case" in row]
     # what a Jacobian needs beside the products, the assembler may put on the stack, so that two programs run at once
-    jacobians = [row for row in fast if row["kernel"].startswith("jacobian")]
+    jacobians = [row for row in flows if row["kernel"].startswith("jacobian")]
+    assert jacobians
     assert [row for row in fast if row not in jacobians and row["spilled_bytes"] > allowed] == []
-    assert [row for row in jacobians if row["spilled_bytes"] > 160] == []
+    assert [row for row in fast if row in jacobians and row["spilled_bytes"] > 160] == []
     assert [row for row in wide if row["widest_load_bits"] != 128] == []
     assert [row for row in flows if not row["mma"]] == []
     assert [row for row in rows if row["shared_bytes"] > SHARED_BYTES[architecture]] == []
