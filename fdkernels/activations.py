@@ -30,6 +30,8 @@ class Activation(NamedTuple):
     recognises: Callable[[nn.Module], bool]
     """Whether a module in a user's network is this activation."""
     function: Callable[[Tensor], Tensor]
+    slope: Callable[[Tensor], Tensor]
+    """Its derivative."""
     onednn: tuple[str, str] | None
     """oneDNN's name and form of it; None if oneDNN does not fuse it into a product."""
 
@@ -42,12 +44,20 @@ def _is_gelu(approximate: str) -> Callable[[nn.Module], bool]:
     return lambda module: isinstance(module, nn.GELU) and module.approximate == approximate
 
 
+def _gelu_slope(approximate: str) -> Callable[[Tensor], Tensor]:
+    return lambda h: torch.ops.aten.gelu_backward(torch.ones_like(h), h, approximate=approximate)
+
+
+def _silu_slope(h: Tensor) -> Tensor:
+    return torch.ops.aten.silu_backward(torch.ones_like(h), h)
+
+
 ACTIVATIONS: dict[str, Activation] = {
-    "gelu_tanh": Activation(GELU, _is_gelu("tanh"), gelu_tanh, ("gelu", "tanh")),
-    "gelu": Activation(nn.GELU, _is_gelu("none"), F.gelu, ("gelu", "none")),
-    "silu": Activation(nn.SiLU, _is(nn.SiLU), F.silu, ("swish", "")),
-    "relu": Activation(nn.ReLU, _is(nn.ReLU), F.relu, ("relu", "")),
-    "tanh": Activation(nn.Tanh, _is(nn.Tanh), torch.tanh, ("tanh", "")),
+    "gelu_tanh": Activation(GELU, _is_gelu("tanh"), gelu_tanh, _gelu_slope("tanh"), ("gelu", "tanh")),
+    "gelu": Activation(nn.GELU, _is_gelu("none"), F.gelu, _gelu_slope("none"), ("gelu", "none")),
+    "silu": Activation(nn.SiLU, _is(nn.SiLU), F.silu, _silu_slope, ("swish", "")),
+    "relu": Activation(nn.ReLU, _is(nn.ReLU), F.relu, lambda h: (h > 0).to(h.dtype), ("relu", "")),
+    "tanh": Activation(nn.Tanh, _is(nn.Tanh), torch.tanh, lambda h: 1 - torch.tanh(h).square(), ("tanh", "")),
 }
 
 

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from fdkernels.backend import MAX_PENALTY_D, Backend, Implementation, Precision, choose_backend, choose_fused
+from fdkernels.noise import check_source, draw
 from fdkernels.ops.chain import chain
 from fdkernels.ops.integrate import prepare
 from fdkernels.ops.penalty import penalty_from_score
 from fdkernels.ops.score import score_from_velocity
 from fdkernels.ops.velocity_penalty import penalty_from_velocity
-from fdkernels.philox import check_seed
-from fdkernels.philox import draw as draw_normal
 from fdkernels.records import (
     REDUCTIONS,
     Chain,
@@ -133,7 +132,7 @@ def flow_fisher_penalty(
     for name, tensor in given.items():
         if tensor is not None:
             check_shape(op, name, tensor, shape, "(..., K, d)")
-    seed = _check_source(op, seed, generator, device)
+    seed = check_source(op, seed, generator, device)
     score_rule = check_score_rule(op, "linear", convention, min_sigma)
     t = check_time(t, score_rule, displacement, (*shape[:-1], 1))
     rule = check_penalty_rule(op, damping, normalize, eps)
@@ -148,7 +147,9 @@ def flow_fisher_penalty(
     transformed = not torch.compiler.is_compiling() and transforms_active()
     if not fused or seed is None or transformed:
         with torch.no_grad():
-            start, bridge_noise = _drawn(start, bridge_noise, shape, cond, generator, seed)
+            start = draw(shape, cond, generator, seed) if start is None else start
+            first = math.prod(shape)
+            bridge_noise = draw(shape, cond, generator, seed, first) if bridge_noise is None else bridge_noise
         seed = None
     request = _Request(
         cond, displacement, start, bridge_noise, seed, shape[-2], t,
@@ -195,19 +196,6 @@ def _check_given(op: str, given: dict[str, Tensor | None], num_samples: int, dev
         return check_count(op, "num_samples", num_samples)
     check_count(op, f"K, the number of samples in {' and '.join(tensors)},", counts[0])
     return counts[0]
-
-
-def _check_source(
-    op: str, seed: int | Tensor | None, generator: torch.Generator | None, device: torch.device
-) -> int | Tensor | None:
-    """The checked seed, or None if noise is not drawn from one."""
-    if seed is not None and generator is not None:
-        raise ValueError(f"{op}: seed and generator exclude each other")
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"{op}: generator must be a torch.Generator, got {type(generator).__name__}")
-    if generator is not None and generator.device.type != device.type:
-        raise ValueError(f"{op}: generator must be on {device}, where it draws, got {generator.device}")
-    return None if seed is None else check_seed(op, seed, device)
 
 
 def _fused(request: _Request, bound: BoundVelocity, way: Way) -> tuple[Tensor, Tensor | None]:
@@ -271,24 +259,3 @@ def _step_by_step(request: _Request, bound: BoundVelocity, backend: Backend | No
     if score is None:
         return penalty_from_velocity(displacement, v_t, x_t, t, score_rule, rule, triton), None
     return penalty_from_score(displacement, score, rule, triton), score
-
-
-def _drawn(
-    noise: Tensor | None,
-    bridge_noise: Tensor | None,
-    shape: tuple[int, ...],
-    like: Tensor,
-    generator: torch.Generator | None,
-    seed: int | Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Both noises; one that is None is drawn."""
-
-    def draw(first: int) -> Tensor:
-        if seed is not None:
-            return draw_normal(seed, shape, like.device, like.dtype, first)
-        return torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
-
-    return (
-        draw(0) if noise is None else noise,
-        draw(math.prod(shape)) if bridge_noise is None else bridge_noise,
-    )

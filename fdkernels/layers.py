@@ -58,6 +58,16 @@ class Layer(NamedTuple):
         return h if self.norm_after is None else layer_norm(h.to(norm_dtype or h.dtype), self.norm_after)
 
 
+    def finish_tangents(self, h: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
+        """`finish` of h (..., width), and what it makes of tangents (lanes, ..., width)."""
+        if self.norm_before is not None:
+            h, tangents = layer_norm_tangents(h, tangents, self.norm_before)
+        if self.activation is not None:
+            activation = ACTIVATIONS[self.activation]
+            h, tangents = activation.function(h), activation.slope(h) * tangents
+        return (h, tangents) if self.norm_after is None else layer_norm_tangents(h, tangents, self.norm_after)
+
+
 def layer_norm(h: Tensor, norm: Norm) -> Tensor:
     """Normalise h in its dtype. For many networks, each has its own scale and shift."""
     weight, bias = (None if p is None else p.to(h.dtype) for p in (norm.weight, norm.bias))
@@ -66,6 +76,16 @@ def layer_norm(h: Tensor, norm: Norm) -> Tensor:
     h = F.layer_norm(h, h.shape[-1:], eps=norm.eps)
     h = h if weight is None else h * weight.unsqueeze(-2)
     return h if bias is None else h + bias.unsqueeze(-2)
+
+
+def layer_norm_tangents(h: Tensor, tangents: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+    """`layer_norm` of h (..., width), and of tangents (lanes, ..., width): γ·r·(ḣ − mean ḣ − ĥ·mean(ĥ·ḣ))."""
+    centred = h - h.mean(-1, keepdim=True)
+    scale = (centred.square().mean(-1, keepdim=True) + norm.eps).rsqrt()
+    unit = centred * scale
+    along = (unit * tangents).mean(-1, keepdim=True)
+    tangents = scale * (tangents - tangents.mean(-1, keepdim=True) - unit * along)
+    return layer_norm(h, norm), tangents if norm.weight is None else tangents * norm.weight.to(h.dtype)
 
 
 class Network(NamedTuple):
@@ -109,6 +129,33 @@ class Network(NamedTuple):
             return h if self.last is None else F.linear(h, self.last.weight, self.last.bias)
 
         return velocity
+
+    def tangent_field(self, cond: Tensor | None) -> Callable[[Tensor, float | Tensor], Tensor]:
+        """`field` of rows and their tangents, (lanes, ..., d): v(x, t) of the first, and ∂v/∂x times each other one.
+
+        The tangents are further rows of the same products, without the bias.
+        """
+        offset = self.cond_share(cond)
+        of_x, of_t = self.columns["x"], self.columns["t"].squeeze(1)
+
+        def velocity(rows: Tensor, t: float | Tensor) -> Tensor:
+            h = F.linear(rows, of_x)
+            shift = t * of_t if offset is None else t * of_t + offset
+            value, tangents = self.first.finish_tangents(h[0] + shift, h[1:])
+            for layer in self.middle:
+                h = linear(self.operand(_lanes(value, tangents), layer), layer.weight).to(of_x.dtype)
+                value = h[0] if layer.bias is None else h[0] + layer.bias.to(h.dtype)
+                value, tangents = layer.finish_tangents(value, h[1:])
+            if self.last is None:
+                return _lanes(value, tangents)
+            h = F.linear(_lanes(value, tangents), self.last.weight)
+            return h if self.last.bias is None else _lanes(h[0] + self.last.bias, h[1:])
+
+        return velocity
+
+
+def _lanes(value: Tensor, tangents: Tensor) -> Tensor:
+    return torch.cat([value.unsqueeze(0), tangents])
 
 
 class Architecture(NamedTuple):

@@ -20,10 +20,11 @@ from fdkernels.backend import (
 )
 from fdkernels.cpu import field as cpu_field
 from fdkernels.cpu import processor
-from fdkernels.layers import EncodedNetwork, encode
+from fdkernels.layers import EncodedNetwork, Network, encode
 from fdkernels.networks import PackedMLP, is_known, pack_known
 from fdkernels.records import Way
 from fdkernels.solvers import Field
+from fdkernels.torch_private import transforms_active
 from fdkernels.validation import check_broadcast, check_floating
 
 Velocity: TypeAlias = PackedMLP | nn.Module | Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -67,11 +68,25 @@ class BoundVelocity(NamedTuple):
         """The flow on the PyTorch path, with the weights as they are now."""
         return self._flow_of_callable() if self.packed is None else self._flow_of_mlp(self.packed)
 
-    def _flow_of_mlp(self, packed: PackedMLP) -> Flow:
+    def tangent_field(self, x0: Tensor, cond: Tensor | None) -> tuple[Tensor, Field]:
+        """x0 in the dtype of the solver's state, and the field of rows and their tangents, without gradients.
+
+        Both have shape (1 + d, ..., d); the field is v(x, t) of the first row, and ∂v/∂x times each other one.
+        """
+        if self.packed is None:
+            return x0, self._tangent_field_of_callable(x0, cond)
+        network = self._network(self.packed)
+        return x0.to(torch.promote_types(self.packed.dtype, torch.float32)), network.tangent_field(cond)
+
+    def _network(self, packed: PackedMLP) -> Network:
+        """The weights as they are now, in the dtypes of this call."""
         outer = torch.promote_types(packed.dtype, torch.float32)
         hidden = HALF.get(self.settled, outer)
         emulated = packed.device.type == "cpu" and not processor.multiplies(hidden)
-        network = packed.read(outer, hidden, torch.float32 if emulated else None)
+        return packed.read(outer, hidden, torch.float32 if emulated else None)
+
+    def _flow_of_mlp(self, packed: PackedMLP) -> Flow:
+        network, outer = self._network(packed), torch.promote_types(packed.dtype, torch.float32)
 
         def flow(x0: Tensor, cond: Tensor | None, x0_name: str, cond_name: str) -> tuple[Field, Tensor]:
             self.check_rows(x0, cond, x0_name, cond_name)
@@ -101,6 +116,41 @@ class BoundVelocity(NamedTuple):
             return field, x0
 
         return flow
+
+    def _tangent_field_of_callable(self, x: Tensor, cond: Tensor | None) -> Field:
+        """d copies of the rows go through the velocity at once, and copy i gives the derivatives of output i.
+
+        The backward pass thus runs once, as a compiled network requires.
+        """
+        op, d = self.op, x.shape[-1]
+        if cond is not None:
+            cond = cond.expand(*x.shape[:-1], cond.shape[-1])
+        functional = torch.compiler.is_compiling() or transforms_active()
+        if not functional and torch.is_inference_mode_enabled():  # whose tensors autograd cannot use
+            with torch.inference_mode(False):
+                x, cond = x.clone(), None if cond is None else cond.clone()
+        copies = x.expand(d, *x.shape)
+        field, _ = self._flow_of_callable()(copies, cond, "x0", "cond")
+
+        def velocity(rows: Tensor, t: float | Tensor) -> Tensor:
+            point = rows[0].detach().expand(copies.shape)
+            pick = torch.eye(d, dtype=point.dtype, device=point.device).reshape(d, *(1,) * (x.ndim - 1), d)
+            pick = pick.expand(copies.shape)
+            if functional:
+                v, pullback = torch.func.vjp(lambda z: field(z, t), point)
+                (jacobian,) = pullback(pick.to(v.dtype))
+            else:
+                with torch.inference_mode(False), torch.enable_grad():
+                    leaf = point.clone().requires_grad_()
+                    v = field(leaf, t)
+                    if not v.requires_grad:
+                        raise ValueError(f"{op}: velocity must be differentiable in x, got a result without a gradient")
+                    (jacobian,) = torch.autograd.grad(v, leaf, pick.to(v.dtype), materialize_grads=True)
+            # jacobian[i, ..., j] = ∂v_i/∂x_j
+            tangents = torch.einsum("i...j,l...j->l...i", jacobian.detach(), rows[1:])
+            return torch.cat([v[:1].detach(), tangents])
+
+        return velocity
 
     def check_rows(self, x: Tensor, cond: Tensor | None, x_name: str, cond_name: str) -> None:
         """Check that x and cond have the widths of a packed MLP and, without autocast, the dtype of its weights."""

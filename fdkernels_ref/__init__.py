@@ -20,7 +20,7 @@ from fdkernels_ref.chain import flow_fisher_penalty
 from fdkernels_ref.flow import integrate_flow
 from fdkernels_ref.paths import PATHS, AffinePath
 from fdkernels_ref.penalty import fisher_matrix, fisher_penalty, fisher_spectrum, normalize_fisher
-from fdkernels_ref.pullback import flow_jacobian, flow_pullback_penalty, pullback_penalty
+from fdkernels_ref.pullback import flow_jacobian, flow_pullback_penalty, pullback_metric, pullback_penalty
 from fdkernels_ref.score import velocity_to_score
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "flow_pullback_penalty",
     "integrate_flow",
     "normalize_fisher",
+    "pullback_metric",
     "pullback_penalty",
     "velocity_to_score",
 ]

@@ -1,11 +1,11 @@
-"""The pull-back metric: the size of δ measured where the flow starts, in noise, whose covariance is I."""
+"""The pull-back metric: the size of δ measured in the noise that the flow would need to move an action by δ."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
-from einops import einsum, rearrange
+from einops import einsum, rearrange, reduce, repeat
 from torch import Tensor
 
 from fdkernels_ref.flow import Velocity, integrate_flow
@@ -17,39 +17,45 @@ def flow_jacobian(
     x0: Tensor,
     cond: Tensor | None = None,
     *,
-    since: float = 0.0,
     num_steps: int = 10,
     method: str = "euler",
     time_grid: Sequence[float] | Tensor | None = None,
     clip: tuple[float, float] | None = (-1.0, 1.0),
 ) -> tuple[Tensor, Tensor]:
-    """The action a = clip(x_S) of `integrate_flow`, and J = (1 − t_m)·∂x_S/∂x_m, where t_m is the last time ≤ `since`.
-
-    With `since=0`, J = ∂x_S/∂x0. On the linear path x_t = (1 − t)·x0 + t·a the noise has the weight 1 − t, so that J
-    says how the action follows the noise that is left at time t_m. J·Jᵀ is the covariance of the action given x_m, to
-    first order in that noise.
+    """The action a = clip(x_S) of `integrate_flow`, and J = ∂x_S/∂x0, differentiated through every step.
 
     Args:
         velocity, x0, cond, num_steps, method, time_grid: as in `integrate_flow`. A row of v depends on its own row
-            of x only. The times rise.
+            of x only.
         clip: bounds of a; J is that of the action before clipping.
 
     Returns:
-        a, (..., d), and J, (..., d, d) with J[..., i, j] = (1 − t_m)·∂x_S[..., i]/∂x_m[..., j]; both constants.
+        a, (..., d), and J, (..., d, d) with J[..., i, j] = ∂x_S[..., i]/∂x0[..., j]; both constants.
     """
-    times = [i / num_steps for i in range(num_steps + 1)] if time_grid is None else [float(t) for t in time_grid]
-    first = max(m for m, t in enumerate(times[:-1]) if t <= since or m == 0)
-    with torch.no_grad():
-        x = x0
-        if first > 0:
-            x = integrate_flow(velocity, x, cond, method=method, time_grid=times[: first + 1], clip=None)
     with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        end = integrate_flow(velocity, x, cond, method=method, time_grid=times[first:], clip=None)
-        rows = [torch.autograd.grad(end[..., i].sum(), x, retain_graph=True)[0] for i in range(x.shape[-1])]
-    jacobian = (1 - times[first]) * torch.stack(rows, dim=-2)
+        x0 = x0.detach().requires_grad_()
+        end = integrate_flow(velocity, x0, cond, num_steps=num_steps, method=method, time_grid=time_grid, clip=None)
+        rows = [torch.autograd.grad(end[..., i].sum(), x0, retain_graph=True)[0] for i in range(x0.shape[-1])]
     action = end.detach()
-    return action if clip is None else action.clamp(*clip), jacobian
+    return action if clip is None else action.clamp(*clip), torch.stack(rows, dim=-2)
+
+
+def pullback_metric(jacobian: Tensor, *, damping: float = 1e-3) -> Tensor:
+    """M = (1/K)·Σ_k (J_k·J_kᵀ + λ·I)⁻¹.
+
+    A change of noise ε by w moves the action by J·w. The behaviour around it has thus the covariance J·Jᵀ, since noise
+    has the covariance I, and δᵀ(J·Jᵀ)⁻¹δ = ‖J⁻¹δ‖² is the squared length of the noise that δ takes.
+
+    Args:
+        jacobian: J_k, (..., K, d, d).
+        damping: λ, the least variance that counts.
+
+    Returns:
+        (..., d, d), symmetric. Differentiable in jacobian.
+    """
+    covariance = einsum(jacobian, jacobian, "... i l, ... j l -> ... i j")
+    identity = torch.eye(jacobian.shape[-1], dtype=jacobian.dtype, device=jacobian.device)
+    return reduce(torch.linalg.inv(covariance + damping * identity), "... k i j -> ... i j", "mean")
 
 
 def pullback_penalty(
@@ -61,15 +67,11 @@ def pullback_penalty(
     eps: float = 1e-6,
     reduction: str = "none",
 ) -> Tensor:
-    """δᵀM̂δ/d with M = (J·Jᵀ + λ·I)⁻¹ and M̂ = M/max(tr M/d, ε). Without damping δᵀMδ = ‖J⁻¹δ‖².
-
-    J·Jᵀ is the covariance of the behaviour around the action, λ the least variance that counts. For a Gaussian
-    behaviour and `since=0`, M is the Fisher matrix Σ⁻¹ in the limit of many steps.
+    """δᵀM̂δ/d with M̂ = M/max(tr M/d, ε): `fisher_penalty` with M in place of the Fisher matrix.
 
     Args:
         displacement: δ, (..., d).
-        jacobian: J, (..., d, d), of `flow_jacobian`.
-        damping: λ.
+        jacobian, damping: as in `pullback_metric`.
         normalize: "trace" for M̂, "none" for M itself.
         eps: ε, a lower bound on the divisor tr M/d.
         reduction: "none", or "mean" or "sum" over all leading dimensions.
@@ -78,9 +80,7 @@ def pullback_penalty(
         (...), or a scalar after a reduction. Differentiable in displacement and in jacobian.
     """
     d = displacement.shape[-1]
-    identity = torch.eye(d, dtype=jacobian.dtype, device=jacobian.device)
-    covariance = einsum(jacobian, jacobian, "... i k, ... j k -> ... i j") + damping * identity
-    metric = torch.linalg.inv(covariance)
+    metric = pullback_metric(jacobian, damping=damping)
     if normalize == "trace":
         mean_eigenvalue = einsum(metric, "... i i -> ...") / d
         metric = metric / rearrange(mean_eigenvalue.clamp(min=eps), "... -> ... 1 1")
@@ -93,31 +93,51 @@ def pullback_penalty(
 def flow_pullback_penalty(
     velocity: Velocity,
     cond: Tensor,
+    action: Tensor,
     displacement: Tensor,
-    noise: Tensor,
     *,
-    since: float = 0.5,
-    num_steps: int = 10,
+    num_samples: int = 4,
+    t: float = 0.8,
+    num_steps: int = 2,
     method: str = "euler",
-    time_grid: Sequence[float] | Tensor | None = None,
     damping: float = 1e-3,
     normalize: str = "trace",
     eps: float = 1e-6,
     reduction: str = "none",
+    bridge_noise: Tensor | None = None,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
-    """`pullback_penalty` of a δ that is added to the flow's action from `noise`, with the Jacobian there.
+    """`pullback_penalty` of a δ that is added to ``action``, from K noisy views of that action (linear path).
+
+        x_k = (1 − t)·ε_k + t·a,    J_k = ∂a_k/∂ε_k for the a_k that the flow carries x_k to = (1 − t)·∂a_k/∂x_k
+
+    J_k·J_kᵀ is, to first order in the noise, the covariance of the behaviour given the view x_k. Where that is
+    Gaussian it is Cov[a | x_k] itself, with the inverse −∇² log p(a) + (t/(1 − t))²·I.
 
     Args:
         velocity, cond: as in `integrate_flow`; cond is (..., c).
+        action: a, the action that δ is added to, (..., d).
         displacement: δ, (..., d).
-        noise: x0 of the action that δ is added to, (..., d).
-        since, num_steps, method, time_grid: as in `flow_jacobian`.
+        num_samples: K.
+        t: the time of the views.
+        num_steps: equal steps of the flow from t to 1.
+        method: as in `integrate_flow`.
         damping, normalize, eps, reduction: as in `pullback_penalty`.
+        bridge_noise: ε_k, (..., K, d); drawn from N(0, I) in the dtype of displacement when None.
+        generator: draws it.
 
     Returns:
         (...), or a scalar after a reduction. The gradient reaches displacement alone.
     """
-    _, jacobian = flow_jacobian(
-        velocity, noise, cond, since=since, num_steps=num_steps, method=method, time_grid=time_grid
+    *batch, d = displacement.shape
+    if bridge_noise is None:
+        shape = (*batch, num_samples, d)
+        bridge_noise = torch.randn(shape, generator=generator, dtype=displacement.dtype, device=displacement.device)
+    view = (1 - t) * bridge_noise + t * rearrange(action, "... i -> ... 1 i")
+    cond = repeat(cond, "... c -> ... k c", k=bridge_noise.shape[-2])
+    times = [t + (1 - t) * i / num_steps for i in range(num_steps + 1)]
+    _, jacobian = flow_jacobian(velocity, view, cond, method=method, time_grid=times)
+    penalty = pullback_penalty(
+        displacement, (1 - t) * jacobian, damping=damping, normalize=normalize, eps=eps, reduction=reduction
     )
-    return pullback_penalty(displacement, jacobian, damping=damping, normalize=normalize, eps=eps, reduction=reduction)
+    return penalty

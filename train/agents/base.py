@@ -32,6 +32,7 @@ METRICS = {
     "alpha": "multiplier of the penalty",
     "displacement_norm": "mean ‖δ‖",
     "displacement_mean_square": "mean ‖δ‖²/d",
+    "divergence": "mean ½δᵀMδ: KL of moving the behaviour by δ, in nats, by the flow's Jacobians, for every metric",
     "top_eigenvalue_share": "share of F's largest eigenvalue (isotropic: 1/d)",
     "fisher_trace_per_dim": "mean tr F / d",
     "action_error": "mean squared difference of the policy's and the dataset's actions",

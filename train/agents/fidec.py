@@ -25,20 +25,23 @@ class FiDec(DecoratorAgent):
 
     @classmethod
     def flow_evaluations(cls, config: AgentConfig) -> int:
+        steps = config.flow_steps
+        base, k = super().flow_evaluations(config), config.num_fisher_samples
         # each Fisher sample is integrated, and evaluated once more for its score
-        return super().flow_evaluations(config) + (config.flow_steps + 1) * config.num_fisher_samples
+        return base + (steps + 1) * k if config.metric in ("score", "cross") else base
 
     def draw(self, batch_size: int, generator: torch.Generator | None = None) -> Draws:
-        k, high = self.config.num_fisher_samples, min(0.999, self.config.fisher_t)
-        low = max(0.001, self.config.fisher_t - self.config.fisher_t_width)
-        draws = (
-            super()
-            .draw(batch_size, generator)
-            ._replace(
-                fisher_noise=self._normal(generator, batch_size, k), bridge_noise=self._normal(generator, batch_size, k)
-            )
+        draws = super().draw(batch_size, generator)
+        config, k = self.config, self.config.num_fisher_samples
+        if config.metric == "isotropic":
+            return draws
+        if config.metric == "pullback":
+            return draws._replace(bridge_noise=self._normal(generator, batch_size, k))
+        low, high = max(0.001, config.fisher_t - config.fisher_t_width), min(0.999, config.fisher_t)
+        draws = draws._replace(
+            fisher_noise=self._normal(generator, batch_size, k), bridge_noise=self._normal(generator, batch_size, k)
         )
-        if self.config.fisher_t_width == 0:
+        if config.fisher_t_width == 0:
             return draws
         uniform = torch.rand(batch_size, k, 1, generator=generator, **self._like())
         return draws._replace(fisher_t=low + (high - low) * uniform)
@@ -46,8 +49,7 @@ class FiDec(DecoratorAgent):
     def starts(self, batch: Batch, draws: Draws, parts: Parts) -> dict[str, tuple[Tensor, Tensor]]:
         """Adds ``fisher``, K samples for each state."""
         starts = super().starts(batch, draws, parts)
-        if "actor" in parts:
-            assert draws.fisher_noise is not None
+        if draws.fisher_noise is not None and "actor" in parts:
             starts["fisher"] = draws.fisher_noise, batch.observations.unsqueeze(1)
         return starts
 
@@ -55,29 +57,73 @@ class FiDec(DecoratorAgent):
         self, obs: Tensor, displacement: Tensor, draws: Draws, flows: dict[str, Tensor], log: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
         config = self.config
+        if config.metric == "isotropic":
+            return displacement.square().mean(-1), {}
+        if config.metric == "pullback":
+            penalty, jacobian = fdkernels.flow_pullback_penalty(
+                self.flow,
+                obs,
+                flows["base"],
+                displacement,
+                t=config.pullback_t,
+                num_steps=config.pullback_steps,
+                damping=config.pullback_damping,
+                bridge_noise=draws.bridge_noise,
+                precision=config.flow_precision,
+                return_jacobian=True,
+            )
+            return penalty, {"jacobian": jacobian} if log else {}
+        t = config.fisher_t if draws.fisher_t is None else draws.fisher_t
+        cross = config.metric == "cross"
         found = fdkernels.flow_fisher_penalty(
             self.flow,
             obs,
             displacement,
-            t=config.fisher_t if draws.fisher_t is None else draws.fisher_t,
+            t=t,
             damping=config.fisher_damping,
             eps=config.fisher_trace_eps,
             convention=config.score_convention,
             min_sigma=config.min_sigma,
             samples=flows["fisher"],
             bridge_noise=draws.bridge_noise,
-            return_score=log,
+            return_score=log or cross,
         )
         if isinstance(found, Tensor):
             return found, {}
         penalty, score = found
-        return penalty, {"score": score}
+        if cross:
+            assert draws.bridge_noise is not None
+            penalty = cross_penalty(displacement, score, -draws.bridge_noise / (1 - t), config)
+        return penalty, {"score": score} if log else {}
 
     @torch.no_grad()
     def metrics(self, batch: Batch, seen: dict[str, Tensor]) -> dict[str, Tensor]:
         figures = super().metrics(batch, seen)
         if "score" in seen:
             spectrum = fdkernels.fisher_spectrum(seen["score"], damping=self.config.fisher_damping)
-            figures["fisher_trace_per_dim"] = spectrum.mean()
-            figures["top_eigenvalue_share"] = (spectrum[..., 0] / spectrum.sum(-1)).mean()
+        elif "jacobian" in seen:
+            variances = torch.linalg.svdvals(seen["jacobian"]).square() + self.config.pullback_damping
+            spectrum = (1 / variances).flip(-1)
+        else:
+            return figures
+        figures["fisher_trace_per_dim"] = spectrum.mean()
+        figures["top_eigenvalue_share"] = (spectrum[..., 0] / spectrum.sum(-1)).mean()
         return figures
+
+
+def cross_penalty(displacement: Tensor, score: Tensor, noise_score: Tensor, config: AgentConfig) -> Tensor:
+    """δᵀĈδ/d with C = (1/K)·Σ_k sym(s_k·b_kᵀ) + λI, (B,).
+
+    b_k = −x0_k/(1 − t) is the score of x_k given its action, and E[b_k | x_k] the true score, so that E[s_k·b_kᵀ] has
+    no square of the error of s_k. C is not positive definite for small K. The trace that normalises it is therefore
+    that of the batch.
+
+    Args:
+        displacement: (B, d).
+        score, noise_score: s and b, (B, K, d).
+    """
+    delta, d = displacement.unsqueeze(-1), displacement.shape[-1]
+    products = (score @ delta) * (noise_score.to(score.dtype) @ delta)
+    size = products.squeeze(-1).mean(-1) + config.fisher_damping * displacement.square().sum(-1)
+    trace_per_dim = (score * noise_score).sum(-1).mean() / d + config.fisher_damping
+    return size / d / trace_per_dim.clamp(min=config.fisher_trace_eps)

@@ -1,0 +1,1 @@
+"""What ``benchmarks/science.py`` measures, a file for each question."""

@@ -1,0 +1,58 @@
+"""How much of the attainable gain a metric finds: Q gained per KL paid, for a linear Q, as a share of the optimum.
+
+For Q(a) = g·a and a displacement δ = M⁻¹g, the gain is g·δ and the KL divergence ½δᵀΣ⁻¹δ. The best δ is Σg, so that
+
+    share = g·δ / √( δᵀΣ⁻¹δ · gᵀΣg ),
+
+which is 1 for M ∝ Σ⁻¹. ``of_each`` is its mean over states, actions of the flow and directions g. ``of_all`` has the
+expectations of the three products in place of the products: what an agent gains whose one multiplier serves all states.
+For the mixture, Σ is that of the action's own mode. On the ring there is no Σ; ``ring.py`` measures its KL divergence.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+import fdkernels
+from benchmarks.evidence.densities import DENSITIES, Gaussian, Mixture, observe
+from benchmarks.evidence.metrics import STEPS, Metric
+
+STATES, DIRECTIONS = 64, 32
+
+
+class Question:
+    """States, the noise of their actions, and directions g: the same for all metrics."""
+
+    def __init__(self, name: str, seed: int) -> None:
+        self.density = DENSITIES[name]
+        self.generator = torch.Generator().manual_seed(10_000 + seed)
+        self.angle = 2 * math.pi * torch.rand(STATES, generator=self.generator)
+        self.obs = observe(self.angle)
+        self.noise = torch.randn(STATES, self.density.d, generator=self.generator)
+        self.g = torch.randn(STATES, self.density.d, DIRECTIONS, generator=self.generator, dtype=torch.float64)
+
+    def covariance(self, velocity: object) -> Tensor:
+        """Σ at each state, or that of the mode of each action."""
+        density, angle = self.density, self.angle.double()
+        if isinstance(density, Mixture):
+            action = fdkernels.integrate_flow(velocity, self.noise, self.obs, num_steps=STEPS, clip=None)  # type: ignore[arg-type]
+            return density.covariance_of_mode(angle, action.double())
+        assert isinstance(density, Gaussian)
+        return density.covariance(angle)
+
+    def shares(self, metric: Metric, velocity: object) -> dict[str, float]:
+        torch.manual_seed(0)
+        return self.shares_of(metric.matrix(velocity, self.obs, self.noise), self.covariance(velocity))
+
+    def shares_of(self, matrix: Tensor, covariance: Tensor) -> dict[str, float]:
+        delta, g = torch.linalg.solve(matrix, self.g), self.g
+        gained = (g * delta).sum(1)
+        paid = (delta * torch.linalg.solve(covariance, delta)).sum(1)
+        best = (g * (covariance @ g)).sum(1)
+        return {
+            "of_each": (gained / (paid * best).sqrt()).mean().item(),
+            "of_all": (gained.mean() / (paid.mean() * best.mean()).sqrt()).item(),
+        }

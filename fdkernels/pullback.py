@@ -1,0 +1,193 @@
+"""The trust region measured in the noise that a flow would need to move an action: the pull-back of noise's metric."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fdkernels.backend import Backend, Precision, autocast, choose_fused
+from fdkernels.dtypes import accumulate_dtype
+from fdkernels.jacobian import jacobian_along
+from fdkernels.noise import check_source, draw
+from fdkernels.records import REDUCTIONS, Normalize, PenaltyRule, Reduction, check_penalty_rule, reduce
+from fdkernels.solvers import METHODS, Method, Solver
+from fdkernels.validation import (
+    as_float,
+    brief,
+    check_choice,
+    check_count,
+    check_displacement,
+    check_flag,
+    check_floating,
+    check_shape,
+)
+from fdkernels.velocity import Velocity, bind
+
+
+def pullback_penalty(
+    displacement: Tensor,
+    jacobian: Tensor,
+    *,
+    damping: float = 1e-3,
+    normalize: Normalize = "trace",
+    eps: float = 1e-6,
+    reduction: Reduction = "none",
+) -> Tensor:
+    r"""Size δᵀM̂δ / d of a displacement, measured in the noise that a flow would need to move an action by it.
+
+    With M = (1/K) Σ_k (J_k J_kᵀ + λI)⁻¹ and M̂ = M / max(tr M / d, ε). J_k maps a change of the noise to a change of the
+    action, and noise has the metric I: for K = 1 and λ = 0, δᵀMδ = ‖J⁻¹δ‖². J J^T is the covariance of the behaviour
+    around the action, so that δᵀMδ is a squared Mahalanobis distance, and for a Gaussian behaviour M is the Fisher
+    matrix of :func:`fisher_penalty`.
+
+    Args:
+        displacement: δ, shape (..., d); float32, bfloat16, float16 or float64.
+        jacobian: J_k, (..., K, d, d), same leading shape and device, as from :func:`flow_jacobian`.
+        damping: λ ≥ 0, a variance: directions in which the behaviour varies less count as if it varied so much.
+        normalize: ``"trace"`` for M̂, which makes an isotropic M give mean(δ²); ``"none"`` for δᵀMδ / d.
+        eps: ε > 0, lower bound of tr M / d.
+        reduction: ``"none"`` keeps the leading shape; ``"mean"`` and ``"sum"`` give a scalar.
+
+    Returns:
+        Penalty (...), or a scalar; float64 if an input is, float32 otherwise; computed in float64. Differentiable in
+        ``displacement`` and in ``jacobian``, to any order. NaN for a row in which J Jᵀ + λI is not positive definite.
+
+    Raises:
+        TypeError: an argument has the wrong type, such as a tensor that is not floating point or not dense.
+        ValueError: shapes do not fit, d or K is zero, devices differ, or an option is out of its range.
+
+    Source: ours; the pull-back metric of latent-variable models (Arvanitidis et al., "Latent Space Oddity",
+    arXiv 1710.11379) for the inverse of a flow.
+
+    Example:
+        >>> import torch, fdkernels
+        >>> jacobian = torch.diag(torch.tensor([0.3, 0.03])).unsqueeze(0)  # the data vary little along the second axis
+        >>> step = torch.tensor([0.1, 0.0]), torch.tensor([0.0, 0.1])
+        >>> [round(fdkernels.pullback_penalty(s, jacobian).item(), 6) for s in step]
+        [0.000205, 0.009795]
+    """
+    op = "pullback_penalty"
+    check_floating(op, displacement=displacement, jacobian=jacobian)
+    d = check_displacement(op, displacement)
+    lead, samples = displacement.shape[:-1], jacobian.shape[-3] if jacobian.ndim >= 3 else 0
+    if not samples or jacobian.shape != (*lead, samples, d, d):
+        raise ValueError(
+            f"{op}: jacobian must be (..., K, d, d) with K of at least 1, the displacement's d={d} and its leading "
+            f"shape {tuple(lead)}, got {tuple(jacobian.shape)}"
+        )
+    rule = check_penalty_rule(op, damping, normalize, eps)
+    check_choice(op, "reduction", reduction, REDUCTIONS)
+    return reduce(_penalty(displacement, jacobian, rule), reduction)
+
+
+def flow_pullback_penalty(
+    velocity: Velocity,
+    cond: Tensor,
+    action: Tensor,
+    displacement: Tensor,
+    *,
+    num_samples: int = 4,
+    t: float = 0.8,
+    num_steps: int = 2,
+    method: Method = "euler",
+    damping: float = 1e-3,
+    normalize: Normalize = "trace",
+    eps: float = 1e-6,
+    reduction: Reduction = "none",
+    bridge_noise: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    seed: int | Tensor | None = None,
+    return_jacobian: bool = False,
+    precision: Precision | None = None,
+    backend: Backend | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Pull-back penalty of a displacement under the behaviour flow itself, around the action that it displaces.
+
+    The action is brought back to time t by K fresh noises, x_k = (1 − t)·ε_k + t·a, and the flow carries these noisy
+    views of it on to the end, a_k. The Jacobians J_k = ∂a_k/∂ε_k weigh the displacement (:func:`pullback_penalty`).
+
+    J_k J_kᵀ is the covariance of the behaviour given the view x_k, to first order in the noise. Where the behaviour is
+    locally Gaussian, its inverse is −∇² log p(a) + (t/(1 − t))²·I: the curvature of the density at the action, whose
+    mean over actions is the Fisher matrix, and a constant by which t bounds the variances. Compared with
+    :func:`flow_fisher_penalty` nothing is divided by 1 − t, few samples are enough, no flow is integrated from its
+    start, and of several modes the metric sees the action's own. ``docs/science`` has the measurements.
+
+    Args:
+        velocity: as in :func:`flow_jacobian`; a callable gets x (d, ..., K, d).
+        cond: states (..., c).
+        action: a, the actions that δ is added to, (..., d); any actions, of the flow or of the data.
+        displacement: δ (..., d); all three have one leading shape and device.
+        num_samples: K. Ignored if ``bridge_noise`` is given, whose K is used. A loss that draws fresh noise for every
+            update averages over more.
+        t: time of the views, in [0, 1). Later is more local and cheaper, earlier resolves wider directions.
+        num_steps: equal steps of the flow from t to 1. (1 + d)·K·num_steps rows are evaluated for each state.
+        method: as in :func:`integrate_flow`.
+        damping, normalize, eps, reduction: as in :func:`pullback_penalty`.
+        bridge_noise: ε_k, (..., K, d); drawn N(0, I) when None.
+        generator: draws it in the dtype of ``cond``. PyTorch's global one when None.
+        seed: draw it with a counter-based generator instead, as in :func:`flow_fisher_penalty`; positions 0 ... n − 1.
+        return_jacobian: also return J_k (..., K, d, d).
+        precision, backend: as in :func:`integrate_flow`.
+
+    Returns:
+        Penalty (...) or a scalar, and J_k when asked. Differentiable in ``displacement`` only.
+
+    Raises:
+        As :func:`flow_jacobian`.
+
+    Example:
+        >>> import torch, fdkernels
+        >>> flow = fdkernels.VelocityMLP(cond_dim=17, action_dim=6, hidden=(32, 32))
+        >>> states, action, displacement = torch.randn(256, 17), torch.rand(256, 6), torch.zeros(256, 6)
+        >>> fdkernels.flow_pullback_penalty(flow, states, action, displacement).shape
+        torch.Size([256])
+    """
+    op = "flow_pullback_penalty"
+    device = check_floating(op, cond=cond, action=action, displacement=displacement)
+    d, lead = check_displacement(op, displacement), displacement.shape[:-1]
+    if cond.ndim == 0 or cond.shape[:-1] != lead:
+        raise ValueError(
+            f"{op}: cond must be (..., c) with the displacement's leading shape {tuple(lead)}, got {tuple(cond.shape)}"
+        )
+    check_shape(op, "action", action, displacement.shape, "(..., d)")
+    seed = check_source(op, seed, generator, device)
+    if bridge_noise is None:
+        shape = (*lead, check_count(op, "num_samples", num_samples), d)
+    else:
+        check_floating(op, device, bridge_noise=bridge_noise)
+        samples = bridge_noise.shape[-2] if bridge_noise.ndim >= 2 else 0
+        shape = (*lead, check_count(op, "K, the number of samples in bridge_noise,", samples), d)
+        check_shape(op, "bridge_noise", bridge_noise, shape, "(..., K, d)")
+    if not 0 <= as_float(t) < 1:
+        raise ValueError(f"{op}: t must be a number in [0, 1), got {brief(t)}")
+    t, num_steps = float(t), check_count(op, "num_steps", num_steps)
+    check_choice(op, "method", method, METHODS)
+    rule = check_penalty_rule(op, damping, normalize, eps)
+    check_choice(op, "reduction", reduction, REDUCTIONS)
+    check_flag(op, "return_jacobian", return_jacobian)
+    bound = bind(op, velocity, action, precision)
+    fused = choose_fused(op, backend, None, bound.packed, (displacement, cond, action))
+    bound.check_rows(action, cond, "action", "cond")
+    with torch.no_grad():
+        noise = draw(shape, cond, generator, seed) if bridge_noise is None else bridge_noise
+        view = (1 - t) * noise.to(action.dtype) + t * action.unsqueeze(-2)
+        times = [t + (1 - t) * i / num_steps for i in range(num_steps)]
+        solver = Solver([*times, 1.0], method, 0.0, 0.0, "never")
+        _, jacobian = jacobian_along(solver, bound, view, cond.unsqueeze(-2), fused)
+        jacobian = (1 - t) * jacobian
+    penalty = reduce(_penalty(displacement, jacobian, rule), reduction)
+    return (penalty, jacobian) if return_jacobian else penalty
+
+
+def _penalty(displacement: Tensor, jacobian: Tensor, rule: PenaltyRule) -> Tensor:
+    out, d = accumulate_dtype(displacement, jacobian), displacement.shape[-1]
+    with autocast(displacement.device, None):
+        # in float64, for J·Jᵀ squares J's condition number, and the cost of matrices so small is not their arithmetic
+        delta, jacobian = displacement.double(), jacobian.double()
+        identity = torch.eye(d, dtype=torch.float64, device=jacobian.device)
+        root, failed = torch.linalg.cholesky_ex(jacobian @ jacobian.mT + rule.damping * identity)
+        inverse = torch.linalg.solve_triangular(root, identity.expand_as(root), upper=False)
+        penalty = (inverse @ delta[..., None, :, None]).square().sum((-2, -1)).mean(-1)
+        if rule.normalize:
+            penalty = penalty / (inverse.square().sum((-2, -1)).mean(-1) / d).clamp(min=rule.eps)
+        return torch.where((failed == 0).all(-1), penalty / d, torch.nan).to(out)
