@@ -1,7 +1,8 @@
-"""Draw the Fisher trust region: ``python examples/trust_region.py`` writes docs/trust_region.png in a minute.
+"""Draw what metrics call equally far: ``python examples/trust_region.py`` writes docs/trust_region.png in some minutes.
 
-A state is an angle θ; its actions spread along the circle and hardly across it. A flow learns them, its scores give the
-Fisher matrix of each state, and the script draws δᵀF̂δ/d ≤ c beside ‖δ‖²/d ≤ c.
+Flows learn four densities. At some actions of each, the picture shows the displacements that a metric calls equally
+far, and the one among them that climbs Q fastest, for Q(a) = g·a with the same g everywhere. The size of each metric's
+trust region is such that all refinements pay the same true KL divergence (``benchmarks/evidence/kl.py``).
 """
 
 from __future__ import annotations
@@ -14,77 +15,84 @@ import matplotlib as mpl
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 import torch
-import torch.nn.functional as F
-from einops import rearrange, repeat
+from matplotlib.axes import Axes
 from torch import Tensor
 
-import fdkernels
+from benchmarks.evidence.flows import flow_of
+from benchmarks.evidence.kl import Bill, Question
+from benchmarks.evidence.metrics import METRICS
 
-SIZE = 0.006  # c, the size of the trust region
-TIME = 0.8  # t of the score; closer to 1 the density is sharper, but t/(1 − t) amplifies the flow's errors
-STATES = 7
+ROWS = {
+    "isotropic": ("‖δ‖²", "#8a8f98"),
+    "score-mean": ("Fisher matrix of the state", "#d9822b"),
+    "pullback-mean": ("pull-back at the action", "#1f5fa8"),
+}
+DENSITIES = ("gaussian-2", "ring", "moons", "mixture")
+BUDGET = 0.1  # nats
+LONGER = 2.5  # regions and steps are drawn so many times as large, to be seen
+UPDATES = 10_000
+G = torch.tensor([0.0, 1.0], dtype=torch.float64)
+ANGLE = 0.6
+ROOT = Path(__file__).parents[1]
 
 
-def sample_data(theta: Tensor) -> Tensor:
-    """Actions for angles (n,): 0.25 wide along the circle, 0.03 across."""
-    along, across = 0.25 * torch.randn_like(theta), 0.6 + 0.03 * torch.randn_like(theta)
-    cos, sin = theta.cos(), theta.sin()
-    return torch.stack([across * cos - along * sin, across * sin + along * cos], dim=-1)
+def spread(points: Tensor, count: int) -> Tensor:
+    """Indices of points that lie far from one another, by farthest-point sampling."""
+    chosen = [0]
+    for _ in range(count - 1):
+        distance = torch.cdist(points, points[chosen]).amin(1)
+        chosen.append(int(distance.argmax()))
+    return torch.tensor(chosen)
 
 
-def observe(theta: Tensor) -> Tensor:
-    return torch.stack([theta.cos(), theta.sin()], dim=-1)
+def draw_density(ax: Axes, question: Question) -> None:
+    low, high = question.action.amin(0), question.action.amax(0)
+    centre, reach = (low + high) / 2, (high - low).max().item() / 2 + 0.1
+    side = torch.linspace(-reach, reach, 241, dtype=torch.float64)
+    grid = centre + torch.stack(torch.meshgrid(side, side, indexing="xy"), -1).reshape(-1, 2)
+    density = question.density.log_prob(question.angle[:1].expand(len(grid)), grid).exp().reshape(241, 241)
+    (x, y) = centre.tolist()
+    box = (x - reach, x + reach, y - reach, y + reach)
+    ax.imshow(density.sqrt(), extent=box, origin="lower", cmap="Greys", alpha=0.5)
+    ax.set(xlim=box[:2], ylim=box[2:], xticks=[], yticks=[])
 
 
-def train_flow(updates: int = 4_000) -> fdkernels.VelocityMLP:
-    flow = fdkernels.VelocityMLP(cond_dim=2, action_dim=2, hidden=(128, 128, 128))
-    optimizer = torch.optim.Adam(flow.parameters(), lr=1e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)
-    for _ in range(updates):
-        theta = 2 * math.pi * torch.rand(512)
-        noise, data, t = torch.randn(512, 2), sample_data(theta), torch.rand(512, 1)
-        loss = F.mse_loss(flow((1 - t) * noise + t * data, t, observe(theta)), data - noise)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    return flow
+def draw_regions(ax: Axes, bill: Bill, at: Tensor, colour: str) -> None:
+    c = bill.scale(BUDGET)
+    delta = LONGER * c * bill.delta[at, :, 0]
+    size = LONGER * c * (bill.question.g * bill.delta)[..., 0].sum(1).mean().sqrt()
+    turn = torch.linspace(0, 2 * math.pi, 100, dtype=torch.float64)
+    circle = torch.stack([turn.cos(), turn.sin()])
+    for action, matrix, step in zip(bill.question.action[at], bill.matrix[at], delta):
+        values, vectors = torch.linalg.eigh(matrix)
+        ellipse = size * (vectors / values.sqrt()) @ circle
+        ax.plot(*(action.unsqueeze(1) + ellipse), color=colour, lw=1.3)
+        ax.annotate("", action + step, action, arrowprops={"arrowstyle": "-|>", "color": "#c0292b", "lw": 1.3, "mutation_scale": 8, "shrinkA": 0, "shrinkB": 0})
+        ax.plot(*action, ".", color="#1f2937", ms=3)
 
 
 def main() -> None:
-    torch.manual_seed(0)
-    flow = train_flow()
-    theta = 2 * math.pi * torch.arange(STATES) / STATES + 0.3
-    _, score = fdkernels.flow_fisher_penalty(
-        flow, observe(theta), torch.zeros(STATES, 2), num_samples=512, t=TIME, return_score=True
-    )
-
-    # the boundary: a unit circle of displacements, each scaled to have penalty SIZE
-    turn = torch.linspace(0, 2 * math.pi, 200)
-    circle = repeat(torch.stack([turn.cos(), turn.sin()]), "d turn -> state turn d", state=STATES)
-    penalty = fdkernels.fisher_penalty(circle, repeat(score, "state k d -> state turn k d", turn=len(turn)))
-    fisher_boundary = circle * rearrange((SIZE / penalty).sqrt(), "state turn -> state turn 1")
-    isotropic_boundary = circle * (2 * SIZE) ** 0.5
-
-    figure, ax = plt.subplots(figsize=(5.6, 5.6), layout="constrained")
-    ax.plot(*sample_data(theta.repeat(400)).T, ".", color="#c9ced6", markersize=1.5, zorder=0)
-    for i, angle in enumerate(theta):
-        centre = 0.6 * torch.stack([angle.cos(), angle.sin()])
-        first = i == 0
-        ax.plot(
-            *(centre + isotropic_boundary[i]).T, color="#d9822b", lw=1.4, ls="--", label="‖δ‖²/d" if first else None
-        )
-        ax.plot(*(centre + fisher_boundary[i]).T, color="#1f5fa8", lw=2.2, label="δᵀF̂δ/d" if first else None)
-        ax.plot(*centre, "k.", markersize=4)
-    ax.set_title("Trust regions of equal size in seven states", loc="left")
-    ax.set_xlabel("action 1")
-    ax.set_ylabel("action 2")
-    ax.set_aspect("equal")
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False, loc="center")
-    path = Path(__file__).parents[1] / "docs" / "trust_region.png"
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, dpi=130)
+    torch.set_num_threads(1)
+    figure, axes = plt.subplots(len(ROWS), len(DENSITIES), figsize=(11, 8.6), layout="constrained")
+    for column, name in enumerate(DENSITIES):
+        flow, question = flow_of(name, UPDATES, 0, ROOT / "runs" / "science"), Question(name, 0, angle=ANGLE, g=G)
+        at, base = spread(question.action[:100], 10), 0.0
+        for row, (label, (title, colour)) in enumerate(ROWS.items()):
+            ax, bill = axes[row, column], Bill(question, METRICS[label], flow)
+            base = base or bill.gain(BUDGET)
+            draw_density(ax, question)
+            draw_regions(ax, bill, at, colour)
+            ax.text(0.03, 0.03, f"Q gained: {bill.gain(BUDGET) / base:.1f}×", transform=ax.transAxes, fontsize=10, bbox={"fc": "white", "ec": "none", "pad": 2, "alpha": 0.8})
+            for spine in ax.spines.values():
+                spine.set_color("#c9ced6")
+            if row == 0:
+                ax.set_title(question.density.title, fontsize=11)
+            if column == 0:
+                ax.set_ylabel(title, fontsize=11, color=colour)
+    path = ROOT / "docs" / "trust_region.png"
+    title = f"What a metric calls equally far, and its step towards Q = a₂; all pay {BUDGET} nats of KL (drawn {LONGER}×)"
+    figure.suptitle(title, x=0.02, ha="left", fontsize=12)
+    figure.savefig(path, dpi=110)
     print(f"wrote {path}")
 
 

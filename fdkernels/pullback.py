@@ -28,7 +28,7 @@ def pullback_penalty(
     displacement: Tensor,
     jacobian: Tensor,
     *,
-    damping: float = 1e-3,
+    damping: float = 3e-4,
     normalize: Normalize = "trace",
     eps: float = 1e-6,
     reduction: Reduction = "none",
@@ -36,7 +36,7 @@ def pullback_penalty(
     r"""Size δᵀM̂δ / d of a displacement, measured in the noise that a flow would need to move an action by it.
 
     With M = (1/K) Σ_k (J_k J_kᵀ + λI)⁻¹ and M̂ = M / max(tr M / d, ε). J_k maps a change of the noise to a change of the
-    action, and noise has the metric I: for K = 1 and λ = 0, δᵀMδ = ‖J⁻¹δ‖². J J^T is the covariance of the behaviour
+    action, and noise has the metric I: for K = 1 and λ = 0, δᵀMδ = ‖J⁻¹δ‖². J Jᵀ is the covariance of the behaviour
     around the action, so that δᵀMδ is a squared Mahalanobis distance, and for a Gaussian behaviour M is the Fisher
     matrix of :func:`fisher_penalty`.
 
@@ -64,7 +64,7 @@ def pullback_penalty(
         >>> jacobian = torch.diag(torch.tensor([0.3, 0.03])).unsqueeze(0)  # the data vary little along the second axis
         >>> step = torch.tensor([0.1, 0.0]), torch.tensor([0.0, 0.1])
         >>> [round(fdkernels.pullback_penalty(s, jacobian).item(), 6) for s in step]
-        [0.000205, 0.009795]
+        [0.000131, 0.009869]
     """
     op = "pullback_penalty"
     check_floating(op, displacement=displacement, jacobian=jacobian)
@@ -90,7 +90,7 @@ def flow_pullback_penalty(
     t: float = 0.8,
     num_steps: int = 2,
     method: Method = "euler",
-    damping: float = 1e-3,
+    damping: float = 3e-4,
     normalize: Normalize = "trace",
     eps: float = 1e-6,
     reduction: Reduction = "none",

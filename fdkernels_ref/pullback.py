@@ -40,7 +40,7 @@ def flow_jacobian(
     return action if clip is None else action.clamp(*clip), torch.stack(rows, dim=-2)
 
 
-def pullback_metric(jacobian: Tensor, *, damping: float = 1e-3) -> Tensor:
+def pullback_metric(jacobian: Tensor, *, damping: float = 3e-4) -> Tensor:
     """M = (1/K)·Σ_k (J_k·J_kᵀ + λ·I)⁻¹.
 
     A change of noise ε by w moves the action by J·w. The behaviour around it has thus the covariance J·Jᵀ, since noise
@@ -62,7 +62,7 @@ def pullback_penalty(
     displacement: Tensor,
     jacobian: Tensor,
     *,
-    damping: float = 1e-3,
+    damping: float = 3e-4,
     normalize: str = "trace",
     eps: float = 1e-6,
     reduction: str = "none",
@@ -100,7 +100,7 @@ def flow_pullback_penalty(
     t: float = 0.8,
     num_steps: int = 2,
     method: str = "euler",
-    damping: float = 1e-3,
+    damping: float = 3e-4,
     normalize: str = "trace",
     eps: float = 1e-6,
     reduction: str = "none",

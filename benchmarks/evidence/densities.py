@@ -134,6 +134,28 @@ class Ring(Density):
         return normal - (2 * math.pi * radius).log()
 
 
+class Moons(Density):
+    """Two half circles that face each other, 0.05 wide, the same in every state: many round Gaussians along arcs."""
+
+    title = "two moons"
+    d = 2
+    width = 0.05
+
+    def __init__(self, points: int = 128) -> None:
+        around = observe(math.pi * torch.linspace(0, 1, points // 2, dtype=torch.float64))
+        shift = torch.tensor([0.22, 0.12], dtype=torch.float64)
+        self.centres = torch.cat([0.45 * around - shift, -0.45 * around + shift])
+
+    def sample(self, angle: Tensor) -> Tensor:
+        centres = self.centres.to(angle)[torch.randint(len(self.centres), (len(angle),))]
+        return centres + self.width * torch.randn_like(centres)
+
+    def log_prob(self, angle: Tensor, action: Tensor) -> Tensor:
+        squares = (action.unsqueeze(-2) - self.centres.to(angle)).square().sum(-1) / self.width**2
+        constant = math.log(2 * math.pi * self.width**2 * len(self.centres))
+        return (-0.5 * squares).logsumexp(-1) - constant
+
+
 def _mode(along: float, across: float, offset: float, turn: float) -> Gaussian:
     return _Turned("mode", ((along, across),), (1,), centre=offset, turn=turn)
 
@@ -156,4 +178,5 @@ DENSITIES: dict[str, Density] = {
     "scaled": Gaussian("Gaussian, wider in some states", ((0.2, 0.05),), (1,), lambda angle: 2 ** angle.sin()),
     "mixture": Mixture("two unequal modes", ((0.7, _mode(0.2, 0.03, 0.5, 0.0)), (0.3, _mode(0.15, 0.04, -0.5, 1.5)))),
     "ring": Ring(),
+    "moons": Moons(),
 }

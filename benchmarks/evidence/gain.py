@@ -6,19 +6,23 @@ For Q(a) = g·a and a displacement δ = M⁻¹g, the gain is g·δ and the KL di
 
 which is 1 for M ∝ Σ⁻¹. ``of_each`` is its mean over states, actions of the flow and directions g. ``of_all`` has the
 expectations of the three products in place of the products: what an agent gains whose one multiplier serves all states.
-For the mixture, Σ is that of the action's own mode. On the ring there is no Σ; ``ring.py`` measures its KL divergence.
+For the mixture, Σ is that of the action's own mode. On the ring there is no Σ; ``kl.py`` measures its KL divergence.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import fdkernels
 from benchmarks.evidence.densities import DENSITIES, Gaussian, Mixture, observe
-from benchmarks.evidence.metrics import STEPS, Metric
+from benchmarks.evidence.flows import flow_of
+from benchmarks.evidence.metrics import METRICS, STEPS, Metric
 
 STATES, DIRECTIONS = 64, 32
 
@@ -34,16 +38,16 @@ class Question:
         self.noise = torch.randn(STATES, self.density.d, generator=self.generator)
         self.g = torch.randn(STATES, self.density.d, DIRECTIONS, generator=self.generator, dtype=torch.float64)
 
-    def covariance(self, velocity: object) -> Tensor:
+    def covariance(self, velocity: Any) -> Tensor:
         """Σ at each state, or that of the mode of each action."""
         density, angle = self.density, self.angle.double()
         if isinstance(density, Mixture):
-            action = fdkernels.integrate_flow(velocity, self.noise, self.obs, num_steps=STEPS, clip=None)  # type: ignore[arg-type]
+            action = fdkernels.integrate_flow(velocity, self.noise, self.obs, num_steps=STEPS, clip=None)
             return density.covariance_of_mode(angle, action.double())
         assert isinstance(density, Gaussian)
         return density.covariance(angle)
 
-    def shares(self, metric: Metric, velocity: object) -> dict[str, float]:
+    def shares(self, metric: Metric, velocity: Any) -> dict[str, float]:
         torch.manual_seed(0)
         return self.shares_of(metric.matrix(velocity, self.obs, self.noise), self.covariance(velocity))
 
@@ -56,3 +60,21 @@ class Question:
             "of_each": (gained / (paid * best).sqrt()).mean().item(),
             "of_all": (gained.mean() / (paid.mean() * best.mean()).sqrt()).item(),
         }
+
+
+NAMES = ("gaussian-2", "gaussian-6", "scaled", "mixture")
+
+
+def answer(name: str, updates: int, seed: int, data: Path) -> dict[str, Any]:
+    """The shares of all metrics under one flow, and of the Fisher matrix under the exact velocity."""
+    flow, question = flow_of(name, updates, seed, data), Question(name, seed)
+    shares = {label: question.shares(metric, flow) for label, metric in METRICS.items()}
+    if isinstance(question.density, Gaussian):
+        shares["exact"] = question.shares(METRICS["score"], question.density.velocity)
+    return {"density": name, "updates": updates, "seed": seed, "shares": shares}
+
+
+def tasks(data: Path, seed: int, updates: tuple[int, ...], quick: bool) -> Iterator[tuple[Path, Any, tuple[Any, ...]]]:
+    for n in updates:
+        for name in NAMES:
+            yield data / "gain" / f"{name}-{n}-seed{seed}.json", answer, (name, n, seed, data)

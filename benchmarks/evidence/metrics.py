@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,11 +13,14 @@ import fdkernels
 STEPS = 10
 
 
+Matrix: TypeAlias = Callable[[Any, Tensor, Tensor], Tensor]
+
+
 class Metric(NamedTuple):
     title: str
     evaluations: int | None
     """Rows of the velocity network per state for d = 6, the derivatives' among them; None if it is not from a flow."""
-    matrix: Callable[[Any, Tensor, Tensor], Tensor]
+    matrix: Matrix
     """Maps a velocity, observations (n, c) and the noise of the actions (n, d) to M (n, d, d), float64."""
     local: bool = False
     """Whether M depends on the action, not only on the state."""
@@ -29,9 +32,19 @@ def isotropic(velocity: Any, obs: Tensor, noise: Tensor) -> Tensor:
 
 
 def score(
-    samples: int, t: float, *, damping: float = 1e-3, cross: bool = False, convention: str = "exact"
-) -> Callable[[Any, Tensor, Tensor], Tensor]:
-    """F = (1/K)·Σ_k s_k·s_kᵀ + λI at K fresh samples; ``cross`` replaces one score by −x0_k/(1 − t), symmetrised."""
+    samples: int,
+    t: float,
+    *,
+    damping: float = 1e-3,
+    cross: bool = False,
+    convention: Literal["exact", "velocity"] = "exact",
+    group: int | None = None,
+) -> Matrix:
+    """F = (1/K)·Σ_k s_k·s_kᵀ + λI at K fresh samples; ``cross`` replaces one score by −x0_k/(1 − t), symmetrised.
+
+    With ``group``, the mean of F/tr F over groups of so many samples: what an agent feels that draws a group for every
+    update.
+    """
 
     def matrix(velocity: Any, obs: Tensor, noise: Tensor) -> Tensor:
         (n, d), rows = noise.shape, []
@@ -42,14 +55,16 @@ def score(
                 convention=convention, noise=torch.randn_like(bridge), bridge_noise=bridge, return_score=True,
             )  # fmt: skip
             other = -bridge / (1 - t) if cross else s
-            outer = s.double().mT @ other.double() / samples
-            rows.append((outer + outer.mT) / 2)
-        return torch.cat(rows) + damping * torch.eye(d, dtype=torch.float64)
+            s, other = (x.double().unflatten(1, (-1, group or samples)) for x in (s, other))
+            outer = s.mT @ other / s.shape[2]
+            fisher = (outer + outer.mT) / 2 + damping * torch.eye(d, dtype=torch.float64)
+            rows.append((unit_trace(fisher) if group else fisher).mean(1))
+        return torch.cat(rows)
 
     return matrix
 
 
-def sample_covariance(samples: int, damping: float = 1e-3) -> Callable[[Any, Tensor, Tensor], Tensor]:
+def sample_covariance(samples: int, damping: float = 1e-3) -> Matrix:
     """The inverse covariance of K samples of the flow, + λI."""
 
     def matrix(velocity: Any, obs: Tensor, noise: Tensor) -> Tensor:
@@ -65,9 +80,9 @@ def sample_covariance(samples: int, damping: float = 1e-3) -> Callable[[Any, Ten
 
 
 def pullback(
-    samples: int = 4, t: float = 0.8, steps: int = 2, damping: float = 1e-3
-) -> Callable[[Any, Tensor, Tensor], Tensor]:
-    """(1/K)·Σ_k (J_k·J_kᵀ + λI)⁻¹ from K noisy views of the action."""
+    samples: int = 4, t: float = 0.8, steps: int = 2, damping: float = 3e-4, *, group: int | None = None
+) -> Matrix:
+    """(1/K)·Σ_k (J_k·J_kᵀ + λI)⁻¹ from K noisy views of the action; ``group`` as for `score`."""
 
     def matrix(velocity: Any, obs: Tensor, noise: Tensor) -> Tensor:
         action = fdkernels.integrate_flow(velocity, noise, obs, num_steps=STEPS, clip=None)
@@ -75,12 +90,13 @@ def pullback(
             velocity, obs, action, torch.zeros_like(action), num_samples=samples, t=t, num_steps=steps,
             return_jacobian=True,
         )  # fmt: skip
-        return inverse_covariance(j, damping).mean(1)
+        matrices = inverse_covariance(j, damping)
+        return unit_trace(matrices.unflatten(1, (-1, group)).mean(2)).mean(1) if group else matrices.mean(1)
 
     return matrix
 
 
-def pullback_along(damping: float = 1e-3, *, own: bool = True) -> Callable[[Any, Tensor, Tensor], Tensor]:
+def pullback_along(damping: float = 3e-4, *, own: bool = True) -> Matrix:
     """(J·Jᵀ + λI)⁻¹ with J along the whole path from noise, of the action itself or of another one."""
 
     def matrix(velocity: Any, obs: Tensor, noise: Tensor) -> Tensor:
@@ -89,6 +105,11 @@ def pullback_along(damping: float = 1e-3, *, own: bool = True) -> Callable[[Any,
         return inverse_covariance(j, damping)
 
     return matrix
+
+
+def unit_trace(matrix: Tensor) -> Tensor:
+    """M / (tr M / d)."""
+    return matrix / matrix.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
 
 
 def inverse_covariance(jacobian: Tensor, damping: float) -> Tensor:
@@ -107,18 +128,19 @@ def jacobians(samples: int, steps: int, d: int = 6) -> int:
 
 METRICS: dict[str, Metric] = {
     "isotropic": Metric("isotropic, ‖δ‖²", 0, isotropic),
-    "score-4": Metric("Fisher, t = 0.95, K = 4 (published)", scores(4), score(4, 0.95)),
-    "score-4-0.8": Metric("Fisher, t = 0.8, K = 4", scores(4), score(4, 0.8)),
-    "score-16": Metric("Fisher, t = 0.95, K = 16", scores(16), score(16, 0.95)),
+    "score-4": Metric("Fisher, t = 0.95, one draw of K = 4", scores(4), score(4, 0.95)),
+    "score-mean": Metric("Fisher, t = 0.95, K = 4 averaged over updates (published)", scores(4), score(512, 0.95, group=4)),
+    "score-mean-0.8": Metric("Fisher, t = 0.8, K = 4 averaged over updates", scores(4), score(512, 0.8, group=4)),
     "score": Metric("Fisher, t = 0.95, K = 512", scores(512), score(512, 0.95)),
     "score-0.8": Metric("Fisher, t = 0.8, K = 512", scores(512), score(512, 0.8)),
     "velocity": Metric("v/(1 − t), t = 0.95, K = 512", scores(512), score(512, 0.95, convention="velocity")),
-    "cross-4": Metric("cross estimate, t = 0.95, K = 4", scores(4), score(4, 0.95, cross=True)),
+    "cross-4": Metric("cross estimate, t = 0.95, one draw of K = 4", scores(4), score(4, 0.95, cross=True)),
     "cross": Metric("cross estimate, t = 0.95, K = 512", scores(512), score(512, 0.95, cross=True)),
     "covariance-16": Metric("inverse covariance of 16 samples", 16 * STEPS, sample_covariance(16)),
     "covariance": Metric("inverse covariance of 512 samples", 512 * STEPS, sample_covariance(512)),
     "path-other": Metric("pull-back along another sample's path", jacobians(1, STEPS), pullback_along(own=False)),
     "path": Metric("pull-back along the action's own path", jacobians(1, STEPS), pullback_along(), local=True),
-    "pullback-1": Metric("pull-back of 1 view", jacobians(1, 2), pullback(1), local=True),
-    "pullback": Metric("pull-back of 4 views (ours)", jacobians(4, 2), pullback(4), local=True),
+    "pullback-1": Metric("pull-back, one draw of one view", jacobians(1, 2), pullback(1), local=True),
+    "pullback": Metric("pull-back, one draw of 4 views", jacobians(4, 2), pullback(4), local=True),
+    "pullback-mean": Metric("pull-back, 2 views averaged over updates (ours)", jacobians(2, 2), pullback(32, group=2), local=True),
 }

@@ -1,27 +1,29 @@
-"""What the metric does to returns: the same flow and critics, refined in each metric at several sizes of trust region.
+"""What the metric does to returns: the same flow and critics, refined in each metric with several weights of the penalty.
 
 A seed's flow and critics are trained once. From there FiDec's displacement learns for as many updates as in the quick
-preset, in each metric and at each size. Sizes in different metrics are not comparable, so that a refinement is placed
-by what it costs: the fall of the behaviour's own log-density, mean log p(a) − log p(a + δ), which no metric is fitted
-to.
+preset, in each metric and with each weight α, which stays constant so that it alone sets the size. Sizes in different
+metrics are not comparable. A refinement is therefore placed by what it costs in the behaviour's own log-density,
+mean log p(a) − log p(a + δ), to which no metric is fitted.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
+from torch import Tensor
 
 from benchmarks.evidence.likelihood import log_prob
 from train.data.load import load_dataset
+from train.data.transitions import Batch
 from train.environments import resolve
 from train.evaluate import evaluate
 from train.loop import Run
 from train.presets import preset_config
-from train.settings import RunConfig
 
 ENVS = ("halfcheetah-medium-expert", "mixed-halfcheetah-medium-expert")
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -31,62 +33,61 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "cross": {"metric": "cross", "fisher_t": 0.95, "num_fisher_samples": 4},
     "pullback": {"metric": "pullback", "num_fisher_samples": 2},
 }
-SIZES = (3e-4, 1e-3, 3e-3)
+WEIGHTS = {ENVS[0]: (1.0, 4.0, 16.0, 64.0), ENVS[1]: (4.0, 16.0, 64.0, 256.0)}
+"""α; a mixed action's small changes move the motors far."""
 STATES = 1024
 
 
-def measure(env: str, seed: int, folder: Path, *, quick: bool = False) -> None:
-    """Write a row of results to ``folder``/ENV-seedN-VARIANT-SIZE.json for each variant and size that has none yet."""
-    todo = {
-        (variant, size): folder / f"{env}-seed{seed}-{variant}-{size:g}.json"
-        for size in (SIZES[:2] if quick else SIZES)
-        for variant in VARIANTS
-    }
-    todo = {case: path for case, path in todo.items() if not path.exists()}
-    if not todo:
-        return
+def start(env: str, seed: int, folder: Path, quick: bool, **hyper: Any) -> Run:
+    """A run of the quick preset, with no files of its own but what evaluations draw."""
     config = preset_config("quick", "fidec", env)
     changes: dict[str, Any] = {"flow_warmup": 2_000, "critic_warmup": 500, "steps": 200} if quick else {}
     config = dataclasses.replace(
-        config, env=env, seed=seed, acting="sample", eval_every=10**9, checkpoint_every=10**9, **changes
+        config, env=env, seed=seed, acting="sample", out=folder, hyper=dataclasses.replace(config.hyper, **hyper), **changes
     )
     spec = resolve(env)
-    dataset = load_dataset(spec)
+    return Run(config, spec, load_dataset(spec), torch.device("cpu"))
+
+
+def advance(run: Run, until: int) -> tuple[Batch, dict[str, Tensor]]:
+    """Make the updates up to step ``until``; returns what the last one saw."""
+    while run.step < until:
+        stage = next(stage for stage in run.stages if run.step < stage.end)
+        run.set_learning_rate(stage)
+        seen = run.update(run.parts(stage), run.step + 1 == until)
+        run.step += 1
+    return seen
+
+
+def warmed_up(env: str, seed: int, folder: Path, quick: bool) -> dict[str, Tensor]:
+    """The weights after the warm-ups of flow and critics, trained by the first who asks."""
+    path = folder / f"{env}-seed{seed}-warmup.pt"
     folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):
+        if not path.exists():
+            run = start(env, seed, folder, quick, lagrange=False)
+            advance(run, run.stages[1].end)
+            torch.save(run.learner.state_dict(), path.with_suffix(".partial"))
+            path.with_suffix(".partial").rename(path)
+    return torch.load(path)
 
-    def start(config: RunConfig, name: str) -> Run:
-        run = Run(dataclasses.replace(config, out=folder / "runs" / name), spec, dataset, torch.device("cpu"))
-        run.config.folder.mkdir(parents=True, exist_ok=True)
-        return run
 
-    trained = start(config, f"{env}-seed{seed}-warmup")
-    weights = folder / f"{env}-seed{seed}-warmup.pt"
-    warmup = config.flow_warmup + config.critic_warmup
-    if weights.exists():
-        state = torch.load(weights)
-    else:
-        for stage in trained.stages[:2]:
-            while trained.step < stage.end:
-                trained.set_learning_rate(stage)
-                trained.update(trained.parts(stage), False)
-                trained.step += 1
-        state = trained.learner.state_dict()
-        torch.save(state, weights)
+def answer(env: str, seed: int, variant: str, alpha: float, folder: Path, quick: bool) -> dict[str, Any]:
+    run = start(env, seed, folder, quick, lagrange=False, alpha=alpha, **VARIANTS[variant])
+    run.learner.load_state_dict(warmed_up(env, seed, folder, quick))
+    run.step = run.stages[1].end
+    (figures,) = run.learner.figures(*advance(run, run.stages[2].end))
+    numbers = {name: value.item() for name, value in figures.items()}
+    return {**describe(run), "figures": numbers, "variant": variant, "alpha": alpha}
 
-    for (variant, size), path in todo.items():
-        hyper = dataclasses.replace(config.hyper, target_divergence=size, **VARIANTS[variant])
-        run = start(dataclasses.replace(config, hyper=hyper), f"{env}-seed{seed}-{variant}-{size:g}")
-        run.learner.load_state_dict(state)
-        run.step, stage = warmup, run.stages[-1]
-        figures: dict[str, float] = {}
-        while run.step < stage.end:
-            run.set_learning_rate(stage)
-            last = run.step + 1 == stage.end
-            batch, seen = run.update(run.parts(stage), last)
-            run.step += 1
-            if last:
-                figures = {name: value.item() for name, value in run.learner.figures(batch, seen)[0].items()}
-        path.write_text(json.dumps({**describe(run), "figures": figures, "variant": variant, "size": size}))
+
+def tasks(data: Path, seed: int, updates: tuple[int, ...], quick: bool) -> Iterator[tuple[Path, Any, tuple[Any, ...]]]:
+    folder = data / "returns"
+    for i in (1, 2) if quick else range(4):
+        for variant in VARIANTS:
+            for env, weights in WEIGHTS.items():
+                path = folder / f"{env}-seed{seed}-{variant}-{weights[i]:g}.json"
+                yield path, answer, (env, seed, variant, weights[i], folder, quick)
 
 
 @torch.no_grad()

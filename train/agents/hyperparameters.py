@@ -82,7 +82,7 @@ class AgentConfig:
     """Time to which actions are brought back."""
     pullback_steps: int = 2
     """Steps of the flow from there."""
-    pullback_damping: float = 1e-4
+    pullback_damping: float = 3e-4
     """λ, the least variance of the behaviour that counts."""
     min_sigma: float = 1e-6
     """Lower bound of 1 − t in the score."""
