@@ -1,4 +1,4 @@
-"""Test the claim: is a displacement better measured by the behaviour's metric than by its length, and by which estimate?
+"""Test the claim: which metric of the behaviour measures a displacement better than its length does?
 
     python benchmarks/science.py                     # everything: some hours on two cores; a second call goes on
     python benchmarks/science.py --quick             # the same questions with fewer seeds: minutes
@@ -70,7 +70,9 @@ def main(argv: list[str] | None = None) -> int:
     config = tyro.cli(Config, args=argv)
     data = config.data / "quick" if config.quick else config.data
     missing = [task for task in tasks(config, data) if not task.path.exists()]
-    with concurrent.futures.ProcessPoolExecutor(config.workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with concurrent.futures.ProcessPoolExecutor(
+        config.workers, initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
         futures = {pool.submit(task.function, *task.arguments): task for task in missing}
         for future in tqdm(concurrent.futures.as_completed(futures), total=len(futures), unit="answer"):
             task, answer = futures[future], future.result()

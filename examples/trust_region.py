@@ -67,7 +67,19 @@ def draw_regions(ax: Axes, bill: Bill, at: Tensor, colour: str) -> None:
         values, vectors = torch.linalg.eigh(matrix)
         ellipse = size * (vectors / values.sqrt()) @ circle
         ax.plot(*(action.unsqueeze(1) + ellipse), color=colour, lw=1.3)
-        ax.annotate("", action + step, action, arrowprops={"arrowstyle": "-|>", "color": "#c0292b", "lw": 1.3, "mutation_scale": 8, "shrinkA": 0, "shrinkB": 0})
+        ax.annotate(
+            "",
+            action + step,
+            action,
+            arrowprops={
+                "arrowstyle": "-|>",
+                "color": "#c0292b",
+                "lw": 1.3,
+                "mutation_scale": 8,
+                "shrinkA": 0,
+                "shrinkB": 0,
+            },
+        )
         ax.plot(*action, ".", color="#1f2937", ms=3)
 
 
@@ -82,7 +94,14 @@ def main() -> None:
             base = base or bill.gain(BUDGET)
             draw_density(ax, question)
             draw_regions(ax, bill, at, colour)
-            ax.text(0.03, 0.03, f"Q gained: {bill.gain(BUDGET) / base:.1f}×", transform=ax.transAxes, fontsize=10, bbox={"fc": "white", "ec": "none", "pad": 2, "alpha": 0.8})
+            ax.text(
+                0.03,
+                0.03,
+                f"Q gained: {bill.gain(BUDGET) / base:.1f}×",
+                transform=ax.transAxes,
+                fontsize=10,
+                bbox={"fc": "white", "ec": "none", "pad": 2, "alpha": 0.8},
+            )
             for spine in ax.spines.values():
                 spine.set_color("#c9ced6")
             if row == 0:
@@ -90,7 +109,9 @@ def main() -> None:
             if column == 0:
                 ax.set_ylabel(title, fontsize=11, color=colour)
     path = ROOT / "docs" / "trust_region.png"
-    title = f"What a metric calls equally far, and its step towards Q = a₂; all pay {BUDGET} nats of KL (drawn {LONGER}×)"
+    title = (
+        f"What a metric calls equally far, and its step towards Q = a₂; all pay {BUDGET} nats of KL (drawn {LONGER}×)"
+    )
     figure.suptitle(title, x=0.02, ha="left", fontsize=12)
     figure.savefig(path, dpi=110)
     print(f"wrote {path}")

@@ -137,8 +137,8 @@ class BoundVelocity(NamedTuple):
             pick = torch.eye(d, dtype=point.dtype, device=point.device).reshape(d, *(1,) * (x.ndim - 1), d)
             pick = pick.expand(copies.shape)
             if functional:
-                v, pullback = torch.func.vjp(lambda z: field(z, t), point)
-                (jacobian,) = pullback(pick.to(v.dtype))
+                v, to_x, *_ = torch.func.vjp(lambda z: field(z, t), point)
+                (jacobian,) = to_x(pick.to(v.dtype))
             else:
                 with torch.inference_mode(False), torch.enable_grad():
                     leaf = point.clone().requires_grad_()

@@ -47,7 +47,7 @@ def score(
     """
 
     def matrix(velocity: Any, obs: Tensor, noise: Tensor) -> Tensor:
-        (n, d), rows = noise.shape, []
+        d, rows = noise.shape[-1], []
         for part in obs.split(max(1, 32_768 // samples)):
             bridge = torch.randn(len(part), samples, d, dtype=noise.dtype)
             _, s = fdkernels.flow_fisher_penalty(
@@ -68,7 +68,7 @@ def sample_covariance(samples: int, damping: float = 1e-3) -> Matrix:
     """The inverse covariance of K samples of the flow, + λI."""
 
     def matrix(velocity: Any, obs: Tensor, noise: Tensor) -> Tensor:
-        (n, d), rows = noise.shape, []
+        d, rows = noise.shape[-1], []
         for part in obs.split(max(1, 32_768 // samples)):
             start = torch.randn(len(part), samples, d, dtype=noise.dtype)
             a = fdkernels.integrate_flow(velocity, start, part.unsqueeze(1), num_steps=STEPS, clip=None).double()
@@ -129,7 +129,9 @@ def jacobians(samples: int, steps: int, d: int = 6) -> int:
 METRICS: dict[str, Metric] = {
     "isotropic": Metric("isotropic, ‖δ‖²", 0, isotropic),
     "score-4": Metric("Fisher, t = 0.95, one draw of K = 4", scores(4), score(4, 0.95)),
-    "score-mean": Metric("Fisher, t = 0.95, K = 4 averaged over updates (published)", scores(4), score(512, 0.95, group=4)),
+    "score-mean": Metric(
+        "Fisher, t = 0.95, K = 4 averaged over updates (published)", scores(4), score(512, 0.95, group=4)
+    ),
     "score-mean-0.8": Metric("Fisher, t = 0.8, K = 4 averaged over updates", scores(4), score(512, 0.8, group=4)),
     "score": Metric("Fisher, t = 0.95, K = 512", scores(512), score(512, 0.95)),
     "score-0.8": Metric("Fisher, t = 0.8, K = 512", scores(512), score(512, 0.8)),
@@ -142,5 +144,7 @@ METRICS: dict[str, Metric] = {
     "path": Metric("pull-back along the action's own path", jacobians(1, STEPS), pullback_along(), local=True),
     "pullback-1": Metric("pull-back, one draw of one view", jacobians(1, 2), pullback(1), local=True),
     "pullback": Metric("pull-back, one draw of 4 views", jacobians(4, 2), pullback(4), local=True),
-    "pullback-mean": Metric("pull-back, 2 views averaged over updates (ours)", jacobians(2, 2), pullback(32, group=2), local=True),
+    "pullback-mean": Metric(
+        "pull-back, 2 views averaged over updates (ours)", jacobians(2, 2), pullback(32, group=2), local=True
+    ),
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import json
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,16 +60,24 @@ def draw(data: Path, out: Path, sections: Iterable[str]) -> list[Path]:
     return written
 
 
-def seeds(answers: Sequence[Answer], figure: Callable[[Answer], float], **fixed: Any) -> list[float]:
-    return [figure(a) for a in answers if all(a[name] == value for name, value in fixed.items())]
+def seeds(answers: Sequence[Answer], *keys: str | int, **fixed: Any) -> list[float]:
+    """What the answers that have these fields hold under the keys, one number for each seed."""
+    found = []
+    for answer in answers:
+        value: Any = answer if all(answer[name] == wanted for name, wanted in fixed.items()) else None
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else value and value[key]
+        if value is not None:
+            found.append(value)
+    return found
 
 
-def cell(numbers: Sequence[float]) -> str:
+def cell(numbers: Sequence[float], digits: int = 2) -> str:
     """The mean over seeds, and the lowest and the highest."""
     if not numbers:
         return ""
-    mean = statistics.fmean(numbers)
-    return f"{mean:.2f} ({min(numbers):.2f}–{max(numbers):.2f})" if len(numbers) > 1 else f"{mean:.2f}"
+    low, mean, high = (f"{x:.{digits}f}" for x in (min(numbers), statistics.fmean(numbers), max(numbers)))
+    return f"{mean} ({low} to {high})" if len(numbers) > 1 else mean
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -81,8 +89,19 @@ def band(ax: Axes, points: Mapping[float, Sequence[float]], label: str, key: str
     """A line through the means over seeds, in a band from the lowest to the highest."""
     xs = sorted(x for x, ys in points.items() if ys)
     width = 2.4 if key.startswith("pullback") else 1.4
-    ax.plot(xs, [statistics.fmean(points[x]) for x in xs], "o-", ms=3, lw=width, color=COLOURS[key], label=label, **style)
-    ax.fill_between(xs, [min(points[x]) for x in xs], [max(points[x]) for x in xs], color=COLOURS[key], alpha=0.15, lw=0)
+    ax.plot(
+        xs,
+        [statistics.fmean(points[x]) for x in xs],
+        marker="o",
+        ms=3,
+        lw=width,
+        color=COLOURS[key],
+        label=label,
+        **style,
+    )
+    ax.fill_between(
+        xs, [min(points[x]) for x in xs], [max(points[x]) for x in xs], color=COLOURS[key], alpha=0.15, lw=0
+    )
 
 
 def panels(count: int, title: str) -> tuple[Any, Sequence[Axes]]:
@@ -105,20 +124,17 @@ def draw_gain(answers: Sequence[Answer]) -> tuple[str, Any]:
         row = [f"**{metric.title}**" if label == "pullback-mean" else metric.title, f"{metric.evaluations:,}"]
         for name in gain.NAMES:
             for n in shown:
-                row.append(cell(seeds(answers, lambda a: a["shares"][label]["of_each"], density=name, updates=n)))
+                row.append(cell(seeds(answers, "shares", label, "of_each", density=name, updates=n)))
         rows.append(row)
     exact = ["Fisher, t = 0.95, K = 512, exact velocity", ""]
     for name in gain.NAMES:
-        exact += [
-            cell(seeds(answers, lambda a: a["shares"].get("exact", {}).get("of_each", float("nan")), density=name, updates=n))
-            if name != "mixture"
-            else ""
-            for n in shown
-        ]
-    figure, axes = panels(len(gain.NAMES), "Q gained per KL paid, as a share of the optimum, against updates of the flow")
+        exact += [cell(seeds(answers, "shares", "exact", "of_each", density=name, updates=n)) for n in shown]
+    figure, axes = panels(
+        len(gain.NAMES), "Q gained per KL paid, as a share of the optimum, against updates of the flow"
+    )
     for ax, name in zip(axes, gain.NAMES):
         for label in DRAWN:
-            points = {n: seeds(answers, lambda a: a["shares"][label]["of_each"], density=name, updates=n) for n in updates}
+            points = {n: seeds(answers, "shares", label, "of_each", density=name, updates=n) for n in updates}
             band(ax, points, METRICS[label].title, label)
         ax.set(title=DENSITIES[name].title, xscale="log", ylim=(0, 1.03), xlabel="updates")
         ax.axhline(1, color="#c9ced6", lw=0.8, zorder=0)
@@ -135,14 +151,14 @@ def draw_kl(answers: Sequence[Answer]) -> tuple[str, Any]:
         row = [f"**{METRICS[label].title}**" if label == "pullback-mean" else METRICS[label].title]
         for name in kl.NAMES:
             for n in (updates[0], updates[-1]):
-                row.append(cell(seeds(answers, lambda a: a["ratios"][label][at], density=name, updates=n)))
+                row.append(cell(seeds(answers, "ratios", label, at, density=name, updates=n)))
         rows.append(row)
     budgets = markdown(
         ["pull-back, after the longest training", *(f"{budget:g} nats" for budget in kl.BUDGETS)],
         [
             [DENSITIES[name].title]
             + [
-                cell(seeds(answers, lambda a: a["ratios"]["pullback-mean"][i], density=name, updates=updates[-1]))
+                cell(seeds(answers, "ratios", "pullback-mean", i, density=name, updates=updates[-1]))
                 for i in range(len(kl.BUDGETS))
             ]
             for name in kl.NAMES
@@ -152,7 +168,7 @@ def draw_kl(answers: Sequence[Answer]) -> tuple[str, Any]:
     for ax, name in zip(axes, kl.NAMES):
         for label in kl.ASKED:
             if label in DRAWN:
-                points = {n: seeds(answers, lambda a: a["ratios"][label][at], density=name, updates=n) for n in updates}
+                points = {n: seeds(answers, "ratios", label, at, density=name, updates=n) for n in updates}
                 band(ax, points, METRICS[label].title, label)
         ax.set(title=DENSITIES[name].title, xscale="log", xlabel="updates")
         ax.set_ylim(bottom=0)
@@ -161,31 +177,27 @@ def draw_kl(answers: Sequence[Answer]) -> tuple[str, Any]:
 
 
 def draw_settings(answers: Sequence[Answer]) -> tuple[str, Any]:
-    names = [name for name in ("gaussian-2", "gaussian-6", "mixture", "ring") if seeds(answers, lambda a: 0, density=name)]
+    names = [name for name in ("gaussian-2", "gaussian-6", "mixture", "ring") if seeds(answers, "seed", density=name)]
     updates = sorted({a["updates"] for a in answers})
     labels = dict.fromkeys(label for a in answers for label in a["values"])
     head = ["setting"] + [f"{DENSITIES[name].title}, {n:,}" for name in names for n in updates]
     rows = [
-        [label]
-        + [
-            cell(seeds([a for a in answers if label in a["values"]], lambda a: a["values"][label], density=name, updates=n))
-            for name in names
-            for n in updates
-        ]
+        [label] + [cell(seeds(answers, "values", label, density=name, updates=n)) for name in names for n in updates]
         for label in labels
     ]
     rows.append(
         ["score's agreement with noise, E[s·b] / E[s·s]"]
-        + [cell(seeds(answers, lambda a: a["calibration"], density=name, updates=n)) for name in names for n in updates]
+        + [cell(seeds(answers, "calibration", density=name, updates=n)) for name in names for n in updates]
     )
-    figure, axes = panels(len(names), "The time t: Gaussians by share of the optimum, the others by Q gained over ‖δ‖² at 0.01 nats")
+    figure, axes = panels(
+        len(names), "The time t: Gaussians by share of the optimum, the others by Q gained over ‖δ‖² at 0.01 nats"
+    )
     for ax, name in zip(axes, names):
         for n, style in zip(updates, (":", "-")):
             for key, kind, suffix in (("score-mean", "score", "mean"), ("pullback-mean", "pullback", "steps=2")):
                 times = [0.5, 0.7, 0.8, 0.9] + ([0.95, 0.98] if kind == "score" else [])
                 points = {
-                    t: seeds(answers, lambda a: a["values"][f"{kind} t={t:g} {suffix}"], density=name, updates=n)
-                    for t in times
+                    t: seeds(answers, "values", f"{kind} t={t:g} {suffix}", density=name, updates=n) for t in times
                 }
                 title = "Fisher" if kind == "score" else "pull-back"
                 band(ax, points, f"{title}, flow after {n:,} updates", key, linestyle=style)
@@ -196,9 +208,11 @@ def draw_settings(answers: Sequence[Answer]) -> tuple[str, Any]:
 
 
 def draw_returns(answers: Sequence[Answer]) -> tuple[str, Any]:
-    envs = [env for env in returns.ENVS if seeds(answers, lambda a: 0, env=env)]
+    envs = [env for env in returns.ENVS if seeds(answers, "seed", env=env)]
     tables = []
-    figure, axes = panels(len(envs), "Returns of one sample against what the refinement costs the behaviour's log-density")
+    figure, axes = panels(
+        len(envs), "Returns of one sample against what the refinement costs the behaviour's log-density"
+    )
     for ax, env in zip(axes, envs):
         rows = []
         for variant in returns.VARIANTS:
@@ -211,23 +225,27 @@ def draw_returns(answers: Sequence[Answer]) -> tuple[str, Any]:
             where = {alpha: statistics.fmean(fall) for alpha, fall in falls.items()}
             band(ax, {where[alpha]: scores for alpha, scores in points.items()}, VARIANT_TITLES[variant], variant)
             for alpha in sorted(points):
-                row = [VARIANT_TITLES[variant], f"{alpha:g}", f"{where[alpha]:.2f}", cell1(points[alpha])]
+                row = [VARIANT_TITLES[variant], f"{alpha:g}", f"{where[alpha]:.2f}", cell(points[alpha], 1)]
                 chosen = [a for a in answers if (a["env"], a["variant"], a["alpha"]) == (env, variant, alpha)]
                 row += [cell([a["gain"] for a in chosen]), f"{statistics.fmean(a['mean_square'] for a in chosen):.1e}"]
                 rows.append(row)
         flow = [statistics.fmean(a["scores"]["flow"]) for a in answers if a["env"] == env]
         ax.axhline(statistics.fmean(flow), color="#c9ced6", lw=1, zorder=0)
-        ax.text(0.99, statistics.fmean(flow), "behaviour flow", ha="right", va="bottom", fontsize=8, color="#8a8f98", transform=ax.get_yaxis_transform())
+        ax.text(
+            0.99,
+            statistics.fmean(flow),
+            "behaviour flow",
+            ha="right",
+            va="bottom",
+            fontsize=8,
+            color="#8a8f98",
+            transform=ax.get_yaxis_transform(),
+        )
         ax.set(title=env, xscale="log", xlabel="nats lost, mean log p(a) − log p(a + δ)", ylabel="normalised score")
         head = [env, "α", "nats lost", "score of one sample", "Q gained", "‖δ‖²/d"]
         tables.append(markdown(head, rows))
     legend(figure, axes[0])
     return "\n\n".join(tables), figure
-
-
-def cell1(numbers: Sequence[float]) -> str:
-    mean = statistics.fmean(numbers)
-    return f"{mean:.1f} ({min(numbers):.1f}–{max(numbers):.1f})" if len(numbers) > 1 else f"{mean:.1f}"
 
 
 SECTIONS = {"gain": draw_gain, "kl": draw_kl, "settings": draw_settings, "returns": draw_returns}

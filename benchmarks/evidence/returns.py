@@ -1,9 +1,9 @@
-"""What the metric does to returns: the same flow and critics, refined in each metric with several weights of the penalty.
+"""What the metric does to returns: the same flow and critics, refined in each metric with several weights.
 
 A seed's flow and critics are trained once. From there FiDec's displacement learns for as many updates as in the quick
-preset, in each metric and with each weight α, which stays constant so that it alone sets the size. Sizes in different
-metrics are not comparable. A refinement is therefore placed by what it costs in the behaviour's own log-density,
-mean log p(a) − log p(a + δ), to which no metric is fitted.
+preset, in each metric and with each weight α of the penalty, which stays constant so that it alone sets the size. Sizes
+in different metrics are not comparable. A refinement is therefore placed by what it costs in the behaviour's own
+log-density, mean log p(a) − log p(a + δ), to which no metric is fitted.
 """
 
 from __future__ import annotations
@@ -36,14 +36,21 @@ VARIANTS: dict[str, dict[str, Any]] = {
 WEIGHTS = {ENVS[0]: (1.0, 4.0, 16.0, 64.0), ENVS[1]: (4.0, 16.0, 64.0, 256.0)}
 """α; a mixed action's small changes move the motors far."""
 STATES = 1024
+QUICK = {"flow_warmup": 2_000, "critic_warmup": 500, "steps": 200}
 
 
 def start(env: str, seed: int, folder: Path, quick: bool, **hyper: Any) -> Run:
     """A run of the quick preset, with no files of its own but what evaluations draw."""
     config = preset_config("quick", "fidec", env)
-    changes: dict[str, Any] = {"flow_warmup": 2_000, "critic_warmup": 500, "steps": 200} if quick else {}
+    changes: dict[str, Any] = QUICK if quick else {}
     config = dataclasses.replace(
-        config, env=env, seed=seed, acting="sample", out=folder, hyper=dataclasses.replace(config.hyper, **hyper), **changes
+        config,
+        env=env,
+        seed=seed,
+        acting="sample",
+        out=folder,
+        hyper=dataclasses.replace(config.hyper, **hyper),
+        **changes,
     )
     spec = resolve(env)
     return Run(config, spec, load_dataset(spec), torch.device("cpu"))

@@ -115,5 +115,6 @@ class DecoratorAgent(Agent):
                 normalize="none",
                 seed=0,
             )
+            assert isinstance(penalty, Tensor)
             figures["divergence"] = penalty.mean() * self.action_dim / 2
         return figures

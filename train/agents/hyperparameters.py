@@ -65,9 +65,8 @@ class AgentConfig:
 
     metric: Literal["score", "cross", "pullback", "isotropic"] = "score"
     """How the size of δ is measured (fidec). score: δᵀF̂δ/d with F from the flow's scores, as published. cross: the
-    same with one score of each pair replaced by the noise that it estimates, which removes the square of the score's
-    error. pullback: δᵀM̂δ/d with M the inverse covariance of the behaviour around the action that δ is added to, by the flow's
-    Jacobians. isotropic: ‖δ‖²/d, which makes the agent deflow."""
+    same with one score of each pair replaced by the noise that it estimates. pullback: δᵀM̂δ/d with M the inverse
+    covariance of the behaviour around the action that δ is added to, by the flow's Jacobians. isotropic: ‖δ‖²/d."""
     num_fisher_samples: int = 4
     """K, the flow samples per state; with pullback, the noisy views of its action (fidec)."""
     fisher_t: float = 0.95

@@ -9,6 +9,7 @@ of the action space than along others, relative to the plain one: what a trust r
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -38,7 +39,7 @@ class MixedActions(gym.ActionWrapper):
         return np.clip(self.matrix @ action, -1, 1)
 
 
-def make(env_id: str, **options: object) -> gym.Env:
+def make(env_id: str, **options: Any) -> gym.Env:
     return MixedActions(gym.make(env_id, **options))
 
 
