@@ -57,7 +57,6 @@ class Layer(NamedTuple):
             h = ACTIVATIONS[self.activation].function(h)
         return h if self.norm_after is None else layer_norm(h.to(norm_dtype or h.dtype), self.norm_after)
 
-
     def finish_tangents(self, h: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
         """`finish` of h (..., width), and what it makes of tangents (lanes, ..., width)."""
         if self.norm_before is not None:
