@@ -690,3 +690,128 @@ def test_an_optimiser_step_is_seen_by_the_next_call() -> None:
     for found, old, fresh in zip(everything(packed, *tensors), before, everything(copy.deepcopy(flow), *tensors)):
         assert not torch.allclose(found, old)
         assert torch.equal(found, fresh)
+
+
+# -- bad input -------------------------------------------------------------------------------------------------------
+
+X, C, J, B = torch.randn(4, 6), torch.randn(4, 5), torch.randn(4, 3, 6, 6), torch.randn(4, 3, 6)
+FLOW = fdkernels.VelocityMLP(5, 6, hidden=(8,))
+WIDE = fdkernels.VelocityMLP(5, 6, hidden=(8,)).double()
+
+
+def solve(x0: Any = X, cond: Any = C, velocity: Any = FLOW, **options: Any) -> Any:
+    return fdkernels.flow_jacobian(velocity, x0, cond, **options)
+
+
+def weigh(displacement: Any = X, jacobian: Any = J, **options: Any) -> Any:
+    return fdkernels.pullback_penalty(displacement, jacobian, **options)
+
+
+def chain(cond: Any = C, action: Any = X, displacement: Any = X, velocity: Any = FLOW, **options: Any) -> Any:
+    return fdkernels.flow_pullback_penalty(velocity, cond, action, displacement, **options)
+
+
+BAD_JACOBIAN = {
+    "no tensor": (lambda: solve([1.0]), TypeError, "x0 must be a torch.Tensor, got list"),
+    "integers": (lambda: solve(X.long()), TypeError, "x0 must be float32.*int64"),
+    "scalar": (lambda: solve(torch.tensor(1.0)), ValueError, r"x0 must be \(\.\.\., d\), got a scalar"),
+    "no dimension": (lambda: solve(X[:, :0]), ValueError, r"x0 must be .* d of at least 1, got \(4, 0\)"),
+    "scalar cond": (lambda: solve(cond=torch.tensor(1.0)), ValueError, r"cond must be \(\.\.\., c\), got a scalar"),
+    "cond rows": (lambda: solve(cond=C[:3]), ValueError, r"cond must broadcast .* x0's leading shape = \(4, 5\)"),
+    "more cond": (lambda: solve(cond=C.expand(2, 4, 5)), ValueError, r"cond must broadcast .* got \(2, 4, 5\)"),
+    "cond width": (lambda: solve(cond=C[:, :4]), ValueError, "width 5, got cond of width 4"),
+    "no cond": (lambda: solve(cond=None), ValueError, "width 5, got cond of width 0"),
+    "x width": (lambda: solve(X[:, :2]), ValueError, "6 dimensions, got x0 with d=2"),
+    "x dtype": (lambda: solve(X.double()), ValueError, "weights are torch.float32, got x0 of torch.float64"),
+    "cond dtype": (lambda: solve(cond=C.double()), ValueError, "weights are torch.float32, got cond of torch.float64"),
+    "devices": (lambda: solve(cond=C.to("meta")), ValueError, "one device"),
+    "steps": (lambda: solve(num_steps=0), ValueError, "num_steps must be an integer of at least 1, got 0"),
+    "method": (lambda: solve(method="rk5"), ValueError, "method must be one of 'euler'"),
+    "grid": (lambda: solve(time_grid=[0.0]), ValueError, "time_grid must hold two or more"),
+    "grid text": (lambda: solve(time_grid="01"), TypeError, "time_grid must be a sequence of times, got str"),
+    "clip": (lambda: solve(clip=(1, -1)), ValueError, "clip must be None or .* low <= high"),
+    "velocity": (lambda: solve(velocity="flow"), TypeError, "velocity must be"),
+    "its shape": (lambda: solve(velocity=lambda x, t, c: x[:2]), ValueError, "velocity must return x's shape"),
+    "its type": (lambda: solve(velocity=lambda x, t, c: None), TypeError, "velocity's result must be a torch.Tensor"),
+    "precision": (lambda: solve(precision="tf32"), ValueError, "precision must be one of"),
+    "bf16 of float64": (lambda: solve(X.double(), C.double(), WIDE, precision="bf16"), ValueError, "less than float64"),
+    "backend": (lambda: solve(backend="cuda"), ValueError, "backend must be one of"),
+    "triton": (lambda: solve(backend="triton"), RuntimeError, "backend='triton'"),
+    "triton of a function": (lambda: solve(velocity=len, backend="triton"), RuntimeError, "'triton' serves a Velocity"),
+}  # fmt: skip
+BAD_PENALTY = {
+    "no tensor": (lambda: weigh([1.0]), TypeError, "displacement must be a torch.Tensor, got list"),
+    "integers": (lambda: weigh(jacobian=J.long()), TypeError, "jacobian must be float32.*int64"),
+    "sparse": (lambda: weigh(X.to_sparse()), TypeError, "displacement must be a dense tensor"),
+    "scalar": (lambda: weigh(torch.tensor(1.0)), ValueError, r"displacement must be \(\.\.\., d\)"),
+    "no dimension": (lambda: weigh(X[:, :0], J[..., :0, :0]), ValueError, "displacement must be .* d of at least 1"),
+    "one sample": (lambda: weigh(jacobian=J[:, 0]), ValueError, r"jacobian must be .*K, d, d\).*got \(4, 6, 6\)"),
+    "no samples": (lambda: weigh(jacobian=J[:, :0]), ValueError, "jacobian must be .* K of at least 1"),
+    "a row": (lambda: weigh(jacobian=J[0, 0, 0]), ValueError, r"jacobian must be .* got \(6,\)"),
+    "not square": (lambda: weigh(jacobian=J[..., :5]), ValueError, r"jacobian must be .* got \(4, 3, 6, 5\)"),
+    "other d": (lambda: weigh(jacobian=J[..., :5, :5]), ValueError, r"jacobian .* displacement's d=6 .*\(4, 3, 5, 5\)"),
+    "other rows": (lambda: weigh(jacobian=J[:2]), ValueError, r"jacobian .*leading shape \(4,\), got \(2, 3, 6, 6\)"),
+    "no broadcast": (lambda: weigh(X[:1]), ValueError, r"jacobian .*leading shape \(1,\), got \(4, 3, 6, 6\)"),
+    "devices": (lambda: weigh(jacobian=J.to("meta")), ValueError, "one device, got jacobian on meta"),
+    "damping": (lambda: weigh(damping=-1e-3), ValueError, "damping must be finite and >= 0, got -0.001"),
+    "damping nan": (lambda: weigh(damping=math.nan), ValueError, "damping must be finite"),
+    "damping text": (lambda: weigh(damping="0"), TypeError, "damping must be a number, got '0'"),
+    "eps": (lambda: weigh(eps=0.0), ValueError, "eps must be finite and > 0"),
+    "normalize": (lambda: weigh(normalize="det"), ValueError, "normalize must be one of 'trace', 'none', got 'det'"),
+    "reduction": (lambda: weigh(reduction="max"), ValueError, "reduction must be one of"),
+}  # fmt: skip
+BAD_CHAIN = {
+    "no tensor": (lambda: chain([1.0]), TypeError, "cond must be a torch.Tensor, got list"),
+    "no cond": (lambda: chain(None), TypeError, "cond must be a torch.Tensor, got NoneType"),
+    "integers": (lambda: chain(action=X.long()), TypeError, "action must be float32.*int64"),
+    "cond rows": (lambda: chain(C[:2]), ValueError, r"cond must be .* leading shape \(4,\), got \(2, 5\)"),
+    "scalar cond": (lambda: chain(torch.tensor(1.0)), ValueError, r"cond must be \(\.\.\., c\)"),
+    "cond width": (lambda: chain(C[:, :4]), ValueError, "width 5, got cond of width 4"),
+    "action": (lambda: chain(action=X[:, :5]), ValueError, r"action must be \(\.\.\., d\) = \(4, 6\), got \(4, 5\)"),
+    "one action": (lambda: chain(action=X[0]), ValueError, r"action must be \(\.\.\., d\) = \(4, 6\), got \(6,\)"),
+    "widths": (lambda: chain(C, X[:, :5], X[:, :5]), ValueError, "6 dimensions, got action with d=5"),
+    "dtypes": (lambda: chain(action=X.double()), ValueError, "weights are torch.float32, got action of torch.float64"),
+    "devices": (lambda: chain(displacement=X.to("meta")), ValueError, "one device, got displacement on meta"),
+    "displacement": (lambda: chain(displacement=torch.tensor(1.0)), ValueError, r"displacement must be \(\.\.\., d\)"),
+    "K": (lambda: chain(num_samples=0), ValueError, "num_samples must be an integer of at least 1, got 0"),
+    "K half": (lambda: chain(num_samples=2.0), ValueError, "num_samples must be an integer"),
+    "t": (lambda: chain(t=1.0), ValueError, r"t must be a number in \[0, 1\), got 1.0"),
+    "t below": (lambda: chain(t=-0.1), ValueError, r"t must be a number in \[0, 1\), got -0.1"),
+    "t nan": (lambda: chain(t=math.nan), ValueError, r"t must be a number in \[0, 1\)"),
+    "t tensor": (lambda: chain(t=torch.tensor(0.5)), ValueError, r"t must be a number in \[0, 1\), got a tensor"),
+    "steps": (lambda: chain(num_steps=0), ValueError, "num_steps must be an integer of at least 1"),
+    "method": (lambda: chain(method="rk5"), ValueError, "method must be one of 'euler'"),
+    "damping": (lambda: chain(damping=-1.0), ValueError, "damping must be finite"),
+    "eps": (lambda: chain(eps=-1.0), ValueError, "eps must be finite"),
+    "normalize": (lambda: chain(normalize=None), ValueError, "normalize must be one of"),
+    "reduction": (lambda: chain(reduction="max"), ValueError, "reduction must be one of"),
+    "bridge noise": (lambda: chain(bridge_noise=B[..., :5]), ValueError, r"bridge_noise must be \(\.\.\., K, d\)"),
+    "its rows": (lambda: chain(bridge_noise=B[:2]), ValueError, r"bridge_noise must be .* got \(2, 3, 6\)"),
+    "its samples": (lambda: chain(bridge_noise=B[:, :0]), ValueError, "in bridge_noise, must be .* at least 1"),
+    "its device": (lambda: chain(bridge_noise=B.to("meta")), ValueError, "one device, got bridge_noise on meta"),
+    "its type": (lambda: chain(bridge_noise=B.tolist()), TypeError, "bridge_noise must be a torch.Tensor, got list"),
+    "generator": (lambda: chain(generator=3), TypeError, "generator must be a torch.Generator, got int"),
+    "seed and generator": (lambda: chain(seed=1, generator=torch.Generator()), ValueError, "seed and generator"),
+    "wide seed": (lambda: chain(seed=2**64), ValueError, "seed must have 64 bits"),
+    "seed text": (lambda: chain(seed="1"), TypeError, "seed must be an int or an integer tensor"),
+    "return_jacobian": (lambda: chain(return_jacobian=1), TypeError, "return_jacobian must be True or False, got 1"),
+    "velocity": (lambda: chain(velocity="flow"), TypeError, "velocity must be"),
+    "its shape": (lambda: chain(velocity=lambda x, t, c: x[..., :2]), ValueError, "velocity must return x's shape"),
+    "precision": (lambda: chain(precision="tf32"), ValueError, "precision must be one of"),
+    "backend": (lambda: chain(backend="cuda"), ValueError, "backend must be one of"),
+    "triton": (lambda: chain(backend="triton"), RuntimeError, "backend='triton'"),
+}  # fmt: skip
+BAD = [
+    pytest.param(op, *case, id=f"{op}: {name}")
+    for op, cases in (
+        ("flow_jacobian", BAD_JACOBIAN), ("pullback_penalty", BAD_PENALTY), ("flow_pullback_penalty", BAD_CHAIN)
+    )
+    for name, case in cases.items()
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("op", "call", "error", "message"), BAD)
+def test_bad_input(op: str, call: Callable[[], Any], error: type[Exception], message: str) -> None:
+    """The message begins with the function's name, and names the argument."""
+    with pytest.raises(error, match=f"^{op}: .*{message}"):
+        call()
