@@ -463,12 +463,13 @@ def pullback_chain_reference(velocity: Any, cond: Tensor, action: Tensor, displa
     """Noise that is drawn is drawn as documented; ``drawn`` is the dtype in which it is."""
     drawn, bridge = options.pop("drawn"), options.pop("bridge_noise", None)
     seed, generator = options.pop("seed", None), options.pop("generator", None)
-    shape = (*displacement.shape[:-1], options.pop("num_samples", 4), displacement.shape[-1])
-    generator = torch.Generator().manual_seed(GLOBAL_SEED if generator is None else generator.initial_seed())
-    if bridge is None and seed is not None:
-        bridge = philox_normal(seed, shape, "cpu", drawn)
-    elif bridge is None:
+    k = options.pop("num_samples", 4)  # ignored where noise is given
+    if bridge is None:
+        shape = (*displacement.shape[:-1], k, displacement.shape[-1])
+        generator = torch.Generator().manual_seed(GLOBAL_SEED if generator is None else generator.initial_seed())
         bridge = torch.randn(shape, generator=generator, dtype=drawn, device="cpu")
+        if seed is not None:
+            bridge = philox_normal(seed, shape, "cpu", drawn)
     t, steps = options.pop("t", 0.8), options.pop("num_steps", 2)
     view = (1 - t) * bridge.to(action.dtype) + t * action.unsqueeze(-2)
     rows = cond.unsqueeze(-2).expand(*view.shape[:-1], cond.shape[-1])
