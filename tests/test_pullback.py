@@ -312,6 +312,16 @@ def test_penalty_gradients_of_two_orders(normalize: str, eps: float) -> None:
     assert torch.autograd.gradgradcheck(penalty, inputs)
 
 
+def test_eps_takes_over_where_the_trace_is_small() -> None:
+    """Its value, and the gradient of J, which then does not see the trace."""
+    jacobian = torch.stack([10 * torch.eye(2), 0.1 * torch.eye(2)]).double().unsqueeze(1).requires_grad_()
+    displacement = torch.ones(2, 2, dtype=F64)
+    penalty = fdkernels.pullback_penalty(displacement, jacobian, damping=0.0, eps=0.1)  # tr M/d: 0.01 and 100
+    torch.testing.assert_close(penalty.detach(), torch.tensor([0.01 / 0.1, 1.0], dtype=F64))
+    (gradient,) = torch.autograd.grad(penalty.sum(), jacobian)
+    torch.testing.assert_close(gradient[0, 0], torch.full((2, 2), -0.01, dtype=F64))  # −2·M²·J·δδᵀ/(ε·d), symmetric
+
+
 def test_mixed_dtypes() -> None:
     displacement, jacobian = torch.randn(4, 3), torch.randn(4, 2, 3, 3)
     expected = fdkernels_ref.pullback_penalty(displacement.double(), jacobian.half().double())
@@ -560,6 +570,13 @@ def test_without_autograd(mode: Any, function: bool) -> None:
         found = everything(velocity, *(x.clone() for x in tensors))
         assert not any(x.requires_grad for x in found)
     assert all(map(torch.equal, found, expected))
+
+
+def test_inference_tensors_that_a_velocity_keeps_for_its_gradient() -> None:
+    with torch.inference_mode():
+        cond = torch.tensor([2.0, 3.0])
+        _, jacobian = fdkernels.flow_jacobian(lambda x, t, c: x * c, torch.ones(2), cond, num_steps=1)
+        assert torch.equal(jacobian, torch.diag(1 + cond))
 
 
 @pytest.mark.parametrize("function", [False, True])

@@ -267,7 +267,7 @@ class Wanted:
         if off:
             generator = torch.Generator().manual_seed(0)
             for name, value in given.items():
-                if isinstance(value, Tensor) and value.dtype.is_floating_point:
+                if isinstance(value, Tensor) and value.dtype.is_floating_point and not value.is_nested:
                     given[name] = value * (1 + off * torch.randn(value.shape, generator=generator).sign())
         return self.public.reference(**given)
 
