@@ -52,11 +52,15 @@ def _silu_slope(h: Tensor) -> Tensor:
     return torch.ops.aten.silu_backward(torch.ones_like(h), h)
 
 
+def _relu_slope(h: Tensor) -> Tensor:
+    return torch.where(h.isnan(), h, (h > 0).to(h.dtype))
+
+
 ACTIVATIONS: dict[str, Activation] = {
     "gelu_tanh": Activation(GELU, _is_gelu("tanh"), gelu_tanh, _gelu_slope("tanh"), ("gelu", "tanh")),
     "gelu": Activation(nn.GELU, _is_gelu("none"), F.gelu, _gelu_slope("none"), ("gelu", "none")),
     "silu": Activation(nn.SiLU, _is(nn.SiLU), F.silu, _silu_slope, ("swish", "")),
-    "relu": Activation(nn.ReLU, _is(nn.ReLU), F.relu, lambda h: (h > 0).to(h.dtype), ("relu", "")),
+    "relu": Activation(nn.ReLU, _is(nn.ReLU), F.relu, _relu_slope, ("relu", "")),
     "tanh": Activation(nn.Tanh, _is(nn.Tanh), torch.tanh, lambda h: 1 - torch.tanh(h).square(), ("tanh", "")),
 }
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fdkernels.backend import Backend, Precision, choose_fused
+from fdkernels.backend import Backend, Precision, autocast, choose_fused
 from fdkernels.dtypes import accumulate_dtype
 from fdkernels.ops.jacobian import fused_jacobian
-from fdkernels.solvers import Method, Solver, check_solver, integrate
+from fdkernels.solvers import Method, Solver, check_solver, clipped, integrate
 from fdkernels.velocity import BoundVelocity, Velocity, bind, check_start
 
 
@@ -63,6 +63,8 @@ def flow_jacobian(
     """
     op = "flow_jacobian"
     check_start(op, x0, cond, "x0", "cond")
+    if x0.shape[-1] == 0:
+        raise ValueError(f"{op}: x0 must be (..., d) with d of at least 1, got {tuple(x0.shape)}")
     solver = check_solver(op, num_steps, time_grid, method, clip, False)
     bound = bind(op, velocity, x0, precision)
     fused = choose_fused(op, backend, None, bound.packed, (x0,))
@@ -89,6 +91,8 @@ def _in_pytorch(solver: Solver, bound: BoundVelocity, x0: Tensor, cond: Tensor |
     unit = torch.eye(d, dtype=x.dtype, device=x.device).reshape(d, *(1,) * (x.ndim - 1), d).expand(d, *x.shape)
     # The tangents of a step are linear in those before it, so that one solver serves them and the state.
     unclipped = Solver(solver.times, solver.method, 0.0, 0.0, "never")
-    rows = integrate(field, torch.cat([x.unsqueeze(0), unit]), unclipped)
-    end = rows[0] if solver.clip == "never" else rows[0].clamp(solver.low, solver.high)
+    with autocast(x.device, None):  # in float16, it cannot join bfloat16
+        start = torch.cat([x.unsqueeze(0), unit])
+    rows = integrate(field, start, unclipped)
+    end = rows[0] if solver.clip == "never" else clipped(rows[0], solver)
     return end, rows[1:].movedim(0, -1)

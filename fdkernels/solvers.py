@@ -121,19 +121,24 @@ def integrate(field: Field, x: Tensor, solver: Solver, return_path: bool = False
     forget = torch.is_grad_enabled() and not transforms_active()
     path = [x]
     last = len(solver.times) - 2
-    largest = torch.finfo(x.dtype).max
-    low, high = (b if abs(b) <= largest else math.copysign(math.inf, b) for b in (solver.low, solver.high))
     for i, (t, next_t) in enumerate(itertools.pairwise(solver.times)):
         arguments = (stages, field, x, t, next_t - t)
         x = checkpoint(_step, *arguments, use_reentrant=False) if forget else _step(*arguments)
         if solver.clip == "step" or (solver.clip == "end" and i == last):
-            x = x.clamp(low, high)
+            x = clipped(x, solver)
         if return_path:
             path.append(x)
     if not return_path:
         return x
     with autocast(x.device, None):  # in bfloat16, it cannot stack float16
         return torch.stack(path)
+
+
+def clipped(x: Tensor, solver: Solver) -> Tensor:
+    """x within the bounds; those beyond its dtype do not bind."""
+    largest = torch.finfo(x.dtype).max
+    low, high = (b if abs(b) <= largest else math.copysign(math.inf, b) for b in (solver.low, solver.high))
+    return x.clamp(low, high)
 
 
 def _step(stages: tuple[Stage, ...], v: Field, x: Tensor, t: float, h: float) -> Tensor:

@@ -146,9 +146,10 @@ class BoundVelocity(NamedTuple):
                     if not v.requires_grad:
                         raise ValueError(f"{op}: velocity must be differentiable in x, got a result without a gradient")
                     (jacobian,) = torch.autograd.grad(v, leaf, pick.to(v.dtype), materialize_grads=True)
-            # jacobian[i, ..., j] = ∂v_i/∂x_j
-            tangents = torch.einsum("i...j,l...j->l...i", jacobian.detach(), rows[1:])
-            return torch.cat([v[:1].detach(), tangents])
+            with autocast(x.device, None):  # it would round the tangents
+                # jacobian[i, ..., j] = ∂v_i/∂x_j
+                tangents = torch.einsum("i...j,l...j->l...i", jacobian.detach(), rows[1:])
+                return torch.cat([v[:1].detach(), tangents])
 
         return velocity
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import typing
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+import fdkernels_ref
+from fdkernels.philox import philox_normal
 from train.agents import AGENTS
-from train.agents.base import Agent, Part
+from train.agents.base import Agent, Draws, Part
 from train.agents.decorator import DecoratorAgent
-from train.agents.fidec import FiDec
+from train.agents.fidec import FiDec, cross_penalty
+from train.agents.hyperparameters import AgentConfig
 from train.data.transitions import Batch
 
 SMALL: dict[str, Any] = {"actor_hidden": (16, 16), "critic_hidden": (16,), "flow_steps": 3, "num_fisher_samples": 3}
@@ -112,3 +117,141 @@ def test_actions_stay_in_bounds(name: str) -> None:
     agent, _, batch = make(name)
     torch.nn.init.normal_(agent.actor[-1].weight, std=10.0)  # type: ignore[arg-type]
     assert agent.act(batch.observations, torch.randn(32, 2)).abs().max() == 1
+
+
+# -- how FiDec measures the displacement ------------------------------------------------------------------------------
+
+METRICS = typing.get_args(typing.get_type_hints(AgentConfig)["metric"])
+
+
+def fidec(metric: str, **changes: object) -> tuple[FiDec, torch.optim.Optimizer, Batch]:
+    agent, _, batch = make("fidec", metric=metric, **changes)
+    assert isinstance(agent, FiDec)
+    return agent.double(), agent.make_optimizer(), Batch(*(column.double() for column in batch if column is not None))
+
+
+def penalty_of(agent: FiDec, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """The displacement, its penalty, and the flows from which both come."""
+    flows = agent.integrate(batch, draws, ("actor",))
+    displacement = agent.displacement(batch.observations, flows["base"])
+    return displacement, agent.penalty(batch.observations, displacement, draws, flows, False)[0], flows
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_metrics_of_every_metric(metric: str) -> None:
+    agent, optimizer, batch = fidec(metric)
+    figures = agent.metrics(batch, agent.update(optimizer, batch, agent.draw(32), log=True))
+    assert all(torch.isfinite(value) for value in figures.values()), figures
+    assert set(figures) <= set(agent.metric_names)
+    assert ("fisher_trace_per_dim" in figures) == ("top_eigenvalue_share" in figures) == (metric != "isotropic")
+    assert 1 / 2 <= figures.get("top_eigenvalue_share", torch.tensor(0.5)) <= 1
+    assert figures["divergence"] > 0
+
+
+def test_unknown_metrics_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"--metric must be one of score, .* got euclid"):
+        make("fidec", metric="euclid")
+
+
+def test_isotropic_is_deflow() -> None:
+    agent, optimizer, batch = fidec("isotropic")
+    other = make("deflow")[0].double()
+    other.load_state_dict(agent.state_dict())
+    draws = agent.draw(32, torch.Generator().manual_seed(1))
+    assert all(
+        a is b is None or torch.equal(a, b) for a, b in zip(draws, other.draw(32, torch.Generator().manual_seed(1)))
+    )
+    ours = agent.update(optimizer, batch, draws, log=True)
+    theirs = other.update(other.make_optimizer(), batch, draws, log=True)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ("total_loss", "row_penalty", "policy_actions"))
+    assert all(map(torch.equal, agent.state_dict().values(), other.state_dict().values()))
+
+
+def test_pullback_is_the_penalty_of_the_flow_at_the_base_action() -> None:
+    changes = {"pullback_t": 0.6, "pullback_steps": 3, "pullback_damping": 0.01}
+    agent, _, batch = fidec("pullback", **changes)
+    draws = agent.draw(32)
+    displacement, penalty, flows = penalty_of(agent, batch, draws)
+    expected = fdkernels_ref.flow_pullback_penalty(
+        agent.flow, batch.observations, flows["base"], displacement, t=0.6, num_steps=3, damping=0.01,
+        bridge_noise=draws.bridge_noise,
+    )  # fmt: skip
+    torch.testing.assert_close(penalty, expected, rtol=1e-8, atol=0)
+
+
+@pytest.mark.parametrize("metric", ["score", "cross"])
+def test_score_and_cross_take_the_same_scores(metric: str) -> None:
+    agent, _, batch = fidec(metric, fisher_t=0.9, fisher_damping=0.02)
+    draws = agent.draw(32)
+    displacement, penalty, flows = penalty_of(agent, batch, draws)
+    found, score = fdkernels_ref.flow_fisher_penalty(
+        agent.flow, batch.observations, displacement, t=0.9, damping=0.02, noise=flows["fisher"], time_grid=[0.0, 0.0],
+        clip=None, bridge_noise=draws.bridge_noise, num_samples=3, return_score=True,
+    )  # fmt: skip
+    if metric == "cross":
+        found = cross_by_matrix(displacement, score, -draws.bridge_noise / 0.1, agent.config)
+    torch.testing.assert_close(penalty, found, rtol=1e-7, atol=1e-12)
+
+
+def cross_by_matrix(displacement: Tensor, score: Tensor, noise_score: Tensor, config: AgentConfig) -> Tensor:
+    """δᵀĈδ/d from the matrix C = (1/K)·Σ_k sym(s_k·b_kᵀ) + λI, whose mean trace over the batch normalises it."""
+    d = displacement.shape[-1]
+    matrix = torch.einsum("nki,nkj->nij", score, noise_score) / score.shape[1]
+    matrix = (matrix + matrix.mT) / 2 + config.fisher_damping * torch.eye(d, dtype=score.dtype)
+    trace = torch.einsum("nii->n", matrix).mean() / d
+    return torch.einsum("ni,nij,nj->n", displacement, matrix, displacement) / d / max(trace, config.fisher_trace_eps)
+
+
+@pytest.mark.parametrize(("damping", "eps"), [(0.3, 1e-6), (0.0, 1e3)])
+def test_cross_penalty(damping: float, eps: float) -> None:
+    """By its formula; and for b = s it is the Fisher penalty, with the trace of the batch."""
+    config = AgentConfig(fisher_damping=damping, fisher_trace_eps=eps)
+    displacement, score, other = torch.randn(6, 3), torch.randn(6, 4, 3), torch.randn(6, 4, 3)
+    displacement, score, other = displacement.double(), score.double(), other.double()
+    torch.testing.assert_close(
+        cross_penalty(displacement, score, score + other, config),
+        cross_by_matrix(displacement, score, score + other, config),
+    )
+    plain = fdkernels_ref.fisher_penalty(displacement, score, damping=damping, normalize="none")
+    trace = (score.square().sum((-2, -1)).mean() / 4 / 3 + damping).clamp(min=eps)
+    torch.testing.assert_close(cross_penalty(displacement, score, score, config), plain / trace)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_draws_and_starts_are_what_is_used(metric: str) -> None:
+    """And `flow_evaluations` counts the rows of the flow that they begin."""
+    agent, _, batch = fidec(metric, fisher_t_width=0.1)
+    draws = agent.draw(32)
+    scores, views = metric in ("score", "cross"), metric != "isotropic"
+    assert (draws.fisher_noise is not None) == (draws.fisher_t is not None) == scores
+    assert (draws.bridge_noise is not None) == views
+    assert not views or draws.bridge_noise.shape == (32, 3, 2)
+    starts = agent.starts(batch, draws, ("critic", "flow", "actor"))
+    assert set(starts) == {"base", "next", *(["fisher"] if scores else [])}
+    rows = sum(noise[..., 0].numel() for noise, _ in starts.values()) // 32
+    once_more = 3 if scores else 0  # for the scores
+    assert agent.flow_evaluations(agent.config) == 3 * rows + once_more
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_penalty_moves_the_displacement_alone(metric: str) -> None:
+    agent, _, batch = fidec(metric)
+    _, penalty, _ = penalty_of(agent, batch, agent.draw(32))
+    penalty.sum().backward()
+    for name, parameter in agent.named_parameters():
+        assert (parameter.grad is not None) == name.startswith("actor."), name
+
+
+@pytest.mark.parametrize("name", ["fidec", "deflow"])
+def test_divergence_is_that_of_the_flow(name: str) -> None:
+    """½·δᵀMδ in nats, by the same noise for any metric and for every agent."""
+    agent, optimizer, batch = make(name)
+    draws = agent.draw(32)
+    seen = agent.update(optimizer, batch, draws, log=True)
+    figure = agent.metrics(batch, seen)["divergence"]
+    penalty = fdkernels_ref.flow_pullback_penalty(
+        agent.flow.double(), batch.observations.double(), seen["base_actions"].double(), seen["displacement"].double(),
+        t=agent.config.pullback_t, num_steps=agent.config.pullback_steps, damping=agent.config.pullback_damping,
+        normalize="none", bridge_noise=philox_normal(0, (32, 4, 2), "cpu", torch.float64),
+    )  # fmt: skip
+    assert figure.item() == pytest.approx(penalty.mean().item() * 2 / 2, rel=1e-3)

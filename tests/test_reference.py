@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import fdkernels_ref as ref
-from tests.closed_forms import SCHEDULES, Gaussian, anisotropic_gaussian, two_modes
+from tests.closed_forms import SCHEDULES, Gaussian, Mixture, anisotropic_gaussian, two_modes
 
 F64 = torch.float64
 EXACT = dict(rtol=1e-9, atol=1e-10)  # float64's rounding, with room for the division by σ
@@ -441,6 +441,181 @@ def test_chain_draws_from_the_generator():
     assert not torch.equal(penalty(3), penalty(4)), "the seed plays no part"
 
 
+# Pull-back ------------------------------------------------------------------------------------------------------------
+
+
+def sizes_by(matrix: Tensor, delta: Tensor) -> Tensor:
+    """δᵀMδ/d."""
+    return ((delta @ matrix) * delta).sum(-1) / delta.shape[-1]
+
+
+@pytest.mark.parametrize(("method", "order"), [("euler", 1), ("midpoint", 2), ("heun", 2), ("rk4", 4)])
+def test_jacobian_squares_to_the_covariance(method, order):
+    """J·Jᵀ → Σ from any noise, in the method's order."""
+    gaussian = anisotropic_gaussian(3, path="cosine")  # not linear, see test_order_of_convergence
+    steps, errors = [64, 128, 256], []
+    for n in steps:
+        _, jacobian = ref.flow_jacobian(gaussian.velocity, normal(4, 3), num_steps=n, method=method, clip=None)
+        errors.append(float((jacobian @ jacobian.mT - gaussian.covariance).norm()))
+    measured = -slope(steps, errors)
+    assert abs(measured - order) < 0.15, f"{method}: order {measured:.3f}, expected {order}; errors {errors}"
+
+
+@pytest.mark.parametrize("grid", [None, [0.1, 0.4, 0.9], [0.9, 0.5, 0.1]])
+def test_jacobian_of_euler_is_a_product(grid):
+    """Π (I + h·∂v/∂x) of the discrete steps, later steps on the left, each at the point that the path has there."""
+    mixture, x = two_modes(3), normal(5, 3)
+    times = [i / 10 for i in range(11)] if grid is None else grid
+    expected = torch.eye(3, dtype=F64).expand(5, 3, 3)
+    nodes = ref.integrate_flow(mixture.velocity, x, time_grid=times, clip=None, return_path=True)
+    for start, t, end in zip(nodes, times, times[1:]):
+        step = torch.stack([
+            torch.autograd.functional.jacobian(lambda z, t=t: mixture.velocity(z, t), row) for row in start
+        ])  # fmt: skip
+        expected = (torch.eye(3, dtype=F64) + (end - t) * step) @ expected
+    action, jacobian = ref.flow_jacobian(mixture.velocity, x, time_grid=grid)
+    assert_exact(jacobian, expected, "product of the steps")
+    assert_exact(action, nodes[-1].clamp(-1, 1), "action")
+    assert not torch.allclose(jacobian, jacobian.mT), "the case cannot tell rows from columns"
+
+
+def test_jacobian_by_hand():
+    """The Gaussian's Euler map is affine, so that J is a product of known matrices, the same for all noise."""
+    gaussian, steps, eye = anisotropic_gaussian(3), 10, torch.eye(3, dtype=F64)
+    expected = eye
+    for t in (i / steps for i in range(steps)):
+        gain = (t * gaussian.covariance - (1 - t) * eye) @ torch.linalg.inv(gaussian.covariance_t(t))
+        expected = (eye + gain / steps) @ expected
+    _, jacobian = ref.flow_jacobian(gaussian.velocity, normal(2, 3, 3))
+    assert_exact(jacobian, expected.expand(2, 3, 3, 3), "ten Euler steps")
+
+
+def test_clip_leaves_the_jacobian():
+    x0 = torch.tensor([[-0.9], [0.2]], dtype=F64)
+    action, jacobian = ref.flow_jacobian(lambda x, t, c: x, x0, num_steps=1, clip=(-1.0, 0.3))
+    assert_exact(action, torch.tensor([[-1.0], [0.3]], dtype=F64), "clipped")
+    assert_exact(jacobian, torch.full((2, 1, 1), 2.0, dtype=F64), "before the clip")
+    assert not action.requires_grad
+    assert not jacobian.requires_grad
+
+
+def test_pullback_is_the_length_of_the_noise():
+    """K = 1 without damping: ‖J⁻¹δ‖²/d; with it, a direction that J does not reach has the variance λ."""
+    delta, jacobian = normal(5, 3, seed=1), normal(5, 1, 3, 3, seed=2)
+    noise = torch.linalg.solve(jacobian[:, 0], delta)
+    penalty = ref.pullback_penalty(delta, jacobian, damping=0.0, normalize="none")
+    assert_exact(penalty, noise.square().mean(-1), "‖J⁻¹δ‖²/d")
+    flat = torch.diag(torch.tensor([2.0, 0.0], dtype=F64)).expand(2, 1, 2, 2)
+    penalty = ref.pullback_penalty(torch.eye(2, dtype=F64), flat, damping=0.5, normalize="none")
+    assert_exact(penalty, torch.tensor([1 / 4.5, 1 / 0.5], dtype=F64) / 2, "1/(σ² + λ)")
+
+
+def test_pullback_averages_inverses():
+    """M is the mean of the K inverse covariances, not the inverse of their mean."""
+    scales = torch.tensor([1.0, 2.0, 0.5], dtype=F64)
+    metric = ref.pullback_metric(scales[:, None, None] * torch.eye(2, dtype=F64), damping=0.1)
+    assert_exact(metric, (1 / (scales**2 + 0.1)).mean() * torch.eye(2, dtype=F64), "M")
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.3])
+def test_isotropic_jacobians_give_the_mean_square(damping):
+    """Whatever their sizes, and however they rotate."""
+    turned, _ = torch.linalg.qr(normal(6, 4, 5, 5, seed=2))
+    delta, sizes = normal(6, 5, seed=1), normal(6, 4, seed=3).abs()[..., None, None] + 0.1
+    assert_exact(ref.pullback_penalty(delta, sizes * turned, damping=damping), (delta**2).mean(-1), "M ∝ I")
+
+
+def test_eps_takes_over_where_the_pullback_is_small():
+    delta, eye = torch.ones(2, 2, dtype=F64), torch.eye(2, dtype=F64)
+    jacobian = torch.stack([10 * eye, 0.1 * eye]).unsqueeze(1)  # tr M/d: 0.01 and 100
+    penalty = ref.pullback_penalty(delta, jacobian, damping=0.0, eps=0.1)
+    assert_exact(penalty, torch.tensor([0.01 / 0.1, 1.0], dtype=F64), "below and above ε")
+
+
+@pytest.mark.parametrize("t", [0.0, 0.5, 0.8])
+def test_pullback_of_a_gaussian(t):
+    """M = Σ⁻¹ + (t/(1 − t))²·I for any action and any noise: the curvature of log p, and what the view adds."""
+    gaussian, delta = anisotropic_gaussian(3), normal(4, 3, seed=1)
+    penalty = ref.flow_pullback_penalty(
+        gaussian.velocity, normal(4, 1), normal(4, 3, seed=2), delta, num_samples=3, t=t, num_steps=100,
+        method="rk4", damping=0.0, normalize="none", generator=torch.Generator().manual_seed(3),
+    )  # fmt: skip
+    metric = torch.linalg.inv(gaussian.covariance) + (t / (1 - t)) ** 2 * torch.eye(3, dtype=F64)
+    torch.testing.assert_close(penalty, sizes_by(metric, delta), rtol=1e-7, atol=0)
+
+
+def test_pullback_by_hand():
+    """One Euler step of v = A·x from t: J = (1 − t)·(I + (1 − t)·A); options are passed on."""
+    a, t, delta = normal(3, 3, seed=1), 0.6, normal(2, 3, seed=2)
+    jacobian = (1 - t) * (torch.eye(3, dtype=F64) + (1 - t) * a)
+    metric = torch.linalg.inv(jacobian @ jacobian.mT + 0.2 * torch.eye(3, dtype=F64))
+    options = {"t": t, "num_steps": 1, "num_samples": 2, "damping": 0.2}
+
+    def penalty(**other: object) -> Tensor:
+        return ref.flow_pullback_penalty(
+            lambda x, t, c: x @ a.mT, normal(2, 1), normal(2, 3), delta, **options, **other
+        )
+
+    assert_exact(penalty(), sizes_by(metric, delta) / (metric.trace() / 3), "normalised")
+    assert_exact(penalty(eps=1e3, reduction="sum"), sizes_by(metric, delta).sum() / 1e3, "ε, and the sum")
+    assert_exact(penalty(normalize="none", reduction="mean"), sizes_by(metric, delta).mean(), "plain")
+
+
+def test_pullback_sees_the_mode_of_its_action():
+    """Of two far modes, each action gets the metric of its own."""
+    near, far = anisotropic_gaussian(3, seed=1), anisotropic_gaussian(3, seed=2)
+    modes = [Gaussian(near.mean - 4, near.covariance), Gaussian(far.mean + 4, far.covariance)]
+    mixture, delta = Mixture((0.3, 0.7), tuple(modes)), normal(5, 3, seed=1)
+    options = {"t": 0.8, "num_steps": 20, "method": "rk4", "damping": 0.0, "normalize": "none"}
+    found = []
+    for mode in modes:
+        action, bridge = mode.sample(5, torch.Generator().manual_seed(2)), normal(5, 4, 3, seed=3)
+        penalty = ref.flow_pullback_penalty(
+            mixture.velocity, normal(5, 1), action, delta, bridge_noise=bridge, **options
+        )
+        metric = torch.linalg.inv(mode.covariance) + 16 * torch.eye(3, dtype=F64)
+        torch.testing.assert_close(penalty, sizes_by(metric, delta), rtol=1e-5, atol=0)
+        found.append(penalty)
+    assert not torch.allclose(*found, rtol=0.05), "the modes are alike"
+
+
+def test_log_density_of_a_gaussian():
+    """log N(x0; 0, I) − log |det J| at the end of the flow, and the flow from the data back."""
+    gaussian, x0 = anisotropic_gaussian(3), normal(6, 3)
+    action, jacobian = ref.flow_jacobian(gaussian.velocity, x0, num_steps=100, method="rk4", clip=None)
+    log_noise = -0.5 * (x0**2 + math.log(2 * math.pi)).sum(-1)
+    log_p = log_noise - torch.linalg.slogdet(jacobian).logabsdet
+    torch.testing.assert_close(log_p, gaussian.log_prob_t(action, 1.0), rtol=0, atol=1e-6)
+
+
+def test_pullback_differentiates_the_displacement_only():
+    network = torch.nn.Linear(3 + 2 + 1, 3, dtype=F64)
+    leaves = [x.requires_grad_() for x in (normal(5, 2), normal(5, 3, seed=1), normal(5, 4, 3, seed=2))]
+    cond, action, bridge = leaves
+    delta = normal(5, 3, seed=3).requires_grad_()
+    penalty = ref.flow_pullback_penalty(
+        lambda x, t, c: network(torch.cat([c, x, t], -1)), cond, action, delta, bridge_noise=bridge
+    )
+    (gradient,) = torch.autograd.grad(penalty.sum(), delta, retain_graph=True)
+    assert_exact((gradient * delta).sum(-1), 2 * penalty, "a quadratic form in δ")
+    penalty.sum().backward()
+    assert all(leaf.grad is None for leaf in (*leaves, *network.parameters()))
+
+
+def test_pullback_draws_from_the_generator():
+    velocity, cond = two_modes(3).velocity, normal(5, 2)
+    action, delta = normal(5, 3, seed=1), normal(5, 3, seed=2)
+
+    def penalty(seed: int, **given: Tensor) -> Tensor:
+        source = torch.Generator().manual_seed(seed)
+        return ref.flow_pullback_penalty(velocity, cond, action, delta, num_samples=6, generator=source, **given)
+
+    bridge = torch.randn(5, 6, 3, generator=torch.Generator().manual_seed(3), dtype=F64)
+    assert torch.equal(penalty(3), penalty(3)), "the same seed gave two penalties"
+    assert torch.equal(penalty(3), penalty(4, bridge_noise=bridge)), "given noise is not used"
+    assert not torch.equal(penalty(3), penalty(4)), "the seed plays no part"
+
+
 # Names ---------------------------------------------------------------------------------------------------------------
 
 
@@ -453,6 +628,9 @@ def test_chain_draws_from_the_generator():
         (lambda x: ref.integrate_flow(lambda x, t, c: x, x, method="leap"), KeyError, "leap"),
         (lambda x: ref.fisher_penalty(x[0], x, normalize="det"), ValueError, "det"),
         (lambda x: ref.fisher_penalty(x[0], x, reduction="max"), KeyError, "max"),
+        (lambda x: ref.flow_jacobian(lambda x, t, c: x, x, method="leap"), KeyError, "leap"),
+        (lambda x: ref.pullback_penalty(x[0], x[None, :3], normalize="det"), ValueError, "pullback_penalty.*det"),
+        (lambda x: ref.pullback_penalty(x[0], x[None, :3], reduction="max"), KeyError, "max"),
     ],
 )
 def test_unknown_names_are_refused(call, error, match):

@@ -22,6 +22,7 @@ from train.outputs.checkpoint import read_checkpoint, save_checkpoint
 
 OBS, ACTIONS, BATCH = 5, 3, 32
 HIDDEN = {"actor_hidden": (16, 16), "critic_hidden": (16, 16)}
+OTHER_METRICS = [("fidec", {"metric": metric}) for metric in ("cross", "pullback", "isotropic")]
 SMALL: dict[str, Any] = {**HIDDEN, "flow_steps": 3, "num_fisher_samples": 2, "grad_clip": 0.5, "freeze_flow_after": 4}
 
 
@@ -103,9 +104,9 @@ def test_nothing_is_computed_for_a_log_that_is_not_written(monkeypatch: pytest.M
     assert asked == [False, True]
 
 
-@pytest.mark.parametrize("name", AGENTS)
-def test_logging_changes_nothing(name: str) -> None:
-    quiet, logged = make(name).double(), make(name).double()
+@pytest.mark.parametrize(("name", "changes"), [*((name, {}) for name in AGENTS), *OTHER_METRICS])
+def test_logging_changes_nothing(name: str, changes: dict[str, object]) -> None:
+    quiet, logged = (make(name, **changes).double() for _ in range(2))
     batch, draws = quiet.sample(dataset(torch.float64), BATCH, [torch.Generator()])
     for agent, log in ((quiet, False), (logged, True)):
         agent.update(agent.make_optimizer(), batch, draws, log=log)
@@ -163,8 +164,15 @@ SEEDS = [4, 0, 9]
 
 
 @pytest.mark.parametrize("processor", ["multiplies apart", "multiplies batches"])
-@pytest.mark.parametrize("changes", [{}, {"actor_layer_norm": True, "fisher_t_width": 0.1, "normalize_q": True}])
-@pytest.mark.parametrize("name", AGENTS)
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        *((name, {}) for name in AGENTS),
+        *((name, {"actor_layer_norm": True, "fisher_t_width": 0.1, "normalize_q": True}) for name in AGENTS),
+        *OTHER_METRICS,
+        ("fidec", {"metric": "pullback", "actor_layer_norm": True, "pullback_steps": 1, "normalize_q": True}),
+    ],
+)
 def test_seeds_together_are_seeds_alone(
     name: str, changes: dict[str, object], processor: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -166,6 +166,35 @@ def flow_fisher_penalty(draw: Draw) -> Arguments:
 
 
 @st.composite
+def flow_jacobian(draw: Draw) -> Arguments:
+    lead, d, cond_dim, dtype = draw(LEADS), draw(SIZES), draw(st.integers(0, 2)), draw(st.sampled_from(DTYPES))
+    given = {"velocity": velocity(draw, d, cond_dim, dtype), "x0": tensor(draw, (*lead, d), dtype)}
+    given |= {"cond": condition(draw, lead, cond_dim, dtype)} | precision(draw, dtype)
+    return given | some(draw, **{name: texts for name, texts in SOLVER.items() if name != "implementation"})
+
+
+@st.composite
+def pullback_penalty(draw: Draw) -> Arguments:
+    lead, k, d, dtype = draw(LEADS), draw(SIZES), draw(SIZES), draw(st.sampled_from(DTYPES))
+    given = {"displacement": tensor(draw, (*lead, d), dtype), "jacobian": tensor(draw, (*lead, k, d, d), dtype)}
+    return given | some(draw, **{name: texts for name, texts in PENALTY.items() if name != "backend"})
+
+
+@st.composite
+def flow_pullback_penalty(draw: Draw) -> Arguments:
+    lead, k, d, dtype = draw(LEADS), draw(SIZES), draw(SIZES), draw(st.sampled_from(DTYPES))
+    cond_dim = draw(st.integers(1, 2))
+    given = {"velocity": velocity(draw, d, cond_dim, dtype), "cond": tensor(draw, (*lead, cond_dim), dtype)}
+    given |= {"action": tensor(draw, (*lead, d), dtype), "displacement": tensor(draw, (*lead, d), dtype)}
+    given |= {"num_samples": str(k)}
+    given |= draw(st.sampled_from([{}, {"bridge_noise": tensor(draw, (*lead, k, d), dtype)}]))
+    given |= draw(st.sampled_from([{"generator": "torch.Generator()"}, {"seed": "3"}, {"seed": "torch.tensor(3)"}]))
+    given |= draw(st.sampled_from([{}, {"t": draw(st.sampled_from([*TIMES, "0"]))}])) | precision(draw, dtype)
+    given |= some(draw, **{name: SOLVER[name] for name in ("num_steps", "method")}, **PENALTY)
+    return given | some(draw, return_jacobian=["True", "False"])
+
+
+@st.composite
 def velocity_mlp(draw: Draw) -> Arguments:
     return {"cond_dim": draw(st.sampled_from(["0", "2"])), "action_dim": "2"} | stack(draw)
 
@@ -248,7 +277,7 @@ ODD_COUNTS = ["np.uint8(255)", "np.int8(127)", "2**16 + 1", "2**70", "10**5000",
 
 # -- a few calls whose arguments are replaced one by one ---------------------------------------------------------------
 
-_ONE, _MANY, _MORE, _COND, _HALF, _TIMES = (
+_ONE, _MANY, _MORE, _COND, _HALF, _TIMES, _SQUARES = (
     f"tensor({shape}, {dtype!r}, {how!r}, {seed})"
     for seed, (shape, dtype, how) in enumerate(
         [
@@ -258,11 +287,13 @@ _ONE, _MANY, _MORE, _COND, _HALF, _TIMES = (
             ((2, 2), "float32", ""),
             ((2, 2), "float16", ""),
             ((2, 4, 1), "float32", ""),
+            ((2, 4, 3, 3), "float32", "grad"),
         ]
     )
 )
 _TIMES = f"torch.sigmoid({_TIMES})"
 _CHAIN = {"velocity": "network(3, 2)", "cond": _COND, "displacement": _ONE}
+_PULLED = _CHAIN | {"action": f"({_ONE}) / 2"}
 EXAMPLES: dict[str, list[Arguments]] = {
     "fisher_penalty": [{"displacement": _ONE, "score": _MANY}],
     "velocity_to_score": [{"velocity": _MANY, "x": _MORE, "t": t} for t in ("0.5", _TIMES)],
@@ -282,6 +313,16 @@ EXAMPLES: dict[str, list[Arguments]] = {
         _CHAIN | {"seed": "3", "return_score": "True"},
         _CHAIN | {"velocity": "field", "noise": _MANY, "bridge_noise": _MORE},
         _CHAIN | {"samples": _MANY, "seed": "torch.tensor(3)", "t": _TIMES},
+    ],
+    "flow_jacobian": [
+        {"velocity": "network(3, 2)", "x0": _ONE, "cond": _COND},
+        {"velocity": "field", "x0": _ONE, "cond": _COND, "method": "'rk4'"},
+        {"velocity": "field", "x0": _HALF},
+    ],
+    "pullback_penalty": [{"displacement": _ONE, "jacobian": _SQUARES}],
+    "flow_pullback_penalty": [
+        _PULLED | {"seed": "3", "return_jacobian": "True"},
+        _PULLED | {"velocity": "field", "bridge_noise": _MANY, "t": "0.5"},
     ],
     "VelocityMLP": [{"cond_dim": "2", "action_dim": "2"}],
     "build_mlp": [{"inputs": "3", "hidden": "(4,)", "outputs": "2", "layer_norm": "True"}],
@@ -358,6 +399,7 @@ def groups_reference(velocity: Any, x0s: list[Tensor], conds: list[Tensor | None
     return tuple(flow_reference(velocity, x0, cond, **options) for x0, cond in zip(x0s, conds, strict=True))
 
 
+DAMPING = inspect.signature(fdkernels.pullback_penalty).parameters["damping"].default
 GLOBAL_SEED = 0
 """Of PyTorch's own generator before every call."""
 
@@ -390,6 +432,57 @@ def chain_reference(velocity: Any, cond: Tensor, displacement: Tensor, **options
     return fdkernels_ref.flow_fisher_penalty(velocity, cond, displacement, t=t, **options)
 
 
+def jacobian_reference(velocity: Any, x0: Tensor, cond: Tensor | None = None, **options: Any) -> Any:
+    for name in ("backend", "precision"):
+        options.pop(name, None)
+    spread = cond if cond is None else cond.expand(*x0.shape[:-1], cond.shape[-1])
+    return fdkernels_ref.flow_jacobian(lambda x, t, c: velocity(x, t, c).to(x.dtype), x0, spread, **options)
+
+
+def pullback_reference(displacement: Tensor, jacobian: Tensor, doubt: bool = False, **options: Any) -> Tensor:
+    """Computed in float64, as ours. A row whose covariance is not finite or has no inverse is NaN.
+
+    With ``doubt``, so is one where rounding decides whether it has.
+    """
+    reduction, d = options.pop("reduction", "none"), jacobian.shape[-1]
+    wide, identity = jacobian.double(), torch.eye(d, dtype=torch.float64, device="cpu")
+    covariance = wide @ wide.mT + options.get("damping", DAMPING) * identity
+    root, failed = torch.linalg.cholesky_ex(covariance)
+    bad = ~covariance.isfinite().all(-1).all(-1) | (failed != 0)
+    if doubt:
+        pivots, variances = (matrix.diagonal(dim1=-2, dim2=-1) for matrix in (root, covariance))
+        bad |= (pivots.square() < 1e-10 * variances).any(-1)
+    sound = torch.where(bad[..., None, None], identity, wide)
+    out = fdkernels_ref.pullback_penalty(displacement.double(), sound, **options)
+    out = torch.where(bad.any(-1), torch.nan, out)
+    out = out if reduction == "none" else out.mean() if reduction == "mean" else out.sum()
+    return out.to(torch.promote_types(torch.promote_types(displacement.dtype, jacobian.dtype), torch.float32))
+
+
+def pullback_chain_reference(velocity: Any, cond: Tensor, action: Tensor, displacement: Tensor, **options: Any) -> Any:
+    """Noise that is drawn is drawn as documented; ``drawn`` is the dtype in which it is."""
+    drawn, bridge = options.pop("drawn"), options.pop("bridge_noise", None)
+    seed, generator = options.pop("seed", None), options.pop("generator", None)
+    k = options.pop("num_samples", 4)  # ignored where noise is given
+    if bridge is None:
+        shape = (*displacement.shape[:-1], k, displacement.shape[-1])
+        generator = torch.Generator().manual_seed(GLOBAL_SEED if generator is None else generator.initial_seed())
+        bridge = torch.randn(shape, generator=generator, dtype=drawn, device="cpu")
+        if seed is not None:
+            bridge = philox_normal(seed, shape, "cpu", drawn)
+    t, steps = options.pop("t", 0.8), options.pop("num_steps", 2)
+    view = (1 - t) * bridge.to(action.dtype) + t * action.unsqueeze(-2)
+    rows = cond.unsqueeze(-2).expand(*view.shape[:-1], cond.shape[-1])
+    of_flow = {"method": options.pop("method", "euler"), "time_grid": [t + (1 - t) * i / steps for i in range(steps)]}
+    of_flow["time_grid"].append(1.0)
+    jacobian = (1 - t) * jacobian_reference(velocity, view, rows, **of_flow)[1]
+    wanted = options.pop("return_jacobian", False)
+    for name in ("backend", "precision"):
+        options.pop(name, None)
+    penalty = pullback_reference(displacement, jacobian, **options)
+    return (penalty, jacobian) if wanted else penalty
+
+
 def normal_reference(seed: int | Tensor, shape: Any, dtype: torch.dtype, first: int = 0, **_: Any) -> Tensor:
     shape = tuple(int(size) for size in shape)
     seed = int(seed)
@@ -415,6 +508,7 @@ def packed_reference(module: Any, order: Any = ("cond", "x", "t")) -> Any:
 
 
 TENSORS = {name: [] for name in ("displacement", "score", "x", "x0", "cond", "noise", "bridge_noise", "samples")}
+TENSORS |= {"jacobian": [], "action": []}
 OF_SOLVER = {"velocity": values.ODD_FIELDS, "num_steps": ODD_COUNTS}
 OF_STACK = {"hidden": ODD_HIDDEN, "cond_dim": ODD_COUNTS, "action_dim": ODD_COUNTS, "inputs": ODD_COUNTS}
 PUBLIC = [
@@ -434,6 +528,12 @@ PUBLIC = [
     ),
     Public(
         "flow_fisher_penalty", fdkernels.flow_fisher_penalty, flow_fisher_penalty(), chain_reference,
+        TENSORS | OF_SOLVER,
+    ),
+    Public("flow_jacobian", fdkernels.flow_jacobian, flow_jacobian(), jacobian_reference, TENSORS | OF_SOLVER),
+    Public("pullback_penalty", fdkernels.pullback_penalty, pullback_penalty(), pullback_reference, TENSORS),
+    Public(
+        "flow_pullback_penalty", fdkernels.flow_pullback_penalty, flow_pullback_penalty(), pullback_chain_reference,
         TENSORS | OF_SOLVER,
     ),
     Public("VelocityMLP", fdkernels.VelocityMLP, velocity_mlp(), lambda **_: None, OF_STACK),

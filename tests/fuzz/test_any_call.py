@@ -29,7 +29,7 @@ from tests.judge import BARS, leaves
 SECONDS = 5
 CONTEXTS = ["", "no_grad", "inference_mode", "autocast", "half", "medium", "high", "double", "meta"]
 TENSORS = {"displacement", "score", "velocity", "x", "t", "cond", "x0", "noise", "bridge_noise", "samples"}
-TENSORS |= {"x0s", "conds"}
+TENSORS |= {"x0s", "conds", "jacobian", "action"}
 RELATED = [
     TENSORS,
     {"path", "convention", "t"},
@@ -245,6 +245,10 @@ class Wanted:
         with quietly(), torch.no_grad():
             self.truth = self.reference(torch.float64)
             self.near = self.reference(torch.float64, torch.finfo(self.dtype).eps)
+            if isinstance(self.near, tuple) and public.name in ("flow_jacobian", "flow_pullback_penalty"):
+                first, jacobian = self.near  # which a NaN fills sooner or later
+                whole = jacobian.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
+                self.near = first, torch.where(whole, jacobian, torch.nan)
             try:
                 self.plain = self.reference(self.dtype)
             except Exception:
@@ -254,14 +258,16 @@ class Wanted:
         given = {name: calls.plain(value, dtype) for name, value in self.given.items()}
         if "generator" in given and given["generator"] is not None:
             given["generator"] = self.given["generator"]
-        if self.public.name == "flow_fisher_penalty":
+        if self.public.name in ("flow_fisher_penalty", "flow_pullback_penalty"):
             given["drawn"] = self.given["cond"].dtype
+        if self.public.name in ("pullback_penalty", "flow_pullback_penalty"):
+            given["doubt"] = off > 0
         if self.public.name == "philox_normal":
             self.dtype = max(given["dtype"], torch.float32, key=lambda dtype: torch.finfo(dtype).eps)  # made in float32
         if off:
             generator = torch.Generator().manual_seed(0)
             for name, value in given.items():
-                if isinstance(value, Tensor) and value.dtype.is_floating_point:
+                if isinstance(value, Tensor) and value.dtype.is_floating_point and not value.is_nested:
                     given[name] = value * (1 + off * torch.randn(value.shape, generator=generator).sign())
         return self.public.reference(**given)
 
@@ -275,7 +281,7 @@ class Wanted:
             assert ours.shape == truth.shape, f"{call}\nshape {tuple(ours.shape)}, wanted {tuple(truth.shape)}"
             if ours.device.type != "meta":
                 self.judge_tensor(ours, truth, near, plain, call)
-        if name in ("fisher_penalty", "fisher_spectrum", "velocity_fisher_penalty"):
+        if name in ("fisher_penalty", "fisher_spectrum", "velocity_fisher_penalty", "pullback_penalty"):
             inputs = [tensor.dtype for key, tensor in given.items() if key != "t" and isinstance(tensor, Tensor)]
             wide = torch.float64 in inputs
             assert out.dtype == (torch.float64 if wide else torch.float32), f"{call}\n{out.dtype}"
@@ -284,6 +290,9 @@ class Wanted:
             assert out.dtype == wanted, f"{call}\n{out.dtype}, wanted {wanted}"
         if name == "integrate_flow":
             assert out.dtype == given["x0"].dtype, f"{call}\n{out.dtype}"
+        if name == "flow_jacobian":
+            wide = torch.promote_types(given["x0"].dtype, torch.float32)
+            assert (out[0].dtype, out[1].dtype) == (given["x0"].dtype, wide), call
         if name == "philox_normal":
             assert out.dtype == given["dtype"], f"{call}\n{out.dtype}"
 

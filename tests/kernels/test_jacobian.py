@@ -10,7 +10,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, nn
 
 import fdkernels
 import fdkernels_ref
@@ -22,11 +22,12 @@ from fdkernels.layers import encode
 from fdkernels.networks import PackedMLP
 from fdkernels.ops.jacobian import Call, fused_jacobian
 from fdkernels.ops.register import Layout
+from fdkernels.philox import philox_normal
 from fdkernels.records import Way
 from fdkernels.solvers import METHODS, Solver
 from fdkernels.velocity import bind
 from tests.judge import BARS, assert_agree
-from tests.kernels.device import DEVICE, INTERPRETED, guarded, on_gpu, strided
+from tests.kernels.device import BACKENDS, DEVICE, INTERPRETED, guarded, on_gpu, strided
 from tests.kernels.test_flow import PRECISIONS, _Calls, draw, in_double, mlp_on, network, relative
 
 TIMES = [0.0, 0.3, 1.0]
@@ -261,3 +262,126 @@ def test_compiled_whole() -> None:
 def test_clipped_steps_are_refused() -> None:
     with pytest.raises(AssertionError, match="clipped steps"):
         jacobian(network(0, 3, (16,)), guarded(draw(2, 3)), None, Solver(TIMES, "euler", -1.0, 1.0, "step"))
+
+
+# -- the public functions --------------------------------------------------------------------------------------------
+
+
+def everything(velocity: Any, cond: Tensor, action: Tensor, displacement: Tensor, **options: Any) -> tuple[Tensor, ...]:
+    """What both functions of a flow give."""
+    end, columns = fdkernels.flow_jacobian(velocity, action, cond, num_steps=2, method="heun", **options)
+    penalty, jacobians = fdkernels.flow_pullback_penalty(
+        velocity, cond, action, displacement, num_samples=2, seed=3, return_jacobian=True, **options
+    )
+    return end, columns, penalty, jacobians
+
+
+def true_everything(velocity: Any, *given: Tensor) -> tuple[Tensor, ...]:
+    """The plain maths in float64, from the same noise."""
+    cond, action, displacement = (tensor.double().cpu() for tensor in given)
+    velocity = in_double(velocity)
+    end, columns = fdkernels_ref.flow_jacobian(velocity, action, cond, num_steps=2, method="heun")
+    bridge = philox_normal(3, (*action.shape[:-1], 2, action.shape[-1]), "cpu", torch.float32).double()
+    penalty = fdkernels_ref.flow_pullback_penalty(velocity, cond, action, displacement, bridge_noise=bridge)
+    view = 0.2 * bridge + 0.8 * action.unsqueeze(-2)
+    rows = cond.unsqueeze(-2).expand(*view.shape[:-1], cond.shape[-1])
+    _, jacobians = fdkernels_ref.flow_jacobian(velocity, view, rows, time_grid=[0.8, 0.9, 1.0])
+    return end, columns, penalty, 0.2 * jacobians
+
+
+@pytest.mark.parametrize("lead", [(7,), (), (2, 3)], ids=str)
+def test_public_functions_are_one_on_both_backends(lead: tuple[int, ...]) -> None:
+    module = fdkernels.VelocityMLP(5, 3, (32, 24), layer_norm=True).to(DEVICE)
+    given = guarded(draw(*lead, 5)), guarded(draw(*lead, 3, seed=1)), guarded(draw(*lead, 3, seed=2))
+    exact = true_everything(module, *given)
+    with mock.patch.object(launch, "jacobian", side_effect=launch.jacobian) as launched:
+        ours = everything(module, *given, backend="triton", precision="highest")
+        assert launched.call_count == 2
+        theirs = everything(module, *given, backend="torch")
+        assert launched.call_count == 2
+    assert [out.dtype for out in ours] == [out.dtype for out in theirs]
+    for one, other, truth in zip(ours, theirs, exact):
+        assert relative(one, truth) < PRECISIONS["highest"]
+        assert relative(other, truth) < PRECISIONS["highest"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradient_of_the_public_penalty(backend: str) -> None:
+    """It reaches the displacement alone."""
+    module = fdkernels.VelocityMLP(5, 3, (32, 24)).to(DEVICE)
+    cond, action, displacement = (guarded(draw(7, n, seed=n)).requires_grad_() for n in (5, 3, 3))
+    call = functools.partial(fdkernels.flow_pullback_penalty, seed=3, reduction="sum", backend=backend)
+    call(module, cond, action, displacement).backward()
+    assert all(tensor.grad is None for tensor in (cond, action, *module.parameters()))
+    assert (displacement.grad * displacement).sum().item() == pytest.approx(
+        2 * call(module, cond, action, displacement).item(), rel=1e-5
+    )
+
+
+def test_public_functions_of_many_networks() -> None:
+    """vmap over stacked parameters makes two launches for all of them."""
+    modules = [fdkernels.VelocityMLP(5, 3, (32, 24)).to(DEVICE) for _ in range(3)]
+    parameters, _ = torch.func.stack_module_state(modules)
+    given = [guarded(draw(3, 4, n, seed=i)) for i, n in enumerate((5, 3, 3))]
+
+    def of(parameters: dict[str, Tensor], *given: Tensor) -> tuple[Tensor, ...]:
+        calls = _Calls(modules[0], lambda module: everything(module, *given, backend="triton", precision="highest"))
+        return torch.func.functional_call(calls, {f"module.{k}": v for k, v in parameters.items()}, ())
+
+    with mock.patch.object(launch, "jacobian", side_effect=launch.jacobian) as launched:
+        together = torch.vmap(of)(parameters, *given)
+    assert launched.call_count == 2
+    for i, module in enumerate(modules):
+        for out, exact in zip(together, true_everything(module, *(tensor[i] for tensor in given))):
+            assert relative(out[i], exact) < PRECISIONS["highest"]
+
+
+def test_public_functions_in_half_precision() -> None:
+    """J is in float32, and the products are those of the weights' dtype."""
+    module = fdkernels.VelocityMLP(5, 3, (32, 24)).to(DEVICE, torch.float16)
+    given = [guarded(draw(7, n, seed=i, dtype=torch.float16)) for i, n in enumerate((5, 3, 3))]
+    bridge = guarded(draw(7, 2, 3, dtype=torch.float16))
+    wide = [tensor.double().cpu() for tensor in (*given, bridge)]
+    exact = fdkernels_ref.flow_pullback_penalty(in_double(module), *wide[:3], bridge_noise=wide[3])
+    for backend in BACKENDS:
+        penalty = fdkernels.flow_pullback_penalty(module, *given, bridge_noise=bridge, backend=backend)
+        assert penalty.dtype == torch.float32
+        assert relative(penalty, exact) < 4 * BARS[torch.float16][backend]  # δᵀMδ squares J's error
+
+
+TWO_NORMS = nn.Sequential(nn.Linear(9, 8), nn.LayerNorm(8), nn.SiLU(), nn.LayerNorm(8), nn.Linear(8, 3))
+REFUSED = {
+    "a callable": (lambda x, t, c: x, torch.float32, "serves a VelocityMLP or a packed MLP"),
+    "float64": (fdkernels.VelocityMLP(5, 3, (8,)).double(), torch.float64, "serves float32, .* got torch.float64"),
+    "linear": (nn.Linear(9, 3), torch.float32, "serves networks with a hidden layer"),
+    "two norms": (TWO_NORMS, torch.float32, "serves one layer norm in a layer"),
+    "wide": (fdkernels.VelocityMLP(5, 129, (8,)), torch.float32, "serves up to 128 dimensions, got 129"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_the_kernel_does_not_serve(case: str) -> None:
+    """Asked for, it is refused; left open, PyTorch serves it."""
+    velocity, dtype, message = REFUSED[case]
+    if isinstance(velocity, nn.Module):
+        velocity = velocity.to(DEVICE)
+        velocity = velocity if isinstance(velocity, fdkernels.VelocityMLP) else fdkernels.pack_mlp(velocity)
+    d = 129 if case == "wide" else 3
+    given = [draw(2, n, dtype=dtype).to(DEVICE) for n in (5, d, d)]
+    with pytest.raises(RuntimeError, match=f"flow_jacobian: backend='triton' {message}.*; leave the choice open"):
+        fdkernels.flow_jacobian(velocity, given[1], given[0], backend="triton")
+    with pytest.raises(RuntimeError, match=f"flow_pullback_penalty: backend='triton' {message}.*; leave the choice op"):
+        fdkernels.flow_pullback_penalty(velocity, *given, backend="triton")
+    if case != "wide":
+        assert all(out.isfinite().all() for out in everything(velocity, *given))
+
+
+def test_no_implementation_but_the_one() -> None:
+    """Only one implementation carries tangents, so that there is no argument to choose one."""
+    module, given = fdkernels.VelocityMLP(5, 3, (8,)).to(DEVICE), [guarded(draw(2, n)) for n in (5, 3, 3)]
+    with pytest.raises(TypeError, match="implementation"):
+        fdkernels.flow_jacobian(module, given[1], given[0], implementation="gemm")  # type: ignore[call-arg]
+    with pytest.raises(ValueError, match="flow_jacobian: backend must be one of"):
+        fdkernels.flow_jacobian(module, given[1], given[0], backend="cuda")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="flow_pullback_penalty: precision must be one of"):
+        fdkernels.flow_pullback_penalty(module, *given, backend="triton", precision="tf32")  # type: ignore[arg-type]

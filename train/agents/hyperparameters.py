@@ -102,4 +102,6 @@ class AgentConfig:
             require(name, getattr(self, name), 0 <= getattr(self, name) < 1, "at least 0 and below 1")
         for name in ("actor_hidden", "critic_hidden"):
             require(name, getattr(self, name), all(width > 0 for width in getattr(self, name)), "positive widths")
+        metrics = ("score", "cross", "pullback", "isotropic")
+        require("metric", self.metric, self.metric in metrics, f"one of {', '.join(metrics)}")
         require("grad_clip", self.grad_clip, self.grad_clip is None or self.grad_clip > 0, "positive")
