@@ -37,7 +37,8 @@ def flow_jacobian(
 
     Args:
         velocity: as in :func:`integrate_flow`. A row of its result may depend on its own row of x only. A callable
-            must be differentiable in x, and gets x (d, ..., d) with cond expanded to that.
+            must be differentiable in x, and gets x (d, ..., d) with cond expanded to that. If it computes under
+            ``torch.no_grad``, that is noticed in plain calls, but not under a compiler or a ``torch.func`` transform.
         x0: start of the flow (..., d), at the first time of the grid.
         cond: condition (..., c) whose leading shape broadcasts to x0's, or None.
         num_steps, method, time_grid: as in :func:`integrate_flow`.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fdkernels.backend import Backend, Precision, autocast, choose_fused
+from fdkernels.backend import Backend, Precision, choose_fused
 from fdkernels.dtypes import accumulate_dtype
 from fdkernels.jacobian import jacobian_along
 from fdkernels.noise import check_source, draw
@@ -181,17 +181,16 @@ def flow_pullback_penalty(
 
 def _penalty(displacement: Tensor, jacobian: Tensor, rule: PenaltyRule) -> Tensor:
     out, d = accumulate_dtype(displacement, jacobian), displacement.shape[-1]
-    with autocast(displacement.device, None):
-        # in float64, for J·Jᵀ squares J's condition number, and the cost of matrices so small is not their arithmetic
-        delta, jacobian = displacement.double(), jacobian.double()
-        identity = torch.eye(d, dtype=torch.float64, device=jacobian.device)
-        covariance = jacobian @ jacobian.mT + rule.damping * identity
-        root, failed = torch.linalg.cholesky_ex(covariance)
-        pivots, variances = (matrix.diagonal(dim1=-2, dim2=-1).detach() for matrix in (root, covariance))
-        # a pivot that is only rounding is a singular matrix's
-        sound = ((pivots.square() > d * torch.finfo(torch.float64).eps * variances).all(-1) & (failed == 0)).all(-1)
-        inverse = torch.linalg.solve_triangular(root, identity.expand_as(root), upper=False)
-        penalty = (inverse @ delta[..., None, :, None]).square().sum((-2, -1)).mean(-1)
-        if rule.normalize:
-            penalty = penalty / (inverse.square().sum((-2, -1)).mean(-1) / d).clamp(min=rule.eps)
-        return torch.where(sound, penalty / d, torch.nan).to(out)
+    # in float64, for J·Jᵀ squares J's condition number, and the cost of matrices so small is not their arithmetic
+    delta, jacobian = displacement.double(), jacobian.double()
+    identity = torch.eye(d, dtype=torch.float64, device=jacobian.device)
+    covariance = jacobian @ jacobian.mT + rule.damping * identity
+    root, failed = torch.linalg.cholesky_ex(covariance)
+    pivots, variances = (matrix.diagonal(dim1=-2, dim2=-1).detach() for matrix in (root, covariance))
+    # a pivot that is only rounding is a singular matrix's
+    sound = ((pivots.square() > d * torch.finfo(torch.float64).eps * variances).all(-1) & (failed == 0)).all(-1)
+    inverse = torch.linalg.solve_triangular(root, identity.expand_as(root), upper=False)
+    penalty = (inverse @ delta[..., None, :, None]).square().sum((-2, -1)).mean(-1)
+    if rule.normalize:
+        penalty = penalty / (inverse.square().sum((-2, -1)).mean(-1) / d).clamp(min=rule.eps)
+    return torch.where(sound, penalty / d, torch.nan).to(out)
