@@ -77,7 +77,7 @@ class Case:
         flow, actor, critic = (
             2 * (w * WIDTH + inner + WIDTH * out) for w, out in [(obs + d + 1, d), (obs + d, d), (obs + d, 1)]
         )
-        integrated = AGENTS[self.agent].flow_evaluations(self.config)
+        integrated = AGENTS[self.agent].flow_evaluations(self.config, self.action_dim)
         # backward costs two forward passes, but only one for Q of the policy's actions, where it ends at the actions
         return b * (flow * (integrated + 3) + actor * (3 + 1) + 2 * critic * (3 + 1 + 2))
 

@@ -29,7 +29,7 @@ def flow_jacobian(
     r"""Transport noise to actions along a flow, and differentiate each action by its noise: J = ∂x_S / ∂x_0.
 
     J is exact for the discrete steps, and that of the ODE in the limit of many. J·Jᵀ is the covariance of the action
-    to first order in its noise, and log N(x0; 0, I) − log |det J| its log-density.
+    to first order in its noise, and log N(x0; 0, I) − log |det J| its log-density before clipping.
 
     d tangents go through the steps with the state; each costs as much as a row of :func:`integrate_flow`. For a packed
     MLP they are further rows of the same matrix products: one launch on CUDA. For any other velocity autograd finds the

@@ -37,8 +37,8 @@ def pullback_penalty(
 
     With M = (1/K) Σ_k (J_k J_kᵀ + λI)⁻¹ and M̂ = M / max(tr M / d, ε). J_k maps a change of the noise to a change of the
     action, and noise has the metric I: for K = 1 and λ = 0, δᵀMδ = ‖J⁻¹δ‖². J Jᵀ is the covariance of the behaviour
-    around the action, so that δᵀMδ is a squared Mahalanobis distance, and for a Gaussian behaviour M is the Fisher
-    matrix of :func:`fisher_penalty`.
+    around the action, so that δᵀMδ is a squared Mahalanobis distance. If the behaviour is Gaussian, J is that of the
+    whole flow and λ = 0, M is the Fisher matrix Σ⁻¹.
 
     Args:
         displacement: δ, shape (..., d); float32, bfloat16, float16 or float64.
@@ -86,7 +86,7 @@ def flow_pullback_penalty(
     action: Tensor,
     displacement: Tensor,
     *,
-    num_samples: int = 4,
+    num_samples: int = 2,
     t: float = 0.8,
     num_steps: int = 2,
     method: Method = "euler",
@@ -107,10 +107,11 @@ def flow_pullback_penalty(
     views of it on to the end, a_k. The Jacobians J_k = ∂a_k/∂ε_k weigh the displacement (:func:`pullback_penalty`).
 
     J_k J_kᵀ is the covariance of the behaviour given the view x_k, to first order in the noise. Where the behaviour is
-    locally Gaussian, its inverse is −∇² log p(a) + (t/(1 − t))²·I: the curvature of the density at the action, whose
-    mean over actions is the Fisher matrix, and a constant by which t bounds the variances. Compared with
-    :func:`flow_fisher_penalty` nothing is divided by 1 − t, few samples are enough, no flow is integrated from its
-    start, and of several modes the metric sees the action's own. ``docs/science`` has the measurements.
+    locally Gaussian, its inverse tends to −∇² log p(a) + (t/(1 − t))²·I for many steps: the curvature of the density at
+    the action, whose mean over actions is the Fisher matrix, and a constant. The default's two Euler steps exaggerate
+    thin directions, which the damping bounds. Compared with :func:`flow_fisher_penalty` nothing is divided by 1 − t, no
+    flow is integrated from its start, and of several modes the metric sees the action's own. ``docs/science`` has
+    measurements.
 
     Args:
         velocity: as in :func:`flow_jacobian`; a callable gets x (d, ..., K, d).
@@ -119,7 +120,7 @@ def flow_pullback_penalty(
         displacement: δ (..., d); all three have one leading shape and device.
         num_samples: K. Ignored if ``bridge_noise`` is given, whose K is used. A loss that draws fresh noise for every
             update averages over more.
-        t: time of the views, in [0, 1). Later is more local and cheaper, earlier resolves wider directions.
+        t: time of the views, in [0, 1). Later is more local, earlier resolves wider directions.
         num_steps: equal steps of the flow from t to 1. (1 + d)·K·num_steps rows are evaluated for each state.
         method: as in :func:`integrate_flow`.
         damping, normalize, eps, reduction: as in :func:`pullback_penalty`.
@@ -133,7 +134,12 @@ def flow_pullback_penalty(
         Penalty (...) or a scalar, and J_k when asked. Differentiable in ``displacement`` only.
 
     Raises:
-        As :func:`flow_jacobian`.
+        TypeError: an argument, or what velocity returns, has the wrong type.
+        ValueError: shapes do not fit, devices or dtypes differ, an option is out of its range, two options exclude each
+            other, or velocity is not differentiable.
+        RuntimeError: the backend or the precision asked for is not available here.
+
+    Source: ours; see :func:`pullback_penalty`.
 
     Example:
         >>> import torch, fdkernels

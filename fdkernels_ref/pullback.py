@@ -96,7 +96,7 @@ def flow_pullback_penalty(
     action: Tensor,
     displacement: Tensor,
     *,
-    num_samples: int = 4,
+    num_samples: int = 2,
     t: float = 0.8,
     num_steps: int = 2,
     method: str = "euler",
@@ -111,8 +111,8 @@ def flow_pullback_penalty(
 
         x_k = (1 − t)·ε_k + t·a,    J_k = ∂a_k/∂ε_k for the a_k that the flow carries x_k to = (1 − t)·∂a_k/∂x_k
 
-    J_k·J_kᵀ is, to first order in the noise, the covariance of the behaviour given the view x_k. Where that is
-    Gaussian it is Cov[a | x_k] itself, with the inverse −∇² log p(a) + (t/(1 − t))²·I.
+    J_k·J_kᵀ is, to first order in the noise, the covariance of the behaviour given the view x_k. For a Gaussian and
+    many steps it is Cov[a | x_k] itself, with the inverse −∇² log p(a) + (t/(1 − t))²·I.
 
     Args:
         velocity, cond: as in `integrate_flow`; cond is (..., c).

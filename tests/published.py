@@ -66,7 +66,7 @@ def agent_config(published: dict[str, Any]) -> AgentConfig:
             "min_sigma": published["fisher_score_eps"],
             "score_convention": CONVENTIONS[published["score_convention"]],
         }
-    return AgentConfig(**config)
+    return AGENTS[published["agent_name"]].hyperparameters(**config)
 
 
 def published_parameters(agent: Agent) -> Iterator[tuple[str, Tensor, Any]]:

@@ -18,7 +18,7 @@ from benchmarks import science
 from benchmarks.evidence import gain, kl, report, returns, settings
 from benchmarks.evidence.densities import DENSITIES, Gaussian, observe
 from benchmarks.evidence.likelihood import log_prob, noise_of
-from benchmarks.evidence.metrics import METRICS, Metric
+from benchmarks.evidence.metrics import METRICS, Metric, score
 from train.data.transitions import OfflineDataset
 
 F64 = torch.float64
@@ -57,7 +57,7 @@ def test_the_best_metric_has_the_whole_share() -> None:
 
 
 def known(matrix: Any, local: bool) -> Metric:
-    return Metric("known", 0, matrix, local)
+    return Metric(matrix, local=local)
 
 
 def test_a_gaussian_pays_half_of_the_squared_mahalanobis_distance() -> None:
@@ -73,18 +73,42 @@ def test_a_gaussian_pays_half_of_the_squared_mahalanobis_distance() -> None:
     assert bill.divergence(scale) == pytest.approx(1e-3, rel=1e-6)
 
 
-def test_what_stretches_the_density_is_paid_for() -> None:
-    """δ = s·(a − μ) widens a Gaussian; the divergence is then known, and its first-order part cancels."""
+def test_the_order_of_the_error_is_measured() -> None:
+    """KL = c²·(1 + 0.1·c^1.5) has an error of order 1.5."""
+
+    def scale(budget: float) -> float:
+        low, high = 0.0, 10.0
+        for _ in range(80):
+            c = (low + high) / 2
+            low, high = (c, high) if c**2 * (1 + 0.1 * c**1.5) < budget else (low, c)
+        return low
+
+    assert kl.order([scale(budget) for budget in kl.BUDGETS]) == pytest.approx(1.5, abs=0.1)
+    assert kl.order([budget**0.5 for budget in kl.BUDGETS]) is None
+
+
+def test_the_optimum_is_that_of_a_tilted_gaussian() -> None:
     density, question = DENSITIES["gaussian-2"], kl.Question("gaussian-2", 0)
     assert isinstance(density, Gaussian)
-    flow = fdkernels.VelocityMLP(2, 2, (4,))
-    bill = kl.Bill(question, METRICS["isotropic"], flow)
-    mean, _, _ = density.parts(question.angle)
+    exact = (question.g * (density.covariance(question.angle) @ question.g)).sum(1).mean().item()
+    assert question.optimum() == pytest.approx(exact, rel=0.02)
+
+
+def test_what_stretches_the_density_is_paid_for() -> None:
+    """δ = s·(a − μ) widens a Gaussian, whose divergence is then known for actions with the density's own moments."""
+    density, question = DENSITIES["gaussian-2"], kl.Question("gaussian-2", 0)
+    assert isinstance(density, Gaussian)
+    bill = kl.Bill(question, METRICS["isotropic"], fdkernels.VelocityMLP(2, 2, (4,)))
+    mean, axes, deviations = density.parts(question.angle)
+    white = torch.linalg.solve(axes * deviations.unsqueeze(1), (question.action - mean).unsqueeze(-1)).squeeze(-1)
+    white = (white - white.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(white.T, correction=0))).T
+    question.action = mean + (axes * deviations.unsqueeze(1) @ white.unsqueeze(-1)).squeeze(-1)
     bill.delta = (question.action - mean).unsqueeze(-1).expand(-1, -1, 2)
     bill.slope = torch.eye(2, dtype=F64).expand(kl.STATES, 2, 2, 2)
-    s = 0.1
-    exact = 2 * 0.5 * ((1 + s) ** 2 - 1 - 2 * math.log(1 + s))
-    assert bill.divergence(s) == pytest.approx(exact, rel=0.3)  # over 512 actions
+    for s in (0.1, -0.2):
+        assert bill.divergence(s) == pytest.approx((1 + s) ** 2 - 1 - 2 * math.log(1 + s), rel=1e-9)
+        assert bill.folded(s) == 0
+    assert bill.folded(-1.5) == 1
 
 
 def test_differences_find_how_a_local_metric_changes() -> None:
@@ -132,13 +156,16 @@ def test_metrics_by_action_are_marked_and_all_are_finite(label: str) -> None:
 
 
 def test_the_cross_estimate_replaces_one_score() -> None:
-    """For the exact velocity both estimates have the same expectation."""
-    density = DENSITIES["gaussian-2"]
-    assert isinstance(density, Gaussian)
-    obs, noise = observe(torch.full((4,), 0.5)), torch.randn(4, 2)
-    torch.manual_seed(0)
-    plain, cross = (METRICS[label].matrix(density.velocity, obs, noise).mean(0) for label in ("score", "cross"))
-    torch.testing.assert_close(plain, cross, rtol=0.2, atol=20)
+    """For velocity zero the score is −x/(1 − t), and b = −x0/(1 − t), so that all sums are known."""
+    k, t = 6, 0.95
+    obs, noise = torch.randn(2, 2), torch.randn(2, 2)
+    torch.manual_seed(3)
+    bridge, start = torch.randn(2, k, 2), torch.randn(2, k, 2)
+    s, b = -((1 - t) * bridge + t * start) / (1 - t), -bridge / (1 - t)
+    expected = (s.mT @ b + b.mT @ s) / (2 * k) + 1e-3 * torch.eye(2)
+    torch.manual_seed(3)
+    found = score(k, t, cross=True)(lambda x, t, cond: 0 * x, obs, noise)
+    torch.testing.assert_close(found.float(), expected, rtol=1e-3, atol=1e-2)
 
 
 def fake_answers(section: str, updates: tuple[int, ...]) -> list[dict[str, Any]]:
@@ -149,8 +176,10 @@ def fake_answers(section: str, updates: tuple[int, ...]) -> list[dict[str, Any]]
                 shares = {label: {"of_each": 0.5, "of_all": 0.4} for label in [*METRICS, "exact"]}
                 found += [{"density": d, "updates": n, "seed": seed, "shares": shares} for d in gain.NAMES]
             elif section == "kl":
-                ratios = {label: [1.0 + seed] * len(kl.BUDGETS) for label in kl.ASKED}
-                found += [{"density": d, "updates": n, "seed": seed, "ratios": ratios} for d in kl.NAMES]
+                row = {"updates": n, "seed": seed, "order": dict.fromkeys(kl.ASKED)}
+                for key in ("ratios", "shares", "folded"):
+                    row[key] = {label: [1.0 + seed] * len(kl.BUDGETS) for label in kl.ASKED}
+                found += [{"density": d, **row} for d in kl.NAMES]
             elif section == "settings":
                 values = dict.fromkeys(settings.settings(), 1.5)
                 row = {"updates": n, "seed": seed, "values": values, "calibration": 0.9}

@@ -175,6 +175,8 @@ class _Turned(Gaussian):
 DENSITIES: dict[str, Density] = {
     "gaussian-2": Gaussian("Gaussian, d = 2", ((0.25, 0.03),), (1,)),
     "gaussian-6": Gaussian("Gaussian, d = 6", ((0.25, 0.03), (0.2, 0.05), (0.3, 0.1)), (1, -1, 2), centre=0.3),
+    # a third as wide; no setting was chosen on it
+    "finer": Gaussian("Gaussian, a third as wide", ((0.083, 0.01),), (1,)),
     "scaled": Gaussian("Gaussian, wider in some states", ((0.2, 0.05),), (1,), lambda angle: 2 ** angle.sin()),
     "mixture": Mixture("two unequal modes", ((0.7, _mode(0.2, 0.03, 0.5, 0.0)), (0.3, _mode(0.15, 0.04, -0.5, 1.5)))),
     "ring": Ring(),

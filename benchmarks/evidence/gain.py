@@ -5,8 +5,10 @@ For Q(a) = g·a and a displacement δ = M⁻¹g, the gain is g·δ and the KL di
     share = g·δ / √( δᵀΣ⁻¹δ · gᵀΣg ),
 
 which is 1 for M ∝ Σ⁻¹. ``of_each`` is its mean over states, actions of the flow and directions g. ``of_all`` has the
-expectations of the three products in place of the products: what an agent gains whose one multiplier serves all states.
-For the mixture, Σ is that of the action's own mode. On the ring there is no Σ; ``kl.py`` measures its KL divergence.
+expectations of the three products in their place, with each M normalised by its trace: what an agent gains whose one
+multiplier serves all states. For the mixture, Σ is that of the action's own mode, which no metric by state can match.
+½δᵀΣ⁻¹δ is the divergence of a constant shift; what a δ that varies with the action pays more is in ``kl.py``, as is the
+ring, which has no Σ.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from torch import Tensor
 import fdkernels
 from benchmarks.evidence.densities import DENSITIES, Gaussian, Mixture, observe
 from benchmarks.evidence.flows import flow_of
-from benchmarks.evidence.metrics import METRICS, STEPS, Metric
+from benchmarks.evidence.metrics import METRICS, STEPS, Metric, unit_trace
 
 STATES, DIRECTIONS = 64, 32
 
@@ -52,7 +54,7 @@ class Question:
         return self.shares_of(metric.matrix(velocity, self.obs, self.noise), self.covariance(velocity))
 
     def shares_of(self, matrix: Tensor, covariance: Tensor) -> dict[str, float]:
-        delta, g = torch.linalg.solve(matrix, self.g), self.g
+        delta, g = torch.linalg.solve(unit_trace(matrix), self.g), self.g
         gained = (g * delta).sum(1)
         paid = (delta * torch.linalg.solve(covariance, delta)).sum(1)
         best = (g * (covariance @ g)).sum(1)
@@ -62,7 +64,7 @@ class Question:
         }
 
 
-NAMES = ("gaussian-2", "gaussian-6", "scaled", "mixture")
+NAMES = ("gaussian-2", "gaussian-6", "finer", "scaled", "mixture")
 
 
 def answer(name: str, updates: int, seed: int, data: Path) -> dict[str, Any]:

@@ -4,9 +4,10 @@ The map a → a + c·δ(a), δ = M(a)⁻¹g, carries the density p to p_c, and
 
     KL(p_c ‖ p) = E[log p(a) − log p(a + c·δ) − log |det(I + c·∂δ/∂a)|]    over actions a of p itself,
 
-in which ∂δ/∂a follows from differences. A metric by action is that at the noise which the flow carries to a. One c
-serves all states and directions, as one multiplier serves an agent, and is chosen so that the divergence meets a
-budget. The gain is then c·E[g·δ].
+in which ∂δ/∂a follows from differences. This holds where the map does not fold; the share of actions at which it does
+is kept with the answer. A metric by action is that at the noise which the flow carries to a. One c serves all states
+and directions, as one multiplier serves an agent, and is chosen so that the divergence meets a budget. The gain is then
+c·E[g·δ].
 """
 
 from __future__ import annotations
@@ -49,6 +50,12 @@ class Question:
         torch.manual_seed(seed)
         self.action, self.obs = self.density.sample(self.angle), observe(self.angle)
 
+    def optimum(self) -> float:
+        """E[gᵀ·Cov[a | s]·g]. The best policy gains √(2·budget) times its root, by tilting p towards exp(g·a/η)."""
+        samples = self.density.sample(self.angle.repeat_interleave(1_000)).unflatten(0, (len(self.angle), -1))
+        centred = samples - samples.mean(1, keepdim=True)
+        return (centred @ self.g).square().mean().item()
+
 
 class Bill:
     """The field of one metric under one flow, ready to be paid for at any c."""
@@ -83,11 +90,18 @@ class Bill:
         _, stretch = torch.linalg.slogdet(self.identity + c * self.slope)
         return (fall.mean() - stretch.mean()).item()
 
+    def folded(self, c: float) -> float:
+        """The share of actions and directions at which the map turns the density inside out."""
+        sign, _ = torch.linalg.slogdet(self.identity + c * self.slope)
+        return (sign <= 0).double().mean().item()
+
     def scale(self, budget: float) -> float:
         """The c at which the divergence meets the budget."""
         low, high = 0.0, 1e-6
-        while self.divergence(high) < budget and high < 1e6:
+        while self.divergence(high) < budget:
             low, high = high, 2 * high
+            if high > 1e6:
+                raise ValueError(f"no displacement of {self.question.density.title} pays {budget} nats")
         for _ in range(40):
             middle = (low + high) / 2
             low, high = (middle, high) if self.divergence(middle) < budget else (low, middle)
@@ -99,14 +113,29 @@ class Bill:
 
 
 def answer(name: str, updates: int, seed: int, data: Path) -> dict[str, Any]:
-    """For each metric, the gain at each budget over what the isotropic metric gains."""
+    """For each metric and budget: the gain, over that of the isotropic metric and over the optimum of any policy."""
     flow, question = flow_of(name, updates, seed, data), Question(name, seed)
-    gains = {}
+    best = question.optimum()
+    found: dict[str, Any] = {"density": name, "updates": updates, "seed": seed}
+    found |= {"gains": {}, "ratios": {}, "shares": {}, "folded": {}, "order": {}}
     for label in ASKED:
         bill = Bill(question, METRICS[label], flow)
-        gains[label] = [bill.gain(budget) for budget in BUDGETS]
-    ratios = {label: [a / b for a, b in zip(found, gains["isotropic"])] for label, found in gains.items()}
-    return {"density": name, "updates": updates, "seed": seed, "gains": gains, "ratios": ratios}
+        scales = [bill.scale(budget) for budget in BUDGETS]
+        gains = [c * (question.g * bill.delta).sum(1).mean().item() for c in scales]
+        found["gains"][label] = gains
+        found["ratios"][label] = [gain / base for gain, base in zip(gains, found["gains"]["isotropic"])]
+        found["shares"][label] = [gain / (2 * budget * best) ** 0.5 for gain, budget in zip(gains, BUDGETS)]
+        found["folded"][label] = [bill.folded(c) for c in scales]
+        found["order"][label] = order(scales)
+    return found
+
+
+def order(scales: list[float]) -> float | None:
+    """The power of c in the relative error of KL ≈ κ·c², from the two largest budgets; None if it is exact."""
+    errors = [abs(budget / BUDGETS[0] * (scales[0] / c) ** 2 - 1) for budget, c in zip(BUDGETS, scales)]
+    if min(errors[-2:]) < 1e-4:
+        return None
+    return math.log(errors[-1] / errors[-2]) / math.log(scales[-1] / scales[-2])
 
 
 def tasks(data: Path, seed: int, updates: tuple[int, ...], quick: bool) -> Iterator[tuple[Path, Any, tuple[Any, ...]]]:

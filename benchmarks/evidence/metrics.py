@@ -17,11 +17,11 @@ Matrix: TypeAlias = Callable[[Any, Tensor, Tensor], Tensor]
 
 
 class Metric(NamedTuple):
-    title: str
-    evaluations: int | None
-    """Rows of the velocity network per state for d = 6, the derivatives' among them; None if it is not from a flow."""
     matrix: Matrix
     """Maps a velocity, observations (n, c) and the noise of the actions (n, d) to M (n, d, d), float64."""
+    title: str = ""
+    evaluations: int = 0
+    """Rows of the velocity network for a state with d = 6; a tangent counts like a row."""
     local: bool = False
     """Whether M depends on the action, not only on the state."""
 
@@ -127,24 +127,21 @@ def jacobians(samples: int, steps: int, d: int = 6) -> int:
 
 
 METRICS: dict[str, Metric] = {
-    "isotropic": Metric("isotropic, ‖δ‖²", 0, isotropic),
-    "score-4": Metric("Fisher, t = 0.95, one draw of K = 4", scores(4), score(4, 0.95)),
-    "score-mean": Metric(
-        "Fisher, t = 0.95, K = 4 averaged over updates (published)", scores(4), score(512, 0.95, group=4)
-    ),
-    "score-mean-0.8": Metric("Fisher, t = 0.8, K = 4 averaged over updates", scores(4), score(512, 0.8, group=4)),
-    "score": Metric("Fisher, t = 0.95, K = 512", scores(512), score(512, 0.95)),
-    "score-0.8": Metric("Fisher, t = 0.8, K = 512", scores(512), score(512, 0.8)),
-    "velocity": Metric("v/(1 − t), t = 0.95, K = 512", scores(512), score(512, 0.95, convention="velocity")),
-    "cross-4": Metric("cross estimate, t = 0.95, one draw of K = 4", scores(4), score(4, 0.95, cross=True)),
-    "cross": Metric("cross estimate, t = 0.95, K = 512", scores(512), score(512, 0.95, cross=True)),
-    "covariance-16": Metric("inverse covariance of 16 samples", 16 * STEPS, sample_covariance(16)),
-    "covariance": Metric("inverse covariance of 512 samples", 512 * STEPS, sample_covariance(512)),
-    "path-other": Metric("pull-back along another sample's path", jacobians(1, STEPS), pullback_along(own=False)),
-    "path": Metric("pull-back along the action's own path", jacobians(1, STEPS), pullback_along(), local=True),
-    "pullback-1": Metric("pull-back, one draw of one view", jacobians(1, 2), pullback(1), local=True),
-    "pullback": Metric("pull-back, one draw of 4 views", jacobians(4, 2), pullback(4), local=True),
-    "pullback-mean": Metric(
-        "pull-back, 2 views averaged over updates (ours)", jacobians(2, 2), pullback(32, group=2), local=True
-    ),
+    "isotropic": Metric(isotropic, "isotropic, ‖δ‖²"),
+    "score-4": Metric(score(4, 0.95), "Fisher, t = 0.95, one draw of K = 4", scores(4)),
+    "score-mean": Metric(score(512, 0.95, group=4), "Fisher, t = 0.95, K = 4 averaged (published)", scores(4)),
+    "score-mean-0.8": Metric(score(512, 0.8, group=4), "Fisher, t = 0.8, K = 4 averaged", scores(4)),
+    "score": Metric(score(512, 0.95), "Fisher, t = 0.95, K = 512", scores(512)),
+    "score-0.8": Metric(score(512, 0.8), "Fisher, t = 0.8, K = 512", scores(512)),
+    "velocity": Metric(score(512, 0.95, convention="velocity"), "v/(1 − t), t = 0.95, K = 512", scores(512)),
+    "cross-4": Metric(score(4, 0.95, cross=True), "cross estimate, t = 0.95, one draw of K = 4", scores(4)),
+    "cross": Metric(score(512, 0.95, cross=True), "cross estimate, t = 0.95, K = 512", scores(512)),
+    "covariance-16": Metric(sample_covariance(16), "inverse covariance of 16 samples", 16 * STEPS),
+    "covariance": Metric(sample_covariance(512), "inverse covariance of 512 samples", 512 * STEPS),
+    "path-other": Metric(pullback_along(own=False), "pull-back along another sample's path", jacobians(1, STEPS)),
+    "path": Metric(pullback_along(), "pull-back along the action's own path", jacobians(1, STEPS), local=True),
+    "pullback-1": Metric(pullback(1), "pull-back, one draw of one view", jacobians(1, 2), local=True),
+    "pullback": Metric(pullback(4), "pull-back, one draw of 4 views", jacobians(4, 2), local=True),
+    "pullback-mean": Metric(pullback(32, group=2), "pull-back, 2 views averaged (ours)", jacobians(2, 2), local=True),
 }
+""" "Averaged": the mean of trace-normalised metrics over many draws, which is what an agent feels over its updates."""

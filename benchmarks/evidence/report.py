@@ -139,7 +139,14 @@ def draw_gain(answers: Sequence[Answer]) -> tuple[str, Any]:
         ax.set(title=DENSITIES[name].title, xscale="log", ylim=(0, 1.03), xlabel="updates")
         ax.axhline(1, color="#c9ced6", lw=0.8, zorder=0)
     legend(figure, axes[0])
-    return markdown(head, [*rows, exact]), figure
+    table = markdown(head, [*rows, exact])
+    head = ["one multiplier for all states", *(DENSITIES[name].title for name in gain.NAMES)]
+    rows = [
+        [METRICS[label].title]
+        + [cell(seeds(answers, "shares", label, "of_all", density=name, updates=updates[-1])) for name in gain.NAMES]
+        for label in DRAWN
+    ]
+    return f"{table}\n\nAfter {updates[-1]:,} updates:\n\n{markdown(head, rows)}", figure
 
 
 def draw_kl(answers: Sequence[Answer]) -> tuple[str, Any]:
@@ -153,15 +160,23 @@ def draw_kl(answers: Sequence[Answer]) -> tuple[str, Any]:
             for n in (updates[0], updates[-1]):
                 row.append(cell(seeds(answers, "ratios", label, at, density=name, updates=n)))
         rows.append(row)
+    last = updates[-1]
     budgets = markdown(
-        ["pull-back, after the longest training", *(f"{budget:g} nats" for budget in kl.BUDGETS)],
         [
-            [DENSITIES[name].title]
+            f"after {last:,} updates",
+            *(f"{budget:g} nats" for budget in kl.BUDGETS),
+            "power of the error",
+            "folded at 0.1",
+        ],
+        [
+            [f"{DENSITIES[name].title}: {METRICS[label].title}"]
+            + [cell(seeds(answers, "shares", label, i, density=name, updates=last)) for i in range(len(kl.BUDGETS))]
             + [
-                cell(seeds(answers, "ratios", "pullback-mean", i, density=name, updates=updates[-1]))
-                for i in range(len(kl.BUDGETS))
+                cell(seeds(answers, "order", label, density=name, updates=last), 1) or "exact",
+                f"{max(seeds(answers, 'folded', label, 2, density=name, updates=last), default=0):.1%}",
             ]
             for name in kl.NAMES
+            for label in ("isotropic", "score-mean", "pullback-mean")
         ],
     )
     figure, axes = panels(len(kl.NAMES), "Q gained at a true KL divergence of 0.01 nats, over what ‖δ‖² gains")

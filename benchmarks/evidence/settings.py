@@ -29,17 +29,17 @@ def settings() -> dict[str, Metric]:
     found = {}
     for t in TIMES:
         for k in SAMPLES:
-            found[f"score t={t:g} K={k}"] = Metric("", 0, score(k, t))
-        found[f"score t={t:g} mean"] = Metric("", 0, score(256, t, group=4))
+            found[f"score t={t:g} K={k}"] = Metric(score(k, t))
+        found[f"score t={t:g} mean"] = Metric(score(256, t, group=4))
         if t <= 0.9:
             for steps in (1, 2, 4):
-                found[f"pullback t={t:g} steps={steps}"] = Metric("", 0, pullback(16, t, steps, group=2), local=True)
+                found[f"pullback t={t:g} steps={steps}"] = Metric(pullback(16, t, steps, group=2), local=True)
     for damping in SCORE_DAMPINGS:
-        found[f"score damping={damping:g}"] = Metric("", 0, score(256, 0.95, damping=damping, group=4))
+        found[f"score damping={damping:g}"] = Metric(score(256, 0.95, damping=damping, group=4))
     for damping in DAMPINGS:
-        found[f"pullback damping={damping:g}"] = Metric("", 0, pullback(16, damping=damping, group=2), local=True)
+        found[f"pullback damping={damping:g}"] = Metric(pullback(16, damping=damping, group=2), local=True)
     for k in (1, 2, 4, 16):
-        found[f"pullback K={k}"] = Metric("", 0, pullback(k), local=True)
+        found[f"pullback K={k}"] = Metric(pullback(k), local=True)
     return found
 
 

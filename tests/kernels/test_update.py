@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +16,6 @@ from tests.published import Path as UpdatePath
 from tests.published import Replay, mismatches
 from train.agents import AGENTS
 from train.agents.base import Agent, Learner, Parts
-from train.agents.hyperparameters import AgentConfig
 from train.agents.seeds import SeedGroup
 from train.capture import PLAIN_UPDATES, CapturedUpdate
 from train.data.transitions import OfflineDataset
@@ -25,8 +24,8 @@ pytestmark = on_gpu
 
 # Factors on the tolerance, which is for float32 on a CPU, off by 1e-6; kernels may be off by 1e-5.
 SLACK = {torch.float64: 1.0, torch.float32: 10.0}
-CASES = [*AGENTS, "fidec pullback"]
-"""Names of agents, and of a metric that is not the default."""
+CASES = [*AGENTS, "fidec pullback", "fidec cross"]
+"""Names of agents, and of metrics that are not the default."""
 
 
 @pytest.mark.parametrize("path", ["plain", "captured"])
@@ -58,9 +57,10 @@ class Training:
     def _agent(name: str, seed: int) -> Agent:
         torch.manual_seed(seed)
         name, _, metric = name.partition(" ")
-        config = AgentConfig(actor_hidden=(32, 32), critic_hidden=(32, 32), flow_steps=3, freeze_flow_after=8)
-        config = dataclasses.replace(config, metric=metric or config.metric)  # type: ignore[arg-type]
-        return AGENTS[name](config, 5, 3).to(DEVICE)
+        small: dict[str, Any] = {"actor_hidden": (32, 32), "critic_hidden": (32, 32), "flow_steps": 3}
+        if metric:
+            small["metric"] = metric
+        return AGENTS[name](AGENTS[name].hyperparameters(**small, freeze_flow_after=8), 5, 3).to(DEVICE)
 
     def update(self, parts: Parts, log: bool) -> dict[str, torch.Tensor]:
         batch, draws = self.learner.sample(self.data, 64, self.generators)

@@ -32,9 +32,8 @@ METRICS = {
     "alpha": "multiplier of the penalty",
     "displacement_norm": "mean ‖δ‖",
     "displacement_mean_square": "mean ‖δ‖²/d",
-    "divergence": "mean ½δᵀMδ: KL of moving the behaviour by δ, in nats, by the flow's Jacobians, for every metric",
-    "top_eigenvalue_share": "share of F's largest eigenvalue (isotropic: 1/d)",
-    "fisher_trace_per_dim": "mean tr F / d",
+    "top_eigenvalue_share": "share of the largest eigenvalue of the metric (isotropic: 1/d)",
+    "fisher_trace_per_dim": "mean tr F / d, or of the metric in its place",
     "action_error": "mean squared difference of the policy's and the dataset's actions",
 }
 
@@ -194,8 +193,8 @@ class Agent(Learner):
         return cls.hyperparameters(**{**cls.published, **changes})
 
     @classmethod
-    def flow_evaluations(cls, config: AgentConfig) -> int:
-        """Evaluations of the velocity network, per row of the batch, that integrating the flow costs in one update."""
+    def flow_evaluations(cls, config: AgentConfig, action_dim: int) -> int:
+        """Rows of the velocity network, per row of the batch, that one update costs without the flow's own loss."""
         return config.flow_steps
 
     def __init__(self, config: AgentConfig, obs_dim: int, action_dim: int) -> None:

@@ -7,7 +7,6 @@ import abc
 import torch
 from torch import Tensor, nn
 
-import fdkernels
 from train.agents.base import Agent, Draws, Panel, Parts
 from train.agents.hyperparameters import AgentConfig
 from train.data.transitions import Batch
@@ -28,7 +27,7 @@ class DecoratorAgent(Agent):
     )
 
     @classmethod
-    def flow_evaluations(cls, config: AgentConfig) -> int:
+    def flow_evaluations(cls, config: AgentConfig, action_dim: int) -> int:
         return 2 * config.flow_steps
 
     def __init__(self, config: AgentConfig, obs_dim: int, action_dim: int) -> None:
@@ -103,18 +102,4 @@ class DecoratorAgent(Agent):
         if "displacement" in seen:
             figures["displacement_norm"] = seen["displacement"].norm(dim=-1).mean()
             figures["displacement_mean_square"] = seen["displacement"].square().mean()
-            config = self.config
-            penalty = fdkernels.flow_pullback_penalty(
-                self.flow,
-                batch.observations,
-                seen["base_actions"],
-                seen["displacement"],
-                t=config.pullback_t,
-                num_steps=config.pullback_steps,
-                damping=config.pullback_damping,
-                normalize="none",
-                seed=0,
-            )
-            assert isinstance(penalty, Tensor)
-            figures["divergence"] = penalty.mean() * self.action_dim / 2
         return figures

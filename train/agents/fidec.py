@@ -1,6 +1,10 @@
-"""Fisher decorator (arXiv 2604.17919): δ climbs Q inside the trust region δᵀF̂δ/d ≤ target."""
+"""Fisher decorator (arXiv 2604.17919): δ climbs Q inside the trust region δᵀF̂δ/d ≤ target, or that of other metrics."""
 
 from __future__ import annotations
+
+import dataclasses
+import typing
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -8,27 +12,62 @@ from torch import Tensor
 import fdkernels
 from train.agents.base import Draws, Panel, Parts
 from train.agents.decorator import DecoratorAgent
-from train.agents.hyperparameters import AgentConfig
+from train.agents.hyperparameters import AgentConfig, require
 from train.data.transitions import Batch
+
+MetricName = Literal["score", "cross", "pullback", "isotropic"]
+
+
+@dataclasses.dataclass(frozen=True)
+class FiDecConfig(AgentConfig):
+    metric: MetricName = "score"
+    """How the size of δ is measured. score: δᵀF̂δ/d with F from the flow's scores, as published. pullback: δᵀM̂δ/d with M
+    the inverse covariance of the behaviour around the action that δ is added to, by the flow's Jacobians; K is the
+    number of noisy views of that action. isotropic: ‖δ‖²/d. cross, an experiment: as score, with one score of each pair
+    replaced by the noise that it estimates; it may be negative."""
+    pullback_t: float = 0.8
+    """Time of the views."""
+    pullback_steps: int = 2
+    """Steps of the flow from there."""
+    pullback_damping: float = 3e-4
+    """λ, the least variance of the behaviour that counts."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        names = typing.get_args(MetricName)
+        require("metric", self.metric, self.metric in names, f"one of {', '.join(names)}")
+        require("pullback_t", self.pullback_t, 0 <= self.pullback_t < 1, "at least 0 and below 1")
+        require("pullback_steps", self.pullback_steps, self.pullback_steps > 0, "positive")
+        require("pullback_damping", self.pullback_damping, self.pullback_damping >= 0, "zero or more")
 
 
 class FiDec(DecoratorAgent):
-    """Fisher decorator: the size of δ is δᵀF̂δ/d, where F̂ is the normalised Fisher matrix of the behaviour density."""
+    """Fisher decorator: the size of δ is δᵀF̂δ/d, where F̂ is the normalised Fisher matrix of the behaviour density.
+
+    Other metrics may replace the Fisher matrix.
+    """
+
+    hyperparameters = FiDecConfig
+    config: FiDecConfig
 
     title = "FiDec"
     summary = "Fisher trust region"
     panels = (
         *DecoratorAgent.panels[:2],
-        Panel("anisotropy of F", {"top_eigenvalue_share": "top eigenvalue share"}),
+        Panel("anisotropy of the metric", {"top_eigenvalue_share": "top eigenvalue share"}),
     )
     q_scale_floor = 1e-6
 
     @classmethod
-    def flow_evaluations(cls, config: AgentConfig) -> int:
-        steps = config.flow_steps
-        base, k = super().flow_evaluations(config), config.num_fisher_samples
+    def flow_evaluations(cls, config: AgentConfig, action_dim: int) -> int:
+        assert isinstance(config, FiDecConfig)
+        base, k = super().flow_evaluations(config, action_dim), config.num_fisher_samples
+        if config.metric == "isotropic":
+            return base
+        if config.metric == "pullback":  # the tangents of a view count like rows
+            return base + config.pullback_steps * k * (1 + action_dim)
         # each Fisher sample is integrated, and evaluated once more for its score
-        return base + (steps + 1) * k if config.metric in ("score", "cross") else base
+        return base + (config.flow_steps + 1) * k
 
     def draw(self, batch_size: int, generator: torch.Generator | None = None) -> Draws:
         draws = super().draw(batch_size, generator)
@@ -102,8 +141,7 @@ class FiDec(DecoratorAgent):
         if "score" in seen:
             spectrum = fdkernels.fisher_spectrum(seen["score"], damping=self.config.fisher_damping)
         elif "jacobian" in seen:
-            variances = torch.linalg.svdvals(seen["jacobian"]).square() + self.config.pullback_damping
-            spectrum = (1 / variances).flip(-1)
+            spectrum = pullback_spectrum(seen["jacobian"], self.config.pullback_damping)
         else:
             return figures
         figures["fisher_trace_per_dim"] = spectrum.mean()
@@ -111,12 +149,21 @@ class FiDec(DecoratorAgent):
         return figures
 
 
-def cross_penalty(displacement: Tensor, score: Tensor, noise_score: Tensor, config: AgentConfig) -> Tensor:
+def pullback_spectrum(jacobian: Tensor, damping: float) -> Tensor:
+    """Eigenvalues of M, descending, (B, d), from J (B, K, d, d); NaN where J is not finite."""
+    finite = jacobian.isfinite().flatten(1).all(1)
+    jacobian = torch.where(finite[:, None, None, None], jacobian, 0).double()
+    identity = torch.eye(jacobian.shape[-1], dtype=torch.float64, device=jacobian.device)
+    metric = torch.linalg.inv_ex(jacobian @ jacobian.mT + max(damping, 1e-12) * identity).inverse.mean(1)
+    return torch.where(finite[:, None], torch.linalg.eigvalsh(metric).flip(-1), torch.nan)
+
+
+def cross_penalty(displacement: Tensor, score: Tensor, noise_score: Tensor, config: FiDecConfig) -> Tensor:
     """δᵀĈδ/d with C = (1/K)·Σ_k sym(s_k·b_kᵀ) + λI, (B,).
 
     b_k = −x0_k/(1 − t) is the score of x_k given its action, and E[b_k | x_k] the true score, so that E[s_k·b_kᵀ] has
     no square of the error of s_k. C is not positive definite for small K. The trace that normalises it is therefore
-    that of the batch.
+    that of the batch, λd at least; under DDP, of the process's own part of it.
 
     Args:
         displacement: (B, d).
@@ -126,4 +173,4 @@ def cross_penalty(displacement: Tensor, score: Tensor, noise_score: Tensor, conf
     products = (score @ delta) * (noise_score.to(score.dtype) @ delta)
     size = products.squeeze(-1).mean(-1) + config.fisher_damping * displacement.square().sum(-1)
     trace_per_dim = (score * noise_score).sum(-1).mean() / d + config.fisher_damping
-    return size / d / trace_per_dim.clamp(min=config.fisher_trace_eps)
+    return size / d / trace_per_dim.clamp(min=max(config.fisher_damping, config.fisher_trace_eps))

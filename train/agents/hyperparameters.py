@@ -63,12 +63,8 @@ class AgentConfig:
     zero_init_displacement: bool = False
     """Start with δ = 0, so that refinement begins at the behaviour flow (fidec, deflow)."""
 
-    metric: Literal["score", "cross", "pullback", "isotropic"] = "score"
-    """How the size of δ is measured (fidec). score: δᵀF̂δ/d with F from the flow's scores, as published. cross: the
-    same with one score of each pair replaced by the noise that it estimates. pullback: δᵀM̂δ/d with M the inverse
-    covariance of the behaviour around the action that δ is added to, by the flow's Jacobians. isotropic: ‖δ‖²/d."""
     num_fisher_samples: int = 4
-    """K, the flow samples per state; with pullback, the noisy views of its action (fidec)."""
+    """K, the flow samples per state (fidec)."""
     fisher_t: float = 0.95
     """Time t at which the score is taken."""
     fisher_t_width: float = 0.0
@@ -77,12 +73,6 @@ class AgentConfig:
     """λ, added to the diagonal of F."""
     fisher_trace_eps: float = 1e-6
     """Lower bound of tr F / d in the normalisation."""
-    pullback_t: float = 0.8
-    """Time to which actions are brought back."""
-    pullback_steps: int = 2
-    """Steps of the flow from there."""
-    pullback_damping: float = 3e-4
-    """λ, the least variance of the behaviour that counts."""
     min_sigma: float = 1e-6
     """Lower bound of 1 − t in the score."""
     score_convention: Literal["exact", "velocity"] = "exact"
@@ -92,16 +82,13 @@ class AgentConfig:
         require_finite(self)
         for name in ("freeze_flow_after", "freeze_critic_after"):
             require(name, getattr(self, name), (value := getattr(self, name)) is None or value >= 0, "zero or more")
-        for name in ("lr", "alpha", "flow_steps", "num_fisher_samples", "pullback_steps", "fisher_trace_eps"):
+        for name in ("lr", "alpha", "flow_steps", "num_fisher_samples", "fisher_trace_eps"):
             require(name, getattr(self, name), getattr(self, name) > 0, "positive")
-        for name in ("target_divergence", "fisher_damping", "fisher_t_width", "pullback_damping", "min_sigma"):
+        for name in ("target_divergence", "fisher_damping", "fisher_t_width", "min_sigma"):
             require(name, getattr(self, name), getattr(self, name) >= 0, "zero or more")
         for name in ("discount", "tau"):
             require(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "between 0 and 1")
-        for name in ("fisher_t", "pullback_t"):
-            require(name, getattr(self, name), 0 <= getattr(self, name) < 1, "at least 0 and below 1")
+        require("fisher_t", self.fisher_t, 0 <= self.fisher_t < 1, "at least 0 and below 1")
         for name in ("actor_hidden", "critic_hidden"):
             require(name, getattr(self, name), all(width > 0 for width in getattr(self, name)), "positive widths")
-        metrics = ("score", "cross", "pullback", "isotropic")
-        require("metric", self.metric, self.metric in metrics, f"one of {', '.join(metrics)}")
         require("grad_clip", self.grad_clip, self.grad_clip is None or self.grad_clip > 0, "positive")

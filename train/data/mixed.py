@@ -1,8 +1,8 @@
 """Locomotion through mixed actuators: the same robots and data, in action coordinates of unequal scale.
 
 An action a moves the motors by u = W·a, clipped to [-1, 1], with W = R·diag(g)·Qᵀ for fixed random rotations R and Q
-and gains g that span a factor of eight. The data's actions are W⁻¹·u. Nothing that can be reached, learned or scored
-differs from the plain environment, but the behaviour is sixty-four times narrower (in variance) along some directions
+and gains g that span a factor of eight. The data's actions are W⁻¹·u. What can be reached and scored is as in
+the plain environment, but the behaviour is sixty-four times narrower (in variance) along some directions
 of the action space than along others, relative to the plain one: what a trust region that follows the data is for.
 """
 
@@ -40,7 +40,7 @@ class MixedActions(gym.ActionWrapper):
 
 
 def make(env_id: str, **options: Any) -> gym.Env:
-    return MixedActions(gym.make(env_id, **options))
+    return MixedActions(gym.make(env_id, max_episode_steps=-1, **options))  # the mixed environment has the limit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +83,8 @@ def _mixed(episode: object) -> _Episode:
 def _row(plain: EnvSpec) -> EnvSpec:
     mixed_id = f"fdkernels/Mixed{plain.env_id}"
     if mixed_id not in gym.registry:
-        gym.register(mixed_id, f"{__name__}:make", kwargs={"env_id": plain.env_id})
+        limit = gym.spec(plain.env_id).max_episode_steps
+        gym.register(mixed_id, f"{__name__}:make", max_episode_steps=limit, kwargs={"env_id": plain.env_id})
     sources = tuple(Mixed(source, plain) for source in plain.sources)
     return dataclasses.replace(plain, name=f"mixed-{plain.name}", env_id=mixed_id, sources=sources)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from train.outputs.files import write_whole
 from train.settings import MAY_CHANGE_ON_RESUME, RunConfig, RunError
@@ -22,6 +24,7 @@ def check_folder(folder: Path, config: RunConfig) -> None:
     try:
         before = json.loads((folder / "config.json").read_text())
         before |= before.pop("hyper")
+        before = defaults(config) | before  # a setting that is newer than the run had its default
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{folder} is there and no run made it (no config.json of ours): use another --out") from error
     if not config.resume and not config.overwrite:
@@ -36,6 +39,13 @@ def check_folder(folder: Path, config: RunConfig) -> None:
         if changed:
             was = ", ".join(f"--{name.replace('_', '-')} {before.get(name)}" for name in changed)
             raise RunError(f"--resume: the run in {folder} was started with {was}")
+
+
+def defaults(config: RunConfig) -> dict[str, Any]:
+    """The default of each setting and hyper-parameter that has one, as it comes back from JSON."""
+    fields = (*dataclasses.fields(config), *dataclasses.fields(config.hyper))
+    found = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
+    return json.loads(json.dumps(found, default=str))
 
 
 def prepare_folder(folder: Path, config: RunConfig) -> None:
