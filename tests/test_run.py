@@ -154,6 +154,19 @@ def test_resume_refuses_other_data(
     assert "was trained on other data" in capsys.readouterr().err
 
 
+def test_a_run_from_before_a_setting_existed_goes_on(
+    finished: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(finished[0], out)
+    config = json.loads((out / "config.json").read_text())
+    del config["hyper"]["metric"]
+    (out / "config.json").write_text(json.dumps(config))
+    assert main([*TINY, "--out", str(out), "--resume"]) == 0
+    assert main([*TINY, "--out", str(out), "--resume", "--metric", "pullback"]) == 2
+    assert "was started with --metric score" in capsys.readouterr().err
+
+
 def test_a_killed_writer_costs_a_row_not_the_table(finished: tuple[Path, str], tmp_path: Path) -> None:
     out = tmp_path / "run"
     shutil.copytree(finished[0], out)
