@@ -131,9 +131,9 @@ def answer(name: str, updates: int, seed: int, data: Path) -> dict[str, Any]:
 
 
 def order(scales: list[float]) -> float | None:
-    """The power of c in the relative error of KL ≈ κ·c², from the two largest budgets; None if it is exact."""
+    """The power of c in the relative error of KL ≈ κ·c², at the two largest budgets; None if it is below a percent."""
     errors = [abs(budget / BUDGETS[0] * (scales[0] / c) ** 2 - 1) for budget, c in zip(BUDGETS, scales)]
-    if min(errors[-2:]) < 1e-4:
+    if min(errors[-2:]) < 1e-2:
         return None
     return math.log(errors[-1] / errors[-2]) / math.log(scales[-1] / scales[-2])
 

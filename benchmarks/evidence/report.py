@@ -80,6 +80,11 @@ def cell(numbers: Sequence[float], digits: int = 2) -> str:
     return f"{mean} ({low} to {high})" if len(numbers) > 1 else mean
 
 
+def power(numbers: Sequence[float]) -> str:
+    """The measured power, if there is an error to be measured in every seed."""
+    return cell(numbers, 1) if numbers and min(numbers) > 0 else "no error"
+
+
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -111,6 +116,13 @@ def panels(count: int, title: str) -> tuple[Any, Sequence[Axes]]:
     return figure, axes[0]
 
 
+def count_updates(ax: Axes, updates: Sequence[int]) -> None:
+    """A logarithmic axis of a flow's updates."""
+    ax.set(xscale="log", xlabel="updates")
+    ax.set_xticks(updates, [f"{n // 1000}k" for n in updates])
+    ax.minorticks_off()
+
+
 def legend(figure: Any, ax: Axes) -> None:
     figure.legend(*ax.get_legend_handles_labels(), loc="outside lower left", ncols=3, frameon=False, fontsize=8.5)
 
@@ -118,7 +130,7 @@ def legend(figure: Any, ax: Axes) -> None:
 def draw_gain(answers: Sequence[Answer]) -> tuple[str, Any]:
     updates = sorted({a["updates"] for a in answers})
     shown = [n for n in updates if n in (updates[1], updates[-1])]
-    head = ["metric", "rows a state"] + [f"{DENSITIES[name].title}, {n:,}" for name in gain.NAMES for n in shown]
+    head = ["metric", "rows a state"] + [f"{DENSITIES[name].title}, {n // 1000}k" for name in gain.NAMES for n in shown]
     rows = []
     for label, metric in METRICS.items():
         row = [f"**{metric.title}**" if label == "pullback-mean" else metric.title, f"{metric.evaluations:,}"]
@@ -136,7 +148,8 @@ def draw_gain(answers: Sequence[Answer]) -> tuple[str, Any]:
         for label in DRAWN:
             points = {n: seeds(answers, "shares", label, "of_each", density=name, updates=n) for n in updates}
             band(ax, points, METRICS[label].title, label)
-        ax.set(title=DENSITIES[name].title, xscale="log", ylim=(0, 1.03), xlabel="updates")
+        ax.set(title=DENSITIES[name].title, ylim=(0, 1.03))
+        count_updates(ax, updates)
         ax.axhline(1, color="#c9ced6", lw=0.8, zorder=0)
     legend(figure, axes[0])
     table = markdown(head, [*rows, exact])
@@ -152,7 +165,9 @@ def draw_gain(answers: Sequence[Answer]) -> tuple[str, Any]:
 def draw_kl(answers: Sequence[Answer]) -> tuple[str, Any]:
     updates = sorted({a["updates"] for a in answers})
     at = kl.BUDGETS.index(1e-2)
-    head = ["metric"] + [f"{DENSITIES[name].title}, {n:,}" for name in kl.NAMES for n in (updates[0], updates[-1])]
+    head = ["metric"] + [
+        f"{DENSITIES[name].title}, {n // 1000}k" for name in kl.NAMES for n in (updates[0], updates[-1])
+    ]
     rows = []
     for label in kl.ASKED[1:]:
         row = [f"**{METRICS[label].title}**" if label == "pullback-mean" else METRICS[label].title]
@@ -172,7 +187,7 @@ def draw_kl(answers: Sequence[Answer]) -> tuple[str, Any]:
             [f"{DENSITIES[name].title}: {METRICS[label].title}"]
             + [cell(seeds(answers, "shares", label, i, density=name, updates=last)) for i in range(len(kl.BUDGETS))]
             + [
-                cell(seeds(answers, "order", label, density=name, updates=last), 1) or "exact",
+                power(seeds(answers, "order", label, density=name, updates=last)),
                 f"{max(seeds(answers, 'folded', label, 2, density=name, updates=last), default=0):.1%}",
             ]
             for name in kl.NAMES
@@ -185,7 +200,8 @@ def draw_kl(answers: Sequence[Answer]) -> tuple[str, Any]:
             if label in DRAWN:
                 points = {n: seeds(answers, "ratios", label, at, density=name, updates=n) for n in updates}
                 band(ax, points, METRICS[label].title, label)
-        ax.set(title=DENSITIES[name].title, xscale="log", xlabel="updates")
+        ax.set_title(DENSITIES[name].title)
+        count_updates(ax, updates)
         ax.set_ylim(bottom=0)
     legend(figure, axes[0])
     return markdown(head, rows) + "\n\n" + budgets, figure
@@ -195,7 +211,7 @@ def draw_settings(answers: Sequence[Answer]) -> tuple[str, Any]:
     names = [name for name in ("gaussian-2", "gaussian-6", "mixture", "ring") if seeds(answers, "seed", density=name)]
     updates = sorted({a["updates"] for a in answers})
     labels = dict.fromkeys(label for a in answers for label in a["values"])
-    head = ["setting"] + [f"{DENSITIES[name].title}, {n:,}" for name in names for n in updates]
+    head = ["setting"] + [f"{DENSITIES[name].title}, {n // 1000}k" for name in names for n in updates]
     rows = [
         [label] + [cell(seeds(answers, "values", label, density=name, updates=n)) for name in names for n in updates]
         for label in labels
