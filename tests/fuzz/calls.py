@@ -463,7 +463,7 @@ def pullback_chain_reference(velocity: Any, cond: Tensor, action: Tensor, displa
     """Noise that is drawn is drawn as documented; ``drawn`` is the dtype in which it is."""
     drawn, bridge = options.pop("drawn"), options.pop("bridge_noise", None)
     seed, generator = options.pop("seed", None), options.pop("generator", None)
-    k = options.pop("num_samples", 4)  # ignored where noise is given
+    k = options.pop("num_samples", 2)  # ignored where noise is given
     if bridge is None:
         shape = (*displacement.shape[:-1], k, displacement.shape[-1])
         generator = torch.Generator().manual_seed(GLOBAL_SEED if generator is None else generator.initial_seed())
