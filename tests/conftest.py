@@ -48,7 +48,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture(scope="module")
 def datasets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """One folder of generated data for all runs; the first one that needs it makes it. Nothing is downloaded."""
-    import huggingface_hub
+    import huggingface_hub.constants
 
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
