@@ -104,6 +104,8 @@ def test_pullback(
 ) -> None:
     states, num_samples, obs_dim, d = size
     rows, evaluations = states * num_samples * (1 + d), STEPS
+    if variant == "ours, Fisher":
+        rows, evaluations = states * FISHER_SAMPLES, 11
     entry = Entry(
         op="flow_pullback_penalty",
         variant=variant,

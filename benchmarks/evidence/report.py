@@ -109,9 +109,10 @@ def band(ax: Axes, points: Mapping[float, Sequence[float]], label: str, key: str
     )
 
 
-def panels(count: int, title: str) -> tuple[Any, Sequence[Axes]]:
+def panels(count: int, title: str, width: float = 3.3) -> tuple[Any, Sequence[Axes]]:
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, count, figsize=(3.3 * count, 3.4), layout="constrained", squeeze=False)
+        size = width * count, 3.6
+        figure, axes = plt.subplots(1, count, figsize=size, layout="constrained", squeeze=False)
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     return figure, axes[0]
 
@@ -241,9 +242,7 @@ def draw_settings(answers: Sequence[Answer]) -> tuple[str, Any]:
 def draw_returns(answers: Sequence[Answer]) -> tuple[str, Any]:
     envs = [env for env in returns.ENVS if seeds(answers, "seed", env=env)]
     tables = []
-    figure, axes = panels(
-        len(envs), "Returns of one sample against what the refinement costs the behaviour's log-density"
-    )
+    figure, axes = panels(len(envs), "Score of one sample against what its refinement costs in log-density", width=5.2)
     for ax, env in zip(axes, envs):
         rows = []
         for variant in returns.VARIANTS:
@@ -256,7 +255,7 @@ def draw_returns(answers: Sequence[Answer]) -> tuple[str, Any]:
             where = {alpha: statistics.fmean(fall) for alpha, fall in falls.items()}
             band(ax, {where[alpha]: scores for alpha, scores in points.items()}, VARIANT_TITLES[variant], variant)
             for alpha in sorted(points):
-                row = [VARIANT_TITLES[variant], f"{alpha:g}", f"{where[alpha]:.2f}", cell(points[alpha], 1)]
+                row = [VARIANT_TITLES[variant], f"{alpha:g}", f"{where[alpha]:.3f}", cell(points[alpha], 1)]
                 chosen = [a for a in answers if (a["env"], a["variant"], a["alpha"]) == (env, variant, alpha)]
                 row += [cell([a["gain"] for a in chosen]), f"{statistics.fmean(a['mean_square'] for a in chosen):.1e}"]
                 rows.append(row)
@@ -272,7 +271,12 @@ def draw_returns(answers: Sequence[Answer]) -> tuple[str, Any]:
             color="#8a8f98",
             transform=ax.get_yaxis_transform(),
         )
-        ax.set(title=env, xscale="log", xlabel="nats lost, mean log p(a) − log p(a + δ)", ylabel="normalised score")
+        ax.set(
+            title=env,
+            xscale="log",
+            xlabel="nats lost: mean log p(a) − log p(a')",
+            ylabel="normalised score",
+        )
         head = [env, "α", "nats lost", "score of one sample", "Q gained", "‖δ‖²/d"]
         tables.append(markdown(head, rows))
     legend(figure, axes[0])
