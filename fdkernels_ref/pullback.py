@@ -9,7 +9,7 @@ from einops import einsum, rearrange, reduce, repeat
 from torch import Tensor
 
 from fdkernels_ref.flow import Velocity, integrate_flow
-from fdkernels_ref.penalty import reduce_penalty
+from fdkernels_ref.penalty import normalize_fisher, reduce_penalty
 
 
 def flow_jacobian(
@@ -79,15 +79,13 @@ def pullback_penalty(
     Returns:
         (...), or a scalar after a reduction. Differentiable in displacement and in jacobian.
     """
-    d = displacement.shape[-1]
     metric = pullback_metric(jacobian, damping=damping)
     if normalize == "trace":
-        mean_eigenvalue = einsum(metric, "... i i -> ...") / d
-        metric = metric / rearrange(mean_eigenvalue.clamp(min=eps), "... -> ... 1 1")
+        metric = normalize_fisher(metric, eps=eps)
     elif normalize != "none":
         raise ValueError(f"pullback_penalty: normalize must be 'trace' or 'none', got {normalize!r}")
     quadratic = einsum(displacement, metric, displacement, "... i, ... i j, ... j -> ...")
-    return reduce_penalty(quadratic / d, reduction)
+    return reduce_penalty(quadratic / displacement.shape[-1], reduction)
 
 
 def flow_pullback_penalty(
@@ -137,7 +135,6 @@ def flow_pullback_penalty(
     cond = repeat(cond, "... c -> ... k c", k=bridge_noise.shape[-2])
     times = [t + (1 - t) * i / num_steps for i in range(num_steps + 1)]
     _, jacobian = flow_jacobian(velocity, view, cond, method=method, time_grid=times)
-    penalty = pullback_penalty(
+    return pullback_penalty(
         displacement, (1 - t) * jacobian, damping=damping, normalize=normalize, eps=eps, reduction=reduction
     )
-    return penalty
