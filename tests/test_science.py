@@ -52,7 +52,7 @@ def test_the_best_metric_has_the_whole_share() -> None:
     covariance = question.covariance(None)
     identity = torch.eye(6, dtype=F64).expand_as(covariance)
     best = question.shares_of(torch.linalg.inv(covariance), covariance)
-    assert best == pytest.approx({"of_each": 1, "of_all": 1})
+    assert best == pytest.approx({"of_each": 1, "of_all": 1, "of_all_raw": 1})
     assert max(question.shares_of(identity, covariance).values()) < 0.5
 
 
@@ -161,7 +161,9 @@ def test_the_cross_estimate_replaces_one_score() -> None:
     k, t = 6, 0.95
     obs, noise = torch.randn(2, 2), torch.randn(2, 2)
     torch.manual_seed(3)
-    bridge, start = torch.randn(2, k, 2), torch.randn(2, k, 2)
+    bridge = torch.randn(2, k, 2)
+    torch.rand(2, k, 1)  # times, which are equal here
+    start = torch.randn(2, k, 2)
     s, b = -((1 - t) * bridge + t * start) / (1 - t), -bridge / (1 - t)
     expected = (s.mT @ b + b.mT @ s) / (2 * k) + 1e-3 * torch.eye(2)
     torch.manual_seed(3)
@@ -174,7 +176,7 @@ def fake_answers(section: str, updates: tuple[int, ...]) -> list[dict[str, Any]]
     for seed in (0, 1):
         for n in updates:
             if section == "gain":
-                shares = {label: {"of_each": 0.5, "of_all": 0.4} for label in [*METRICS, "exact"]}
+                shares = {label: {"of_each": 0.5, "of_all": 0.4, "of_all_raw": 0.3} for label in [*METRICS, "exact"]}
                 found += [{"density": d, "updates": n, "seed": seed, "shares": shares} for d in gain.NAMES]
             elif section == "kl":
                 row = {"updates": n, "seed": seed, "order": dict.fromkeys(kl.ASKED)}
@@ -223,7 +225,7 @@ def test_only_what_is_missing_is_asked(tmp_path: Path) -> None:
 
 
 def fake_answer(name: str, updates: int, seed: int, data: Path) -> dict[str, Any]:
-    shares = {label: {"of_each": 0.5, "of_all": 0.4} for label in [*METRICS, "exact"]}
+    shares = {label: {"of_each": 0.5, "of_all": 0.4, "of_all_raw": 0.3} for label in [*METRICS, "exact"]}
     return {"density": name, "updates": updates, "seed": seed, "shares": shares}
 
 

@@ -6,9 +6,9 @@ For Q(a) = g·a and a displacement δ = M⁻¹g, the gain is g·δ and the KL di
 
 which is 1 for M ∝ Σ⁻¹. ``of_each`` is its mean over states, actions of the flow and directions g. ``of_all`` has the
 expectations of the three products in their place, with each M normalised by its trace: what an agent gains whose one
-multiplier serves all states. For the mixture, Σ is that of the action's own mode, which no metric by state can match.
-½δᵀΣ⁻¹δ is the divergence of a constant shift; what a δ that varies with the action pays more is in ``kl.py``, as is the
-ring, which has no Σ.
+multiplier serves all states. ``of_all_raw`` leaves M its size. For the mixture, Σ is that of the action's own mode: no
+metric by state can match it. ½δᵀΣ⁻¹δ is the divergence of a constant shift; what a δ that varies with the action
+pays more is in ``kl.py``, as is the ring, which has no Σ.
 """
 
 from __future__ import annotations
@@ -54,14 +54,14 @@ class Question:
         return self.shares_of(metric.matrix(velocity, self.obs, self.noise), self.covariance(velocity))
 
     def shares_of(self, matrix: Tensor, covariance: Tensor) -> dict[str, float]:
-        delta, g = torch.linalg.solve(unit_trace(matrix), self.g), self.g
-        gained = (g * delta).sum(1)
-        paid = (delta * torch.linalg.solve(covariance, delta)).sum(1)
-        best = (g * (covariance @ g)).sum(1)
-        return {
-            "of_each": (gained / (paid * best).sqrt()).mean().item(),
-            "of_all": (gained.mean() / (paid.mean() * best.mean()).sqrt()).item(),
-        }
+        best = (self.g * (covariance @ self.g)).sum(1)
+        found = {}
+        for name, metric in (("of_all", unit_trace(matrix)), ("of_all_raw", matrix)):
+            delta = torch.linalg.solve(metric, self.g)
+            gained = (self.g * delta).sum(1)
+            paid = (delta * torch.linalg.solve(covariance, delta)).sum(1)
+            found[name] = (gained.mean() / (paid.mean() * best.mean()).sqrt()).item()
+        return {"of_each": (gained / (paid * best).sqrt()).mean().item(), **found}
 
 
 NAMES = ("gaussian-2", "gaussian-6", "finer", "scaled", "mixture")

@@ -33,7 +33,7 @@ def isotropic(velocity: Any, obs: Tensor, noise: Tensor) -> Tensor:
 
 def score(
     samples: int,
-    t: float,
+    t: float | tuple[float, float],
     *,
     damping: float = 1e-3,
     cross: bool = False,
@@ -42,19 +42,21 @@ def score(
 ) -> Matrix:
     """F = (1/K)·Σ_k s_k·s_kᵀ + λI at K fresh samples; ``cross`` replaces one score by −x0_k/(1 − t), symmetrised.
 
-    With ``group``, the mean of F/tr F over groups of so many samples: what an agent feels that draws a group for every
-    update.
+    A pair of times draws the time of each sample between them. With ``group``, the mean of F/tr F over groups of so
+    many samples: what an agent feels that draws a group for every update.
     """
 
     def matrix(velocity: Any, obs: Tensor, noise: Tensor) -> Tensor:
         d, rows = noise.shape[-1], []
         for part in obs.split(max(1, 32_768 // samples)):
             bridge = torch.randn(len(part), samples, d, dtype=noise.dtype)
+            low, high = t if isinstance(t, tuple) else (t, t)
+            times = low + (high - low) * torch.rand(len(part), samples, 1, dtype=noise.dtype)
             _, s = fdkernels.flow_fisher_penalty(
-                velocity, part, torch.zeros(len(part), d, dtype=noise.dtype), num_steps=STEPS, t=t, clip=None,
+                velocity, part, torch.zeros(len(part), d, dtype=noise.dtype), num_steps=STEPS, t=times, clip=None,
                 convention=convention, noise=torch.randn_like(bridge), bridge_noise=bridge, return_score=True,
             )  # fmt: skip
-            other = -bridge / (1 - t) if cross else s
+            other = -bridge / (1 - times) if cross else s
             s, other = (x.double().unflatten(1, (-1, group or samples)) for x in (s, other))
             outer = s.mT @ other / s.shape[2]
             fisher = (outer + outer.mT) / 2 + damping * torch.eye(d, dtype=torch.float64)
@@ -133,6 +135,7 @@ METRICS: dict[str, Metric] = {
     "score-mean-0.8": Metric(score(512, 0.8, group=4), "Fisher, t = 0.8, K = 4 averaged", scores(4)),
     "score": Metric(score(512, 0.95), "Fisher, t = 0.95, K = 512", scores(512)),
     "score-0.8": Metric(score(512, 0.8), "Fisher, t = 0.8, K = 512", scores(512)),
+    "score-times": Metric(score(512, (0.7, 0.98)), "Fisher, t from 0.7 to 0.98, K = 512", scores(512)),
     "velocity": Metric(score(512, 0.95, convention="velocity"), "v/(1 − t), t = 0.95, K = 512", scores(512)),
     "cross-4": Metric(score(4, 0.95, cross=True), "cross estimate, t = 0.95, one draw of K = 4", scores(4)),
     "cross": Metric(score(512, 0.95, cross=True), "cross estimate, t = 0.95, K = 512", scores(512)),

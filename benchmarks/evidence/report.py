@@ -154,12 +154,17 @@ def draw_gain(answers: Sequence[Answer]) -> tuple[str, Any]:
         ax.axhline(1, color="#c9ced6", lw=0.8, zorder=0)
     legend(figure, axes[0])
     table = markdown(head, [*rows, exact])
-    head = ["one multiplier for all states", *(DENSITIES[name].title for name in gain.NAMES)]
-    rows = [
-        [METRICS[label].title]
-        + [cell(seeds(answers, "shares", label, "of_all", density=name, updates=updates[-1])) for name in gain.NAMES]
-        for label in DRAWN
-    ]
+    head = ["one multiplier for all states: trace-normalised, raw", *(DENSITIES[name].title for name in gain.NAMES)]
+    rows = []
+    for label in ("isotropic", "score", "covariance", "path", "pullback"):
+        row = [METRICS[label].title]
+        for name in gain.NAMES:
+            shares = (
+                seeds(answers, "shares", label, kind, density=name, updates=updates[-1])
+                for kind in ("of_all", "of_all_raw")
+            )
+            row.append(", ".join(map(cell, shares)))
+        rows.append(row)
     return f"{table}\n\nAfter {updates[-1]:,} updates:\n\n{markdown(head, rows)}", figure
 
 
