@@ -10,7 +10,7 @@
     returns    the agent's returns in each metric, placed by what the behaviour's own log-density loses
 
 Answers are kept in runs/science, one file each, and what is missing is computed. Tables and pictures are drawn from
-them into docs/science.
+them into docs/science, or with --quick into runs/science/quick/report.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class Config:
     """Processes, of one thread each."""
     data: Path = Path("runs/science")
     """Where answers and trained flows are kept."""
-    out: Path = Path("docs/science")
-    """Where tables and pictures are drawn."""
+    out: Path | None = None
+    """Where tables and pictures are drawn: docs/science by default, but DATA/quick/report after --quick."""
 
 
 class Task(NamedTuple):
@@ -80,7 +80,9 @@ def main(argv: list[str] | None = None) -> int:
             partial = task.path.with_suffix(".partial")
             partial.write_text(json.dumps(answer))
             partial.rename(task.path)
-    for path in report.draw(data, config.out, config.sections):
+    # a quick run must not replace what is documented
+    out = config.out or (data / "report" if config.quick else Path("docs/science"))
+    for path in report.draw(data, out, config.sections):
         print(f"wrote {path}")
     return 0
 

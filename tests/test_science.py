@@ -213,7 +213,7 @@ def test_reports_are_drawn_from_answers(section: str, tmp_path: Path) -> None:
 
 
 def test_only_what_is_missing_is_asked(tmp_path: Path) -> None:
-    arguments = ["gain", "--quick", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "out"), "--workers", "1"]
+    arguments = ["gain", "--quick", "--data", str(tmp_path / "data"), "--workers", "1"]
     pool = mock.patch.object(science.concurrent.futures, "ProcessPoolExecutor", InProcess)
     with pool, mock.patch.object(gain, "answer", side_effect=fake_answer) as asked:
         assert science.main(arguments) == 0
@@ -221,7 +221,7 @@ def test_only_what_is_missing_is_asked(tmp_path: Path) -> None:
         next((tmp_path / "data" / "quick" / "gain").glob("*.json")).unlink()
         assert science.main(arguments) == 0
         assert asked.call_count == 11
-    assert (tmp_path / "out" / "gain.png").exists()
+    assert (tmp_path / "data" / "quick" / "report" / "gain.png").exists()  # not in docs/science
 
 
 def fake_answer(name: str, updates: int, seed: int, data: Path) -> dict[str, Any]:
