@@ -191,12 +191,15 @@ def fake_answers(section: str, updates: tuple[int, ...]) -> list[dict[str, Any]]
             found += [
                 {
                     "env": env, "seed": seed, "variant": variant, "alpha": alpha, "fall": 1 / alpha, "gain": 1.0,
-                    "mean_square": 0.1, "scores": {"sample": [1.0, 2.0], "flow": [0.5]},
+                    "mean_square": 0.1, "scores": [1.0, 2.0],
                 }
                 for env, weights in returns.WEIGHTS.items()
                 for variant in returns.VARIANTS
                 for alpha in weights
             ]  # fmt: skip
+            found += [
+                {"env": env, "seed": seed, "variant": "flow", "alpha": None, "scores": [0.5]} for env in returns.ENVS
+            ]
     return found
 
 
@@ -249,7 +252,7 @@ class InProcess:
 
 def test_returns_start_all_metrics_from_the_same_weights(tmp_path: Path) -> None:
     few = {"flow_warmup": 3, "critic_warmup": 2, "steps": 2}
-    env, described = "hopper-simple", {"scores": {"sample": [1.0], "flow": [1.0]}}
+    env, described = "hopper-simple", {"scores": [1.0]}
     seen: list[dict[str, Tensor]] = []
 
     def describe(run: Any, judge: Any) -> dict[str, Any]:

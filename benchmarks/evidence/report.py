@@ -255,7 +255,7 @@ def draw_returns(answers: Sequence[Answer]) -> tuple[str, Any]:
             falls: dict[float, list[float]] = collections.defaultdict(list)
             for a in answers:
                 if (a["env"], a["variant"]) == (env, variant):
-                    points[a["alpha"]].append(statistics.fmean(a["scores"]["sample"]))
+                    points[a["alpha"]].append(statistics.fmean(a["scores"]))
                     falls[a["alpha"]].append(a["fall"])
             where = {alpha: statistics.fmean(fall) for alpha, fall in falls.items()}
             band(ax, {where[alpha]: scores for alpha, scores in points.items()}, VARIANT_TITLES[variant], variant)
@@ -264,7 +264,7 @@ def draw_returns(answers: Sequence[Answer]) -> tuple[str, Any]:
                 chosen = [a for a in answers if (a["env"], a["variant"], a["alpha"]) == (env, variant, alpha)]
                 row += [cell([a["gain"] for a in chosen]), f"{statistics.fmean(a['mean_square'] for a in chosen):.1e}"]
                 rows.append(row)
-        flow = [statistics.fmean(a["scores"]["flow"]) for a in answers if a["env"] == env]
+        flow = [statistics.fmean(a["scores"]) for a in answers if (a["env"], a["variant"]) == (env, "flow")]
         ax.axhline(statistics.fmean(flow), color="#c9ced6", lw=1, zorder=0)
         ax.text(
             0.99,

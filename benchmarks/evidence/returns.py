@@ -20,10 +20,11 @@ from torch import Tensor
 
 import fdkernels
 from benchmarks.evidence.likelihood import log_prob
+from train.acting import Acting
 from train.data.load import load_dataset
 from train.data.transitions import Batch
 from train.environments import resolve
-from train.evaluate import evaluate
+from train.evaluate import player, run_episodes
 from train.loop import Run
 from train.presets import preset_config
 
@@ -83,6 +84,13 @@ def warmed_up(env: str, seed: int, folder: Path, quick: bool) -> dict[str, Tenso
     return torch.load(path)
 
 
+def flow_answer(env: str, seed: int, folder: Path, quick: bool) -> dict[str, Any]:
+    """The score of the behaviour flow alone: FiDec before its displacement has learned anything."""
+    run = start(env, seed, folder, quick, lagrange=False)
+    run.learner.load_state_dict(warmed_up(env, seed, folder, quick))
+    return {"env": env, "seed": seed, "variant": "flow", "alpha": None, "scores": play(run)}
+
+
 def answer(env: str, seed: int, variant: str, alpha: float, folder: Path, quick: bool) -> dict[str, Any]:
     run = start(env, seed, folder, quick, lagrange=False, freeze_critic_after=0, alpha=alpha, **VARIANTS[variant])
     judge = start(env, seed + 1, folder, quick, lagrange=False)
@@ -96,6 +104,8 @@ def answer(env: str, seed: int, variant: str, alpha: float, folder: Path, quick:
 
 def tasks(data: Path, seed: int, updates: tuple[int, ...], quick: bool) -> Iterator[tuple[Path, Any, tuple[Any, ...]]]:
     folder = data / "returns"
+    for env in ENVS:
+        yield folder / f"{env}-seed{seed}-flow.json", flow_answer, (env, seed, folder, quick)
     for i in range(2 if quick else 4):
         for variant in VARIANTS:
             for env, weights in WEIGHTS.items():
@@ -114,16 +124,21 @@ def describe(run: Run, judge: fdkernels.VelocityMLP) -> dict[str, Any]:
     refined = agent.refine(obs, action)
     fall = log_prob(judge, obs, action) - log_prob(judge, obs, refined)
     gain = agent.critic(obs, refined).mean(0) - agent.critic(obs, action).mean(0)
-    config = run.config
-    seed = 1_000_000 * (config.seed + 1)
-    returns = evaluate(agent, run.spec.env_id, config.acts, episodes=config.eval_episodes * 2, seed=seed)
-    scale = run.spec.expert_return - run.spec.random_return
     return {
-        "env": config.env,
-        "seed": config.seed,
-        "scores": {name: (100 * (rows - run.spec.random_return) / scale).tolist() for name, rows in returns.items()},
+        "env": run.config.env,
+        "seed": run.config.seed,
+        "scores": play(run),
         "fall": fall.mean().item(),
         "fall_median": fall.median().item(),
         "gain": gain.mean().item(),
         "mean_square": (refined - action).square().mean().item(),
     }
+
+
+def play(run: Run) -> list[float]:
+    """Normalised scores of one sample of the policy, over episodes that are the same for all variants."""
+    seed = 1_000_000 * (run.config.seed + 1)
+    policy = player(run.members[0].agent, Acting("sample"), seed)
+    returns = run_episodes(run.spec.env_id, policy, episodes=2 * run.config.eval_episodes, seed=seed)
+    scale = run.spec.expert_return - run.spec.random_return
+    return (100 * (returns - run.spec.random_return) / scale).tolist()
