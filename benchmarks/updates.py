@@ -99,7 +99,6 @@ def dataset(obs_dim: int, action_dim: int) -> OfflineDataset:
         next_observations=column(obs_dim),
         masks=(column() > -2).float(),
         next_actions=column(action_dim).clamp(-1, 1),
-        episode_returns=np.zeros(1),
     ).to(DEVICE)
 
 

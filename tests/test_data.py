@@ -20,14 +20,13 @@ import minari
 import numpy as np
 import pytest
 import torch
-from minari import EpisodeData
-from minari.data_collector import EpisodeBuffer
 
 from train.behaviour import rollout
 from train.behaviour.policy import BehaviourPolicy
 from train.data import generated, hosted, minari_cache
+from train.data.episode import BadEpisode, Episode, check_episodes
 from train.data.load import load_dataset
-from train.data.spec import DatasetUnavailable, normalized_score
+from train.data.spec import DatasetUnavailable
 from train.data.transitions import Batch, OfflineDataset
 from train.environments import resolve
 
@@ -77,15 +76,13 @@ def random_policy(obs: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return rng.uniform(-1, 1, (len(obs), 6 if obs.shape[1] == 17 else ACTIONS)).astype(np.float32)
 
 
-def episode(steps: int, *, terminated: bool, first: float = 0.0) -> EpisodeBuffer:
+def episode(steps: int, *, terminated: bool, first: float = 0.0) -> Episode:
     """An episode whose numbers tell their position: o_i = first + i, r_i = 10 o_i, a_i = o_i / 1000."""
-    last = np.arange(steps) == steps - 1
-    return EpisodeBuffer(
+    return Episode(
         observations=first + np.arange(steps + 1.0)[:, None],
         actions=(first + np.arange(steps))[:, None] / 1000,
         rewards=10 * (first + np.arange(steps)),
-        terminations=last & terminated,
-        truncations=last & (not terminated),
+        masks=np.arange(steps) < steps - terminated,
     )
 
 
@@ -137,7 +134,7 @@ def test_transitions_stay_within_their_episode() -> None:
     torch.testing.assert_close(dataset.actions.squeeze(1), torch.tensor([0, 1, 2, 100, 101]) / 1000)
     torch.testing.assert_close(dataset.next_actions.squeeze(1), torch.tensor([1, 2, 2, 101, 101]) / 1000)
     assert dataset.masks.tolist() == [1, 1, 0, 1, 1], "only a true termination masks the next value"
-    assert dataset.episode_returns.tolist() == [30, 2010]
+    assert dataset.outcomes.returns.tolist() == [30, 2010]
     assert {column.dtype for column in dataset.sample(2)} == {torch.float32}
 
 
@@ -152,14 +149,23 @@ def test_targets_over_several_steps() -> None:
     assert torch.equal(three.actions, dataset.actions)
     one = dataset.n_step(1, discount=0.5)
     assert all(torch.equal(getattr(one, name), getattr(dataset, name)) for name in Batch._fields)
-    assert dataset.to("meta").n_step(3, discount=0.5).rewards.device.type == "meta", "it stays where it is"
+    moved = dataclasses.replace(dataset.to("meta"), masks=dataset.masks)  # which steps there are depends on the masks
+    assert moved.n_step(3, discount=0.5).rewards.device.type == "meta", "it stays where it is"
     with pytest.raises(ValueError, match="n_step: episode_lengths must add up to 7 transitions, got 0"):
         dataclasses.replace(dataset, episode_lengths=np.zeros(0, int)).n_step(2, 0.5)
 
 
+def test_targets_stop_where_a_goal_is_reached_within_an_episode() -> None:
+    reached = episode(5, terminated=False)._replace(masks=np.array([1, 1, 0, 1, 1], bool))
+    three = OfflineDataset.from_episodes([reached, reached]).n_step(3, discount=0.5)
+    assert three.rewards.tolist() == [0 + 5 + 5, 10 + 10, 20, 30 + 20, 40] * 2
+    assert three.next_observations.squeeze(1).tolist() == [3, 3, 3, 5, 5] * 2
+    assert three.masks.tolist() == [0, 0, 0, 0.5, 1] * 2
+
+
 def test_masks_of_a_terminating_environment() -> None:
     played = list(rollout.collect("Hopper-v5", random_policy, episodes=6, seed=0))
-    dataset = OfflineDataset.from_episodes(played)
+    dataset = OfflineDataset.from_episodes([minari_cache.as_episode(e) for e in played])
     ends = np.cumsum([len(e) for e in played]) - 1
     assert np.flatnonzero(dataset.masks.numpy() == 0).tolist() == ends.tolist()
     for end, e in zip(ends, played):
@@ -167,13 +173,7 @@ def test_masks_of_a_terminating_environment() -> None:
 
 
 def test_actions_are_clipped_into_the_open_interval() -> None:
-    e = EpisodeBuffer(
-        observations=np.zeros((4, 1)),
-        actions=np.array([[-1.0], [0.25], [1.0]]),
-        rewards=np.zeros(3),
-        terminations=np.zeros(3, bool),
-        truncations=np.zeros(3, bool),
-    )
+    e = Episode(np.zeros((4, 1)), np.array([[-1.0], [0.25], [1.0]]), np.zeros(3), np.ones(3, bool))
     actions = OfflineDataset.from_episodes([e]).actions
     torch.testing.assert_close(actions, torch.tensor([[-1 + 1e-5], [0.25], [1 - 1e-5]]), rtol=0, atol=1e-7)
     assert torch.atanh(actions).isfinite().all()
@@ -262,33 +262,33 @@ def test_generated_dataset_is_a_minari_dataset_with_its_history(policies) -> Non
     assert any(requirement.startswith("mujoco==") for requirement in metadata["requirements"])
     seeds = [e["seed"] for e in stored.storage.get_episode_metadata(range(5))]
     assert len(set(seeds)) == 5
-    scores = minari.get_normalized_score(stored, dataset.episode_returns)
-    np.testing.assert_allclose(100 * scores, normalized_score(HOPPER, dataset.episode_returns))
+    scores = minari.get_normalized_score(stored, dataset.outcomes.returns)
+    np.testing.assert_allclose(100 * scores, HOPPER.scoring(dataset.outcomes))
 
 
 def test_sizes_do_not_clash(policies) -> None:
     default = load_dataset(HOPPER, policies=policies, download=False)
     full = load_dataset(HOPPER, policies=policies, download=False, size="full")
-    assert (len(default.episode_returns), len(full.episode_returns)) == (5, 9)
+    assert (len(default.outcomes.returns), len(full.outcomes.returns)) == (5, 9)
 
 
 def test_medium_expert_is_both(policies) -> None:
     medium = load_dataset(HOPPER, policies=policies, download=False)
     expert = load_dataset(resolve("hopper-expert"), policies=policies, download=False)
     both = load_dataset(HOPPER_BOTH, policies=policies, download=False)
-    assert len(both.episode_returns) == 10
+    assert len(both.outcomes.returns) == 10
     for column in Batch._fields:
         assert torch.equal(getattr(both, column), torch.cat([getattr(medium, column), getattr(expert, column)])), column
     assert len(both.source) == 3
-    assert f"{len(medium):,} transitions, mean return {medium.episode_returns.mean():,.0f}" in both.source[1]
-    assert f"{len(expert):,} transitions, mean return {expert.episode_returns.mean():,.0f}" in both.source[2]
+    assert f"{len(medium):,} transitions, mean return {medium.outcomes.returns.mean():,.0f}" in both.source[1]
+    assert f"{len(expert):,} transitions, mean return {expert.outcomes.returns.mean():,.0f}" in both.source[2]
 
 
 def test_hosted_data_is_downloaded_then_cached(policies, monkeypatch) -> None:
     asked = host(monkeypatch, policies, {MEDIUM: 4, EXPERT: 6})
     both = load_dataset(HOPPER_BOTH)
     assert asked == [MEDIUM, EXPERT] == list(both.dataset_ids)
-    assert len(both.episode_returns) == 10
+    assert len(both.outcomes.returns) == 10
     assert all("downloaded now" in line for line in both.source)
     again = load_dataset(HOPPER_BOTH)
     assert asked == [MEDIUM, EXPERT], "downloaded twice"
@@ -297,7 +297,7 @@ def test_hosted_data_is_downloaded_then_cached(policies, monkeypatch) -> None:
 
 def test_hosted_and_generated_parts_are_not_mixed(policies, monkeypatch) -> None:
     host(monkeypatch, policies, {MEDIUM: 4})
-    assert len(load_dataset(HOPPER).episode_returns) == 4
+    assert len(load_dataset(HOPPER).outcomes.returns) == 4
     both = load_dataset(HOPPER_BOTH, policies=policies)  # the expert part is not hosted, which raises KeyError
     assert all(dataset_id.startswith("fdkernels/") for dataset_id in both.dataset_ids)
     assert "failed (KeyError" in both.source[0]
@@ -308,7 +308,7 @@ def test_interrupted_download_is_completed(cache, policies, monkeypatch) -> None
     partial = cache / MEDIUM / "data"
     partial.mkdir(parents=True)
     (partial / "metadata.json").write_text(json.dumps({"total_episodes": 4}))
-    assert len(load_dataset(HOPPER).episode_returns) == 4
+    assert len(load_dataset(HOPPER).outcomes.returns) == 4
     assert asked == [MEDIUM]
 
 
@@ -409,11 +409,69 @@ def test_damaged_hosted_data_is_refused_by_its_folder(cache, policies, monkeypat
     assert str(folder) in str(error.value)
 
 
-def test_episode_without_its_last_observation_is_refused(policies, monkeypatch) -> None:
-    load_dataset(HOPPER, policies=policies, download=False)
-    monkeypatch.setattr(EpisodeData, "__len__", lambda e: len(e.rewards) + 1)
-    with pytest.raises(minari_cache.Unreadable, match="last observation"):
-        minari_cache.read("fdkernels/hopper/medium-5ep-v0")
+def bad_episodes() -> dict[str, tuple[Episode, str]]:
+    good = episode(4, terminated=True)
+    observations, actions, rewards, masks, _ = good
+
+    def with_one(column: np.ndarray, value: float) -> np.ndarray:
+        changed = column.copy()
+        changed.flat[2] = value
+        return changed
+
+    return {
+        "an observation is missing": (good._replace(observations=observations[:-1]), r"observations of shape \(4, 1\)"),
+        "a reward is missing": (good._replace(rewards=rewards[1:]), r"rewards of shape \(3,\), and \(4,\) would fit"),
+        "a mask is missing": (good._replace(masks=masks[1:]), r"masks of shape \(3,\)"),
+        "wider observations": (good._replace(observations=np.zeros((5, 2))), r"observations of shape \(5, 2\)"),
+        "wider actions": (good._replace(actions=np.zeros((4, 3))), r"actions of shape \(4, 3\)"),
+        "flat actions": (good._replace(actions=np.zeros(4)), r"actions of shape \(4,\)"),
+        "no steps": (Episode(np.zeros((1, 1)), np.zeros((0, 1)), np.zeros(0), np.zeros(0, bool)), "no steps"),
+        "NaN observation": (good._replace(observations=with_one(observations, np.nan)), r"nan in its observations.*2"),
+        "NaN action": (good._replace(actions=with_one(actions, np.nan)), "nan in its actions"),
+        "infinite reward": (good._replace(rewards=with_one(rewards, np.inf)), r"inf in its rewards, at \(2,\)"),
+        "too large an action": (good._replace(actions=with_one(actions, -1.01)), r"action -1.01 outside.*at \(2, 0\)"),
+    }
+
+
+@pytest.mark.parametrize("what", bad_episodes())
+def test_bad_episodes_are_refused_by_number(what: str) -> None:
+    bad, message = bad_episodes()[what]
+    good = episode(3, terminated=False)
+    check_episodes([good, good])
+    with pytest.raises(BadEpisode, match=f"^episode 1 has .*{message}"):
+        check_episodes([good, bad, good])
+    if "wide" not in what:  # the first episode says how wide they are
+        with pytest.raises(BadEpisode, match=r"^episode 0 has"):
+            check_episodes([bad])
+
+
+def test_no_episodes_are_refused() -> None:
+    with pytest.raises(BadEpisode, match="no episodes"):
+        check_episodes([])
+
+
+def test_a_bad_dataset_is_refused_by_name(policies, monkeypatch) -> None:
+    def spoilt(dataset_id: str, read=minari_cache.read) -> list[Episode]:
+        first, *others = read(dataset_id)
+        return [first, *(e._replace(rewards=np.full_like(e.rewards, np.nan)) for e in others)]
+
+    monkeypatch.setattr(minari_cache, "read", spoilt)
+    with pytest.raises(DatasetUnavailable, match=r"^fdkernels/hopper/medium-5ep-v0 .*episode 1 has nan in its rewards"):
+        load_dataset(HOPPER, policies=policies, download=False)
+
+
+@pytest.mark.parametrize(("flags", "message"), [("none", "has no end"), ("middle", "goes on after it terminated")])
+def test_episodes_without_an_end_are_refused(policies, monkeypatch, flags: str, message: str) -> None:
+    dataset = load_dataset(HOPPER, policies=policies, download=False)
+    made = minari.load_dataset(dataset.dataset_ids[0])
+    stored = [e for e in made]
+    terminations = np.zeros(len(stored[2].rewards), bool)
+    terminations[1 if flags == "middle" else []] = True
+    truncations = np.arange(len(terminations)) == (len(terminations) - 1 if flags == "middle" else -1)
+    stored[2] = dataclasses.replace(stored[2], terminations=terminations, truncations=truncations)
+    monkeypatch.setattr(minari, "load_dataset", lambda dataset_id: stored)
+    with pytest.raises(minari_cache.Unreadable, match=f"episode 2 {message}"):
+        minari_cache.read(dataset.dataset_ids[0])
 
 
 KILLED_HALF_WAY = """
@@ -445,7 +503,7 @@ def test_a_kill_while_generating_leaves_nothing_behind(cache, policies) -> None:
     assert minari.list_local_datasets() == {}
     dataset = load_dataset(HOPPER, policies=policies, download=False)
     assert "generated now" in dataset.source[1]
-    assert len(dataset.episode_returns) == 5
+    assert len(dataset.outcomes.returns) == 5
     assert len(list(cache.rglob("main_data.hdf5"))) == 1, "the killed run's half is still there"
 
 

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from train import environments
+from train.data.episode import Outcomes
 from train.data.generated import Rollouts
 from train.data.hosted import Hosted
-from train.data.spec import normalized_score
+from train.data.spec import SuccessRate
 from train.environments import ENVIRONMENTS, UnknownEnvironment, resolve
 from train.simulator import make_vector_env
 
@@ -69,11 +70,14 @@ def test_unknown_name_says_how_to_list_all() -> None:
     ],
 )
 def test_normalized_score_is_d4rls(name: str, random: float, expert: float) -> None:
-    spec = resolve(name)
-    assert normalized_score(spec, random) == pytest.approx(0, abs=1e-9)
-    assert normalized_score(spec, expert) == pytest.approx(100)
-    half = normalized_score(spec, np.array([random, (random + expert) / 2, 2 * expert - random]))
-    np.testing.assert_allclose(half, [0, 50, 200], atol=1e-9)
+    scoring = resolve(name).scoring
+    returns = np.array([random, (random + expert) / 2, expert, 2 * expert - random])
+    np.testing.assert_allclose(scoring(Outcomes(returns, np.zeros(4, bool))), [0, 50, 100, 200], atol=1e-9)
+
+
+def test_success_rate_counts_episodes_that_reach_the_goal() -> None:
+    scores = SuccessRate()(Outcomes(np.array([-200.0, -7.0, -80.0]), np.array([False, True, True])))
+    assert scores.tolist() == [0, 100, 100]
 
 
 def test_mujoco_is_quiet(tmp_path, monkeypatch, capfd, recwarn) -> None:

@@ -7,10 +7,10 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
-from minari.data_collector import EpisodeBuffer
 
 from train.data import locomotion, mixed
-from train.data.spec import EnvSpec, Part, Source, Wanted, normalized_score
+from train.data.episode import Episode
+from train.data.spec import EnvSpec, Part, Source, Wanted
 from train.environments import ENVIRONMENTS, resolve
 
 WIDTHS = {"hopper": 3, "halfcheetah": 6, "walker2d": 6}
@@ -22,7 +22,7 @@ def test_names() -> None:
     assert set(names) < set(ENVIRONMENTS)
     plain, changed = resolve("hopper-medium"), resolve("mixed-hopper-medium")
     assert [str(source) for source in changed.sources] == [f"{source}, in mixed actions" for source in plain.sources]
-    assert normalized_score(changed, 100.0) == normalized_score(plain, 100.0)
+    assert changed.scoring == plain.scoring
 
 
 @pytest.mark.parametrize("d", [1, 3, 6, 17])
@@ -93,10 +93,8 @@ class Given(Source):
 def test_data_are_the_plain_ones_in_mixed_actions() -> None:
     """Actions are W⁻¹·u in float32 and within the bounds; the rest is passed on as the plain source gives it."""
     rng, wanted, plain = np.random.default_rng(0), None, resolve("hopper-medium")
-    episode = EpisodeBuffer(
-        observations=rng.standard_normal((8, 11)), actions=rng.uniform(-1, 1, (7, 3)).astype(np.float32),
-        rewards=rng.standard_normal(7), terminations=np.arange(7) == 6, truncations=np.zeros(7, bool),
-    )  # fmt: skip
+    actions = rng.uniform(-1, 1, (7, 3)).astype(np.float32)
+    episode = Episode(rng.standard_normal((8, 11)), actions, rng.standard_normal(7), np.arange(7) != 6)
     given = Given(episode)
     source = mixed.Mixed(given, plain)
     (part,) = source.load(resolve("mixed-hopper-medium"), wanted)  # type: ignore[arg-type]
@@ -109,7 +107,7 @@ def test_data_are_the_plain_ones_in_mixed_actions() -> None:
     assert changed.actions.dtype == np.float32
     assert np.abs(changed.actions).max() <= 1
     np.testing.assert_allclose(changed.actions @ mixed.mixing(3).T, episode.actions, atol=1e-6)
-    for column in ("observations", "rewards", "terminations"):
+    for column in ("observations", "rewards", "masks"):
         np.testing.assert_array_equal(getattr(changed, column), getattr(episode, column))
 
 

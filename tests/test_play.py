@@ -49,7 +49,7 @@ def test_plays_what_was_trained(agent: str, tmp_path: Path, capsys: pytest.Captu
         assert play.main([str(run), "--episodes", "2", "--seed", "7", *options]) == 0
         printed = capsys.readouterr().out.splitlines()
         returns = evaluate(policy.agent, "Hopper-v5", acting, episodes=2, seed=7)["policy"]
-        assert [line.split()[1] for line in printed[1:3]] == [f"{value:,.0f}" for value in returns]
+        assert [line.split()[1] for line in printed[1:3]] == [f"{value:,.0f}" for value in returns.returns]
         assert printed[3].startswith(f"{acting} in Hopper-v5: score ")
 
 

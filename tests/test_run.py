@@ -474,7 +474,10 @@ def test_returns_are_those_of_whole_episodes() -> None:
         return np.zeros((len(obs), 3))
 
     # Hopper falls over, and what happens after that must not count
-    returns = run_episodes("Hopper-v5", still, episodes=3, seed=5)
-    alone = [run_episodes("Hopper-v5", still, episodes=1, seed=5 + i)[0] for i in range(3)]
+    returns, successes = run_episodes("Hopper-v5", still, episodes=3, seed=5)
+    alone = [run_episodes("Hopper-v5", still, episodes=1, seed=5 + i).returns[0] for i in range(3)]
     np.testing.assert_allclose(returns, alone)
     assert len(set(returns)) == 3
+    assert not successes.any(), "Hopper reports no success"
+    again = run_episodes("Hopper-v5", still, episodes=3, seed=5)
+    np.testing.assert_array_equal(again.returns, returns, "the kept environments remember something")

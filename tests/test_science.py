@@ -281,4 +281,6 @@ def small_data(spec: Any) -> OfflineDataset:
     obs, next_obs = torch.randn(2, 300, 11, generator=generator)
     actions, next_actions = torch.rand(2, 300, 3, generator=generator) * 2 - 1
     rewards = torch.randn(300, generator=generator)
-    return OfflineDataset(obs, actions, rewards, next_obs, torch.ones(300), next_actions, np.zeros(3), np.full(3, 100))
+    return OfflineDataset(
+        obs, actions, rewards, next_obs, torch.ones(300), next_actions, episode_lengths=np.full(3, 100)
+    )

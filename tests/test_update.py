@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -37,7 +36,7 @@ def dataset(dtype: torch.dtype = torch.float32) -> OfflineDataset:
     obs, next_obs = (torch.randn(200, OBS, generator=generator, dtype=dtype) for _ in range(2))
     actions, next_actions = (torch.rand(200, ACTIONS, generator=generator, dtype=dtype) * 2 - 1 for _ in range(2))
     rewards = torch.randn(200, generator=generator, dtype=dtype)
-    return OfflineDataset(obs, actions, rewards, next_obs, torch.ones_like(rewards), next_actions, np.zeros(1))
+    return OfflineDataset(obs, actions, rewards, next_obs, torch.ones_like(rewards), next_actions)
 
 
 class Training:

@@ -1,4 +1,4 @@
-"""Undiscounted returns of a policy in vectorised environments."""
+"""Returns and successes of a policy in vectorised environments."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import torch
 
 from train.acting import Acting, Policy, flow_alone
 from train.agents.base import Agent
-from train.simulator import make_vector_env
+from train.data.episode import Outcomes
+from train.simulator import kept_vector_env
 
 ROLES = ("policy", "sample", "flow")
 """The policy under the run's acting rule; one sample of the policy; the behaviour flow alone (δ = 0)."""
 
 
-def run_episodes(env_id: str, policy: Callable[[np.ndarray], np.ndarray], *, episodes: int, seed: int) -> np.ndarray:
+def run_episodes(env_id: str, policy: Callable[[np.ndarray], np.ndarray], *, episodes: int, seed: int) -> Outcomes:
     """Play whole episodes side by side, each from its own seed.
 
     Args:
@@ -23,33 +24,28 @@ def run_episodes(env_id: str, policy: Callable[[np.ndarray], np.ndarray], *, epi
         policy: maps observations (episodes, obs_dim) to actions (episodes, action_dim).
         episodes: number of episodes, all stepped together.
         seed: episode i starts from ``seed + i``.
-
-    Returns:
-        The return of each episode, (episodes,) float64.
     """
-    envs = make_vector_env(env_id, episodes)
-    try:
-        obs, _ = envs.reset(seed=seed)
-        returns, running = np.zeros(episodes), np.ones(episodes, dtype=bool)
-        while running.any():
-            obs, reward, terminated, truncated, _ = envs.step(policy(obs))
-            returns += np.where(running, reward, 0.0)
-            running &= ~(terminated | truncated)
-    finally:
-        envs.close()
-    return returns
+    envs = kept_vector_env(env_id, episodes)
+    obs, _ = envs.reset(seed=seed)
+    returns, successes, running = np.zeros(episodes), np.zeros(episodes, bool), np.ones(episodes, bool)
+    while running.any():
+        obs, reward, terminated, truncated, info = envs.step(policy(obs))
+        returns += np.where(running, reward, 0.0)
+        successes |= running & np.asarray(info.get("success", successes), bool)
+        running &= ~(terminated | truncated)
+    return Outcomes(returns, successes)
 
 
-def evaluate(agent: Agent, env_id: str, acting: Acting, *, episodes: int, seed: int) -> dict[str, np.ndarray]:
-    """Returns of each of the `ROLES` from the same initial states; the last two also share their noise."""
+def evaluate(agent: Agent, env_id: str, acting: Acting, *, episodes: int, seed: int) -> dict[str, Outcomes]:
+    """What each of the `ROLES` achieves from the same initial states; the last two also share their noise."""
 
-    def returns(acting: Acting, act: Policy | None = None) -> np.ndarray:
+    def play(acting: Acting, act: Policy | None = None) -> Outcomes:
         return run_episodes(env_id, player(agent, acting, seed, act), episodes=episodes, seed=seed)
 
     one = Acting("sample")
-    of_sample = returns(one)
-    of_policy = of_sample if acting.rule == "sample" else returns(acting)
-    return {"policy": of_policy, "sample": of_sample, "flow": returns(one, flow_alone)}
+    of_sample = play(one)
+    of_policy = of_sample if acting.rule == "sample" else play(acting)
+    return {"policy": of_policy, "sample": of_sample, "flow": play(one, flow_alone)}
 
 
 def player(agent: Agent, acting: Acting, seed: int, act: Policy | None = None) -> Callable[[np.ndarray], np.ndarray]:

@@ -46,7 +46,7 @@ class Member:
     def evaluate(self, step: int, *, last: bool) -> dict[str, dict[str, Any]]:
         """Play episodes, write a row for each of the `ROLES`, and redraw the curve."""
         config, spec = self.config, self.result.spec
-        returns = evaluate(
+        played = evaluate(
             self.agent,
             spec.env_id,
             config.acts,
@@ -54,7 +54,7 @@ class Member:
             # the same initial states at every evaluation, but others for another seed
             seed=1_000_000 * (config.seed + 1),
         )
-        rows = self.result.add(step, returns)
+        rows = self.result.add(step, played)
         for row in rows.values():
             self.record.add_evaluation(row)
         draw_curve(config.folder, config, self.result.dataset_score, spec.score_label)

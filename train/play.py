@@ -18,7 +18,7 @@ import tyro
 
 from train.acting import FOR_REFINING_AGENTS, Acting, RuleName
 from train.agents.hyperparameters import require
-from train.data.spec import EnvSpec, normalized_score
+from train.data.spec import EnvSpec
 from train.environments import UnknownEnvironment, resolve
 from train.evaluate import player, run_episodes
 from train.outputs.policy import PolicyError, load_policy
@@ -111,11 +111,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         def act() -> Callable[[np.ndarray], np.ndarray]:
             return player(policy.agent, acting, config.seed)
 
-        returns = run_episodes(spec.env_id, act(), episodes=config.episodes, seed=config.seed)
+        outcomes = run_episodes(spec.env_id, act(), episodes=config.episodes, seed=config.seed)
+        score = spec.scoring(outcomes)
         print(f"{'episode':>8}{'return':>10}{'score':>8}")
-        for i, value in enumerate(returns):
-            print(f"{i:>8}{value:>10,.0f}{normalized_score(spec, float(value)):>8.1f}")
-        score = normalized_score(spec, returns)
+        for i, row in enumerate(zip(outcomes.returns, score)):
+            print("{:>8}{:>10,.0f}{:>8.1f}".format(i, *row))
         sem = score.std(ddof=1) / len(score) ** 0.5 if len(score) > 1 else 0.0
         print(f"{acting} in {spec.env_id}: score {score.mean():.1f} ± {sem:.1f}")
         if config.record is not None:

@@ -93,7 +93,8 @@ class RunConfig:
     checkpoint_every: int = 50_000
     """Updates between checkpoints; one is also written after each stage and on Ctrl-C."""
     dataset_size: Size = "default"
-    """Size of generated data: 100 or 1,000 episodes per behaviour policy. Downloaded data are always whole."""
+    """Size of generated data: 100 (default) or 1,000 (full) episodes per behaviour policy, or a number of them.
+    Downloaded data are always whole."""
     standardize_observations: bool = False
     """Shift and scale observations by the dataset's mean and standard deviation."""
     scale_rewards: bool = False
@@ -117,6 +118,8 @@ class RunConfig:
         )
         for name in (*counts, "eval_every", "log_every", "checkpoint_every"):
             require(name, getattr(self, name), (value := getattr(self, name)) is None or value > 0, "positive")
+        size = self.dataset_size
+        require("dataset_size", size, isinstance(size, str) or size > 0, "default, full or a positive number")
         allowed = self.acting not in FOR_REFINING_AGENTS or AGENTS[self.agent].refines
         require("acting", self.acting, allowed, f"a rule without refinement for {self.agent}")
         require("discount", self.hyper.discount, self.hyper.discount < 1 or not self.center_critics, "below 1 here")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 
 import gymnasium as gym
@@ -14,6 +15,13 @@ def make_vector_env(env_id: str, num_envs: int, autoreset_mode: AutoresetMode = 
     return gym.make_vec(
         env_id, num_envs=num_envs, vectorization_mode="sync", vector_kwargs={"autoreset_mode": autoreset_mode}
     )
+
+
+@functools.lru_cache(maxsize=2)
+def kept_vector_env(env_id: str, num_envs: int) -> VectorEnv:
+    """The same environments again for each evaluation: some take seconds to make. Resetting them with a seed leaves
+    nothing of the last use. Two sizes are kept, that of interim evaluations and that of the final one."""
+    return make_vector_env(env_id, num_envs)
 
 
 def _on_mujoco_warning(message: str) -> None:

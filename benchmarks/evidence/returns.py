@@ -139,6 +139,5 @@ def play(run: Run) -> list[float]:
     """Normalised scores of one sample of the policy, over episodes that are the same for all variants."""
     seed = 1_000_000 * (run.config.seed + 1)
     policy = player(run.members[0].agent, Acting("sample"), seed)
-    returns = run_episodes(run.spec.env_id, policy, episodes=2 * run.config.eval_episodes, seed=seed)
-    scale = run.spec.expert_return - run.spec.random_return
-    return (100 * (returns - run.spec.random_return) / scale).tolist()
+    outcomes = run_episodes(run.spec.env_id, policy, episodes=2 * run.config.eval_episodes, seed=seed)
+    return run.spec.scoring(outcomes).tolist()

@@ -46,7 +46,7 @@ class Training:
         obs, next_obs = (torch.randn(500, 5, generator=generator) for _ in range(2))
         actions, next_actions = (torch.rand(500, 3, generator=generator) * 2 - 1 for _ in range(2))
         rewards, masks = torch.randn(500, generator=generator), torch.ones(500)
-        self.data = OfflineDataset(obs, actions, rewards, next_obs, masks, next_actions, np.zeros(1)).to(DEVICE)
+        self.data = OfflineDataset(obs, actions, rewards, next_obs, masks, next_actions).to(DEVICE)
         self.agents = [self._agent(name, seed) for seed in range(num_seeds)]
         self.learner: Learner = self.agents[0] if num_seeds == 1 else SeedGroup(self.agents)
         self.optimizer = self.learner.make_optimizer()

@@ -16,7 +16,7 @@ from minari.dataset.minari_storage import MinariStorage
 from tqdm import tqdm
 
 from train.behaviour.policy import BehaviourPolicy, policy_note
-from train.data.spec import EnvSpec
+from train.data.spec import EnvSpec, NormalizedReturn
 from train.simulator import make_vector_env
 
 Policy = Callable[[np.ndarray, np.random.Generator], np.ndarray]
@@ -88,6 +88,7 @@ def store_rollouts(folder: Path, dataset_id: str, spec: EnvSpec, policy_file: Pa
 
     Minari's own writers derive the folder from the id. Here the caller chooses it, to write it elsewhere and rename it.
     """
+    assert isinstance(spec.scoring, NormalizedReturn), "the behaviour policies are scored by their returns"
     seed = zlib.crc32(dataset_id.encode())  # no two datasets share their initial states
     env = gym.make(spec.env_id)
     obs_shape = env.observation_space.shape
@@ -106,8 +107,8 @@ def store_rollouts(folder: Path, dataset_id: str, spec: EnvSpec, policy_file: Pa
             "algorithm_name": "SAC",
             "description": f"Rollouts of the behaviour policy {policy_file.stem}, made by train/behaviour/rollout.py.",
             "requirements": [f"mujoco=={mujoco.__version__}", f"gymnasium=={gym.__version__}"],
-            "ref_min_score": spec.random_return,
-            "ref_max_score": spec.expert_return,
+            "ref_min_score": spec.scoring.random,
+            "ref_max_score": spec.scoring.expert,
             "seed": seed,
             "policy": policy_note(policy_file),
         }

@@ -238,7 +238,7 @@ def main(config: SACConfig) -> None:
 
 def play(policy: BehaviourPolicy, config: SACConfig, seed: int) -> np.ndarray:
     act = functools.partial(policy, rng=np.random.default_rng(seed))
-    return run_episodes(config.env_id, act, episodes=config.eval_episodes, seed=1_000_000 + seed)
+    return run_episodes(config.env_id, act, episodes=config.eval_episodes, seed=1_000_000 + seed).returns
 
 
 def measure(policy: BehaviourPolicy, config: SACConfig) -> dict[str, str]:

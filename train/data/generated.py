@@ -14,8 +14,12 @@ from train.behaviour.rollout import store_rollouts
 from train.data import minari_cache
 from train.data.spec import EnvSpec, NotHere, Part, Size, Source, Wanted
 
-EPISODES: dict[Size, int] = {"default": 100, "full": 1000}
+EPISODES = {"default": 100, "full": 1000}
 """Episodes that each behaviour policy plays."""
+
+
+def episodes_of(size: Size) -> int:
+    return size if isinstance(size, int) else EPISODES[size]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,11 +47,11 @@ class Rollouts(Source):
             reason = f"{wanted.policies} lacks a behaviour policy for it"
             raise NotHere(reason, tried=[f"generate: {reason}, has them for {', '.join(generable) or 'none'}"])
         named = zip(self.dataset_ids(wanted), self._files(wanted))
-        return [_read_or_generate(dataset_id, spec, file, EPISODES[wanted.size]) for dataset_id, file in named]
+        return [_read_or_generate(dataset_id, spec, file, episodes_of(wanted.size)) for dataset_id, file in named]
 
     def dataset_ids(self, wanted: Wanted) -> list[str]:
         # raise -v0 when the policies or the way they are played change
-        return [f"fdkernels/{policy.replace('-', '/', 1)}-{EPISODES[wanted.size]}ep-v0" for policy in self.policies]
+        return [f"fdkernels/{policy.replace('-', '/', 1)}-{episodes_of(wanted.size)}ep-v0" for policy in self.policies]
 
     def can_generate(self, wanted: Wanted) -> bool:
         return all(file.exists() for file in self._files(wanted))

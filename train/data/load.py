@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from train.behaviour.policy import POLICIES
-from train.data.spec import DatasetUnavailable, EnvSpec, NotHere, Part, Size, Wanted, normalized_score
+from train.data.episode import BadEpisode, check_episodes, outcomes_of
+from train.data.spec import DatasetUnavailable, EnvSpec, NotHere, Part, Size, Wanted
 from train.data.transitions import OfflineDataset
 from train.environments import ENVIRONMENTS
 
@@ -24,7 +23,8 @@ def load_dataset(
 
     Args:
         spec: a row of ``train.environments.ENVIRONMENTS``.
-        size: size of generated data, ``train.data.generated.EPISODES`` per policy. Hosted datasets are always whole.
+        size: size of generated data, ``train.data.generated.EPISODES`` per policy, or a number of episodes. Hosted
+            datasets are always whole.
         download: whether to download hosted datasets that are not in the local cache.
         policies: folder of the behaviour policies.
 
@@ -51,11 +51,15 @@ def load_dataset(
 def _combine(spec: EnvSpec, parts: Sequence[Part], preface: Sequence[str]) -> OfflineDataset:
     lines = list(preface)
     for dataset_id, origin, episodes in parts:
-        mean = float(np.mean([e.rewards.sum() for e in episodes]))
+        try:
+            check_episodes(episodes)
+        except BadEpisode as error:
+            raise DatasetUnavailable(f"{dataset_id} ({origin}): {error}") from error
         transitions = sum(len(e.rewards) for e in episodes)
+        outcomes = outcomes_of(episodes)
         lines.append(
-            f"{dataset_id} ({origin}): {len(episodes):,} episodes, {transitions:,} transitions, "
-            f"mean return {mean:,.0f} (normalised {normalized_score(spec, mean):.1f})"
+            f"{dataset_id} ({origin}): {len(episodes):,} episodes, {transitions:,} transitions, mean return "
+            f"{outcomes.returns.mean():,.0f} ({spec.scoring.name} {spec.scoring(outcomes).mean():.1f})"
         )
     ids = tuple(part.dataset_id for part in parts)
     return OfflineDataset.from_episodes([e for part in parts for e in part.episodes], ids, tuple(lines))

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from train.data.generated import Rollouts
 from train.data.hosted import Hosted
-from train.data.spec import EnvSpec
+from train.data.spec import EnvSpec, NormalizedReturn
 
 # Reference returns from D4RL (infos.py), which measured them on the v2 environments.
 ROBOTS = {
@@ -32,8 +32,7 @@ def _rows() -> Iterator[EnvSpec]:
                     Hosted(tuple(f"mujoco/{robot}/{part}-v0" for part in parts)),
                     Rollouts(tuple(f"{robot}-{part}" for part in parts)),
                 ),
-                random_return=random_return,
-                expert_return=expert_return,
+                scoring=NormalizedReturn(random_return, expert_return),
                 camera="track",  # follows the body; the default camera stands still
             )
 

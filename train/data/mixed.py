@@ -15,6 +15,7 @@ import gymnasium as gym
 import numpy as np
 
 from train.data import locomotion
+from train.data.episode import Episode
 from train.data.spec import EnvSpec, Part, Source, Wanted
 
 SPAN = 8.0
@@ -66,18 +67,9 @@ class Mixed(Source):
         ]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Episode:
-    observations: np.ndarray
-    actions: np.ndarray
-    rewards: np.ndarray
-    terminations: np.ndarray
-
-
-def _mixed(episode: object) -> _Episode:
-    columns = {field.name: getattr(episode, field.name) for field in dataclasses.fields(_Episode)}
-    inverse = np.linalg.inv(mixing(columns["actions"].shape[1]))
-    return _Episode(**columns | {"actions": (columns["actions"] @ inverse.T).astype(np.float32)})
+def _mixed(episode: Episode) -> Episode:
+    inverse = np.linalg.inv(mixing(episode.actions.shape[1]))
+    return episode._replace(actions=(episode.actions @ inverse.T).astype(np.float32))
 
 
 def _row(plain: EnvSpec) -> EnvSpec:

@@ -6,15 +6,13 @@ import abc
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from minari import EpisodeData
+from train.data.episode import Episode, Outcomes
 
-Size = Literal["default", "full"]
-Returns = TypeVar("Returns", float, np.ndarray)
+Size = Literal["default", "full"] | int
 PresetChanges: TypeAlias = Callable[[str, str], Mapping[str, Any]]
 
 
@@ -24,21 +22,48 @@ def no_changes(preset: str, agent: str) -> Mapping[str, Any]:
 
 
 @dataclasses.dataclass(frozen=True)
+class NormalizedReturn:
+    """Returns on a scale from 0, a random policy's, to 100, the expert's, as in D4RL."""
+
+    random: float
+    expert: float
+    name: ClassVar[str] = "D4RL-normalised score"
+
+    def __call__(self, outcomes: Outcomes) -> np.ndarray:
+        return 100 * (outcomes.returns - self.random) / (self.expert - self.random)
+
+    @property
+    def legend(self) -> str:
+        return f"0 = random ({self.random:,.0f}), 100 = expert ({self.expert:,.0f})"
+
+
+@dataclasses.dataclass(frozen=True)
+class SuccessRate:
+    """The percentage of episodes that reach the goal."""
+
+    name: ClassVar[str] = "success rate"
+
+    def __call__(self, outcomes: Outcomes) -> np.ndarray:
+        return 100.0 * outcomes.successes
+
+    @property
+    def legend(self) -> str:
+        return "per cent of episodes that reach the goal"
+
+
+@dataclasses.dataclass(frozen=True)
 class EnvSpec:
     """An environment and the sources of its data."""
 
     name: str
     """The name for ``--env``."""
     env_id: str
-    """Gymnasium id for evaluation. It needs a time limit and actions in [-1, 1]; a family may register its own."""
+    """Gymnasium id for evaluation. It needs a time limit and actions in [-1, 1], and reports success as
+    ``info["success"]`` if that is what scores. A family may register its own."""
     sources: tuple[Source, ...]
     """Sources of its data, the preferred one first."""
-    random_return: float
-    """Return that scores 0."""
-    expert_return: float
-    """Return that scores 100."""
-    score_name: str = "D4RL-normalised score"
-    """Name of the score in tables and pictures."""
+    scoring: NormalizedReturn | SuccessRate
+    """Maps the `Outcomes` of episodes to their scores."""
     preset_changes: PresetChanges = no_changes
     """Maps names of a preset and an agent to the settings and hyper-parameters that this environment changes."""
     camera: str | None = None
@@ -46,19 +71,14 @@ class EnvSpec:
 
     @property
     def score_label(self) -> str:
-        return f"{self.score_name} ({self.env_id})"
-
-
-def normalized_score(spec: EnvSpec, returns: Returns) -> Returns:
-    """Scale returns so that a random policy scores 0 and the expert 100, as in D4RL."""
-    return 100 * (returns - spec.random_return) / (spec.expert_return - spec.random_return)
+        return f"{self.scoring.name} ({self.env_id})"
 
 
 class Wanted(NamedTuple):
     """A request for data; each source uses the fields that concern it."""
 
     size: Size
-    """Size of generated data."""
+    """Size of generated data: the usual one, the published one, or a number of episodes."""
     download: bool
     """Whether a source may download."""
     policies: Path
@@ -73,8 +93,7 @@ class Part(NamedTuple):
     dataset_id: str
     origin: str
     """Where the data came from, for display."""
-    episodes: Sequence[EpisodeData]
-    """Any objects with observations (one more than actions), actions, rewards and terminations."""
+    episodes: Sequence[Episode]
 
 
 class Source(abc.ABC):

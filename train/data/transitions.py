@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from minari import EpisodeData
+from train.data.episode import Episode, Outcomes, outcomes_of
 
 ACTION_BOUND = 1 - 1e-5
 """Actions are clipped to ± this, as usual with D4RL's data, because a tanh policy cannot reach ±1."""
@@ -50,11 +49,11 @@ class OfflineDataset:
     next_observations: Tensor
     """(N, obs_dim)"""
     masks: Tensor
-    """(N,): 0 where the environment terminated, else 1"""
+    """(N,): 0 where the environment terminated or the goal was reached, else 1"""
     next_actions: Tensor
     """(N, action_dim), the data's next action; at the end of an episode its last action, since none follows"""
-    episode_returns: np.ndarray
-    """(episodes,) float64, undiscounted"""
+    outcomes: Outcomes = dataclasses.field(default_factory=lambda: outcomes_of(()))
+    """What the episodes came to"""
     episode_lengths: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, int))
     """(episodes,), transitions in each episode"""
     dataset_ids: tuple[str, ...] = ()
@@ -64,7 +63,7 @@ class OfflineDataset:
 
     @classmethod
     def from_episodes(
-        cls, episodes: Sequence[EpisodeData], dataset_ids: tuple[str, ...] = (), source: tuple[str, ...] = ()
+        cls, episodes: Sequence[Episode], dataset_ids: tuple[str, ...] = (), source: tuple[str, ...] = ()
     ) -> OfflineDataset:
         """Concatenate the transitions of whole episodes, each with one more observation than actions."""
 
@@ -80,8 +79,8 @@ class OfflineDataset:
             next_actions=actions([np.concatenate([e.actions[1:], e.actions[-1:]]) for e in episodes]),
             rewards=column([e.rewards for e in episodes]),
             next_observations=column([e.observations[1:] for e in episodes]),
-            masks=column([np.logical_not(e.terminations) for e in episodes]),
-            episode_returns=np.array([e.rewards.sum(dtype=np.float64) for e in episodes]),
+            masks=column([e.masks for e in episodes]),
+            outcomes=outcomes_of(episodes),
             episode_lengths=np.array([len(e.rewards) for e in episodes]),
             dataset_ids=dataset_ids,
             source=source,
@@ -91,14 +90,17 @@ class OfflineDataset:
         """Transitions over up to ``n`` steps of an episode, so that r + γ·m·Q(s', a') is their n-step target.
 
         Rewards become Σ γ^i r_i. The next observation and action are those after the last of these steps. Masks become
-        γ^(steps − 1) or 0, so that γ·m weighs the value that follows (Sutton and Barto, chapter 7). Near the end of an
-        episode there are fewer steps.
+        γ^(steps − 1) or 0, so that γ·m weighs the value that follows (Sutton and Barto, chapter 7). There are fewer
+        steps where a mask is 0 or the episode ends before.
         """
-        last = np.repeat(np.cumsum(self.episode_lengths) - 1, self.episode_lengths)
-        if len(last) != len(self):
-            raise ValueError(f"n_step: episode_lengths must add up to {len(self)} transitions, got {len(last)}")
+        last = np.cumsum(self.episode_lengths) - 1
+        if len(self) != (last[-1] + 1 if len(last) else 0):
+            raise ValueError(
+                f"n_step: episode_lengths must add up to {len(self)} transitions, got {self.episode_lengths.sum()}"
+            )
         start = np.arange(len(self))
-        end = np.minimum(start + n - 1, last)
+        stops = np.union1d(last, np.flatnonzero(self.masks.cpu().numpy() == 0))
+        end = np.minimum(start + n - 1, stops[np.searchsorted(stops, start)])
         rewards, device = torch.zeros_like(self.rewards), self.rewards.device
         for i in range(n):
             at = np.minimum(start + i, end)

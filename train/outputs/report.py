@@ -12,10 +12,7 @@ from train.settings import RunConfig, role_names
 
 
 def title(config: RunConfig, spec: EnvSpec) -> str:
-    return (
-        f"{spec.score_label}: 0 = random ({spec.random_return:,.0f}), 100 = expert "
-        f"({spec.expert_return:,.0f}); {config.eval_episodes} episodes, ± standard error"
-    )
+    return f"{spec.score_label}: {spec.scoring.legend}; {config.eval_episodes} episodes, ± standard error"
 
 
 def final_table(result: Result, minutes: float) -> str:

@@ -8,10 +8,10 @@ import zlib
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 
-from train.data.spec import EnvSpec, normalized_score
+from train.data.episode import Outcomes
+from train.data.spec import EnvSpec
 from train.data.transitions import OfflineDataset
 from train.evaluate import ROLES
 from train.outputs.files import write_whole
@@ -25,21 +25,15 @@ class Result:
         self.config, self.spec, self.dataset = config, spec, dataset
         self.evaluations: list[dict[str, Any]] = []
 
-    def add(self, step: int, returns: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
-        """Add a row for each role, from its returns at this step; returns the rows."""
+    def add(self, step: int, played: Mapping[str, Outcomes]) -> dict[str, dict[str, Any]]:
+        """Add a row for each role, from the episodes that it played at this step; returns the rows."""
         rows = {}
-        for role, values in returns.items():
-            sem = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0.0
-            scores = normalized_score(self.spec, values)
-            rows[role] = {
-                "step": step,
-                "role": role,
-                "return_mean": float(values.mean()),
-                "return_sem": float(sem),
-                "score_mean": float(scores.mean()),
-                "score_sem": float(sem * 100 / (self.spec.expert_return - self.spec.random_return)),
-                "episodes": len(values),
-            }
+        for role, outcomes in played.items():
+            row: dict[str, Any] = {"step": step, "role": role}
+            for name, values in (("return", outcomes.returns), ("score", self.spec.scoring(outcomes))):
+                row[f"{name}_mean"] = float(values.mean())
+                row[f"{name}_sem"] = float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else 0.0
+            rows[role] = {**row, "episodes": len(values)}
         self.evaluations += rows.values()
         return rows
 
@@ -55,16 +49,16 @@ class Result:
     @property
     def dataset_return(self) -> float:
         """Mean return of the data's own episodes."""
-        return float(self.dataset.episode_returns.mean())
+        return float(self.dataset.outcomes.returns.mean())
 
     @property
     def dataset_score(self) -> float:
-        return float(normalized_score(self.spec, self.dataset_return))
+        return float(self.spec.scoring(self.dataset.outcomes).mean())
 
     @property
     def data_identity(self) -> dict[str, Any]:
         """Identifies the data, which a resumed run must find unchanged."""
-        returns = zlib.crc32(self.dataset.episode_returns.tobytes())
+        returns = zlib.crc32(self.dataset.outcomes.returns.tobytes())
         return {"ids": list(self.dataset.dataset_ids), "transitions": len(self.dataset), "returns_crc32": returns}
 
     def write(self, seconds: float) -> None:
