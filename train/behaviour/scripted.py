@@ -91,8 +91,8 @@ class Tabletop(Recipe):
         controllers = self._controllers(env)
         p_stack = rng.uniform(*self.stacking)
         noise = rng.uniform(0, MOST_NOISE) * NOISE_SCALE
-        # The first reset puts the model into a known state. The last episode left its buttons behind, whose locks
-        # change the model, and through the solver's warm start the last bits of what a reset returns.
+        # The first reset is insurance, for 2 ms: what an earlier episode left in the model (a lock's damping) could
+        # otherwise reach this one through the solver's warm start. No case of it is known.
         env.reset(seed=0)
         ob, info = env.reset(seed=int(rng.integers(2**31)))
         controller = controllers[info["privileged/target_task"]]
