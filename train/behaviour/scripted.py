@@ -1,7 +1,7 @@
 """Play episodes of OGBench's tasks with the scripted controllers that the package brings along.
 
 OGBench's own data of these tasks were made by the same controllers with the same noise, so data made here stand in for
-them where nothing can be downloaded. They are not the same episodes: the published seeds are not known to this file.
+them where nothing can be downloaded. They are other episodes of the same kind: other random numbers were drawn.
 The columns are those of OGBench's files. The last row of an episode is its final state; readers ignore its action.
 
 Ants and humanoids walk by trained policies, which the package does not bring: of the mazes only the point's are here.
@@ -46,8 +46,7 @@ NOISE_SCALE = np.array([1, 1, 1, 3, 10])
 """Noise of the noisy data on x, y, z, yaw and gripper, in multiples of the episode's level."""
 MOST_NOISE = 0.1
 POINT_NOISE = 0.5
-"""Standard deviation of the noise on the point's action. It is 0.2 for ants; OGBench's commands ask for 0.5 for the
-point, which obeys at once: with 0.2 it would leave the middle of the corridors by a few centimetres only."""
+"""Standard deviation of the noise on the point's action, as in OGBench's commands; their ants have 0.2."""
 STITCH_DISTANCE = 4
 
 
@@ -91,8 +90,8 @@ class Tabletop(Recipe):
         controllers = self._controllers(env)
         p_stack = rng.uniform(*self.stacking)
         noise = rng.uniform(0, MOST_NOISE) * NOISE_SCALE
-        # The first reset puts the model into a known state. The last episode left its buttons behind, whose locks
-        # change the model, and through the solver's warm start the last bits of what a reset returns.
+        # The first reset is insurance, for 2 ms: what an earlier episode left in the model (a lock's damping) could
+        # otherwise reach this one through the solver's warm start. No case of it is known.
         env.reset(seed=0)
         ob, info = env.reset(seed=int(rng.integers(2**31)))
         controller = controllers[info["privileged/target_task"]]
@@ -116,7 +115,8 @@ class Tabletop(Recipe):
         return episode.columns()
 
     def is_healthy(self, episode: Episode) -> bool:
-        # Of all tasks only scenes have walls to push a cube through: it may slip behind the drawer or off the table.
+        # OGBench checks scenes only. When the drawer locks while it moves with the cube inside, the simulation may
+        # throw the cube out of it.
         if not self.env_id.startswith("scene"):
             return True
         y, z = episode["qpos"][:, 15], episode["qpos"][:, 16]
@@ -234,7 +234,8 @@ def _recipes() -> dict[str, Recipe]:
 
 
 RECIPES = _recipes()
-"""All names that can be generated, lengths and probabilities as in OGBench's commands."""
+"""All names that can be generated. Lengths and probabilities are those of OGBench's commands, which have no noisy data
+of eight cubes; here they are treated like those of four."""
 
 KNOWN = ", ".join(
     [
@@ -317,7 +318,7 @@ def _environment(recipe: Recipe) -> Any:
     return _make(recipe.env_id, tuple(recipe.make_options.items()))
 
 
-@functools.cache  # making one takes as long as playing an episode
+@functools.cache  # making one and its first reset take about as long as half an episode
 def _make(env_id: str, options: tuple[tuple[str, Any], ...]) -> Any:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*DISPLAY")  # GLFW's, on machines without a screen
