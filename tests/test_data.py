@@ -23,7 +23,7 @@ import torch
 
 from train.behaviour import rollout
 from train.behaviour.policy import BehaviourPolicy
-from train.data import generated, hosted, minari_cache
+from train.data import generated, hosted, minari_cache, network
 from train.data.episode import BadEpisode, Episode, check_episodes
 from train.data.load import load_dataset
 from train.data.spec import DatasetUnavailable
@@ -349,7 +349,7 @@ def test_a_name_look_up_that_hangs_costs_seconds(tmp_path, monkeypatch) -> None:
         raise socket.gaierror("gave up")
 
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
-    monkeypatch.setattr(hosted, "PROBE_SECONDS", 0.5)
+    monkeypatch.setattr(network, "PROBE_SECONDS", 0.5)
     set_hub(monkeypatch, "http://hub.invalid")
     check_unavailable(tmp_path, "did not answer within 0.5 s")
     release.set()

@@ -18,7 +18,7 @@ import tyro
 
 from train.acting import FOR_REFINING_AGENTS, Acting, RuleName
 from train.agents.hyperparameters import require
-from train.data.spec import EnvSpec
+from train.data.spec import EnvSpec, NotInstalled
 from train.environments import UnknownEnvironment, resolve
 from train.evaluate import player, run_episodes
 from train.outputs.policy import PolicyError, load_policy
@@ -28,6 +28,10 @@ WIDTH, HEIGHT = 480, 320
 
 class PlayError(RuntimeError):
     """A problem that the user can fix."""
+
+
+REFUSALS = (PlayError, PolicyError, UnknownEnvironment, NotInstalled, OSError)
+"""Errors that are shown without a traceback."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         policy = load_policy(config.run)
         spec = resolve(policy.env)
+        spec.check_installed()
         acting = config.acts(policy.acting)
         if acting.rule in FOR_REFINING_AGENTS and not policy.agent.refines:
             raise PlayError(f"--acting {acting.rule} refines an action, and this agent has nothing that does")
@@ -120,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{acting} in {spec.env_id}: score {score.mean():.1f} ± {sem:.1f}")
         if config.record is not None:
             print(film(spec, act(), config.record, config.seed, config.seconds))
-    except (PlayError, PolicyError, UnknownEnvironment, OSError) as error:
+    except REFUSALS as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

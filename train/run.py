@@ -11,8 +11,9 @@ import torch
 import tyro
 
 from train.capture import CaptureError
+from train.data import published
 from train.data.load import load_dataset
-from train.data.spec import DatasetUnavailable
+from train.data.spec import DatasetUnavailable, NotInstalled
 from train.environments import UnknownEnvironment, resolve
 from train.loop import Run, captures
 from train.memory import keep_freed_memory
@@ -83,6 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         how = update_line(config, device)
         print(f"run        {config.agent} on {config.env} ({spec.env_id}), {seeds}, {device}")
         print(f"preset     {preset_line(config)}")
+        if choose_preset(config.preset, config.device) == "full":
+            print(f"published  {published.describe(config.env, config.agent)}")
         print(f"update     {how}")
         print(f"folder     {' ... '.join(dict.fromkeys(str(s.folder) for s in (singles[0], singles[-1])))}", flush=True)
         dataset = load_dataset(spec, size=config.dataset_size)
@@ -95,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             run.resume()
         sys.stdout.flush()
         run.train()
-    except (UnknownEnvironment, DatasetUnavailable, RunError, CaptureError, OSError) as error:
+    except (UnknownEnvironment, NotInstalled, DatasetUnavailable, RunError, CaptureError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:  # before training, or a second Ctrl-C during it

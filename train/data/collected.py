@@ -11,6 +11,7 @@ import contextlib
 import io
 import itertools
 import multiprocessing
+import multiprocessing.spawn
 import os
 import sys
 import zlib
@@ -88,6 +89,8 @@ def collect(name: str, episodes: int, *, workers: int | None = None, folder: Pat
     if not missing:
         return wanted
     scripted.check_installed()
+    # A worker first imports its parent's script. If that calls this function unguarded, it must not wait for the lock.
+    multiprocessing.spawn._check_not_importing_main()  # type: ignore[attr-defined]
     place = wanted[0].parent
     place.mkdir(parents=True, exist_ok=True)
     with FileLock(place.with_name(f".{place.name}.lock")):  # a killed process releases it

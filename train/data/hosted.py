@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import threading
 import warnings
 from collections.abc import Sequence
 
@@ -11,10 +10,9 @@ import minari
 from huggingface_hub import constants, utils
 from minari.storage import get_dataset_path
 
-from train.data import minari_cache
+from train.data import minari_cache, network
+from train.data.network import problem_with
 from train.data.spec import DatasetUnavailable, EnvSpec, NotHere, Part, Source, Wanted
-
-PROBE_SECONDS = 3.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,21 +77,7 @@ def _hub_problem() -> str | None:
     """Why the hub that hosts Minari's datasets cannot be reached; None if it answers.
 
     Without a network the hub's client retries for half a minute, so a single request finds out first. The client itself
-    sends it, through the same proxy and with the same certificates. It runs in a thread, because a request's time limit
-    covers neither the name look-up nor trying several addresses.
+    sends it, through the same proxy and with the same certificates.
     """
     hub = constants.ENDPOINT
-    answers: list[str | None] = []
-
-    def ask() -> None:
-        try:
-            status = utils.get_session().head(hub, timeout=PROBE_SECONDS).status_code
-            refused = status >= 500 or status in (403, 407)  # by a proxy, or the hub is down: the client retries
-            answers.append(f"{hub} cannot be reached (HTTP status {status})" if refused else None)
-        except Exception as error:  # from whichever HTTP library the client uses
-            answers.append(f"{hub} cannot be reached ({minari_cache.brief(error)})")
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(PROBE_SECONDS)
-    return answers[0] if answers else f"{hub} did not answer within {PROBE_SECONDS:g} s"
+    return problem_with(hub, lambda: utils.get_session().head(hub, timeout=network.PROBE_SECONDS).status_code)

@@ -30,7 +30,9 @@ def load_dataset(
 
     Raises:
         DatasetUnavailable: no source has data, or the data are damaged.
+        NotInstalled: the environment needs a package that is missing.
     """
+    spec.check_installed()
     wanted = Wanted(size, download, policies, tuple(ENVIRONMENTS.values()))
     cached = next((source for source in spec.sources if source.is_cached(wanted)), None)
     preface, failures = [], []
@@ -59,7 +61,7 @@ def _combine(spec: EnvSpec, parts: Sequence[Part], preface: Sequence[str]) -> Of
         outcomes = outcomes_of(episodes)
         lines.append(
             f"{dataset_id} ({origin}): {len(episodes):,} episodes, {transitions:,} transitions, mean return "
-            f"{outcomes.returns.mean():,.0f} ({spec.scoring.name} {spec.scoring(outcomes).mean():.1f})"
+            f"{outcomes.returns.mean():,.0f}, score {spec.scoring(outcomes).mean():.1f}"
         )
     ids = tuple(part.dataset_id for part in parts)
     return OfflineDataset.from_episodes([e for part in parts for e in part.episodes], ids, tuple(lines))

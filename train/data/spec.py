@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
@@ -68,6 +69,13 @@ class EnvSpec:
     """Maps names of a preset and an agent to the settings and hyper-parameters that this environment changes."""
     camera: str | None = None
     """MuJoCo camera for films; None: the environment's own camera and size."""
+    needs: tuple[str, str] | None = None
+    """A package that has the environment, and the extra of this project that installs it."""
+
+    def check_installed(self) -> None:
+        """Raises `NotInstalled` if the environment's package is missing."""
+        if self.needs is not None and importlib.util.find_spec(self.needs[0]) is None:
+            raise NotInstalled(f"{self.name} needs {self.needs[0]}: pip install 'fdkernels[{self.needs[1]}]'")
 
     @property
     def score_label(self) -> str:
@@ -129,6 +137,10 @@ class NotHere(Exception):
     def __init__(self, reason: str, tried: Sequence[str], remedy: str = "") -> None:
         super().__init__(reason)
         self.tried, self.remedy = tried, remedy
+
+
+class NotInstalled(RuntimeError):
+    """A package that an environment needs is missing; the message says how to install it."""
 
 
 class DatasetUnavailable(RuntimeError):

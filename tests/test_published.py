@@ -1,0 +1,71 @@
+"""The published settings of tasks."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from train import run
+from train.agents import AGENTS
+from train.data import published
+from train.environments import ENVIRONMENTS
+from train.presets import preset_config
+
+
+def test_every_row_is_for_a_task_and_an_agent() -> None:
+    for row in published.TABLE:
+        assert row.agent in AGENTS
+        assert [name for name in ENVIRONMENTS if published.row_of(name, row.agent) is row], f"{row} is for no task"
+
+
+@pytest.mark.parametrize(
+    ("agent", "task", "wanted"),
+    [
+        ("fidec", "antmaze-large-navigate-singletask-task3-v0", ("min", 0.01, 0.99, True)),
+        ("fidec", "antmaze-giant-navigate-singletask-v0", ("min", 0.01, 0.995, True)),
+        ("fidec", "humanoidmaze-medium-navigate-singletask-task1-v0", ("mean", 0.001, 0.995, True)),
+        ("fidec", "humanoidmaze-large-stitch-singletask-v0", ("mean", 0.001, 0.995, True)),
+        ("fidec", "antsoccer-arena-navigate-singletask-v0", ("mean", 0.01, 0.995, True)),
+        ("fidec", "cube-single-play-singletask-v0", ("mean", 0.001, 0.99, True)),
+        ("fidec", "cube-double-play-singletask-v0", ("mean", 0.001, 0.99, True)),
+        ("fidec", "scene-play-singletask-v0", ("mean", 0.001, 0.99, True)),
+        ("fidec", "puzzle-3x3-play-singletask-v0", ("mean", 0.005, 0.99, True)),
+        ("fidec", "puzzle-4x4-play-singletask-task5-v0", ("mean", 0.005, 0.99, True)),
+        ("fidec", "puzzle-4x6-play-singletask-v0", ("mean", 0.001, 0.99, False)),
+    ],
+)
+def test_full_preset_of_fidec(agent: str, task: str, wanted: tuple[str, float, float, bool]) -> None:
+    config = preset_config("full", agent, task)
+    hyper = config.hyper
+    assert (hyper.q_aggregation, hyper.target_divergence, hyper.discount, hyper.normalize_q) == wanted
+    assert (config.steps, config.eval_every, config.eval_episodes, config.batch_size) == (1_000_000, 100_000, 50, 256)
+
+
+@pytest.mark.parametrize(
+    ("task", "alpha", "discount", "aggregation"),
+    [
+        ("antmaze-large-navigate-singletask-v0", 10, 0.99, "min"),
+        ("humanoidmaze-large-navigate-singletask-v0", 30, 0.995, "mean"),
+        ("scene-play-singletask-v0", 300, 0.99, "mean"),
+        ("puzzle-4x4-play-singletask-v0", 1000, 0.99, "mean"),
+    ],
+)
+def test_full_preset_of_fql(task: str, alpha: float, discount: float, aggregation: str) -> None:
+    hyper = preset_config("full", "fql", task).hyper
+    assert (hyper.alpha, hyper.discount, hyper.q_aggregation) == (alpha, discount, aggregation)
+    assert not hyper.normalize_q
+
+
+def test_other_presets_do_not_change_and_flags_win() -> None:
+    task = "antmaze-giant-navigate-singletask-v0"
+    assert published.changes(task, "quick", "fidec") == {}
+    config = run.parse(["--env", task, "--preset", "full", "--discount", "0.9"])
+    assert (config.hyper.discount, config.hyper.q_aggregation) == (0.9, "min")
+
+
+def test_the_row_is_printed_with_its_source() -> None:
+    line = published.describe("antmaze-giant-navigate-singletask-v0", "fidec")
+    for part in ("q_aggregation min", "discount 0.995", "target_divergence 0.01", "2604.17919"):
+        assert part in line
+    assert re.search("no published settings of deflow for hopper-medium", published.describe("hopper-medium", "deflow"))

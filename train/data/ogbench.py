@@ -1,0 +1,244 @@
+"""OGBench's single tasks with states as observations (arXiv 2410.20092): mazes, cubes, scenes and puzzles.
+
+A dataset such as cube-single-play knows no task. A task is a goal: OGBench's own code gives each recorded state its
+reward, 0 where the goal is reached and less elsewhere, and nothing of value follows a state that has reached it.
+Success is scored as OGBench scores it: an episode ends where the goal is reached.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import warnings
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from huggingface_hub import constants
+
+from train.data import collected, published
+from train.data.episode import Episode
+from train.data.generated import episodes_of
+from train.data.minari_cache import brief
+from train.data.network import PROBE_SECONDS, problem_with
+from train.data.spec import DatasetUnavailable, EnvSpec, NotHere, Part, Source, SuccessRate, Wanted
+
+SCENES = {
+    "pointmaze": (("medium", "large", "giant", "teleport"), ("navigate", "stitch")),
+    "antmaze": (("medium", "large", "giant", "teleport"), ("navigate", "stitch", "explore")),
+    "humanoidmaze": (("medium", "large", "giant"), ("navigate", "stitch")),
+    "antsoccer": (("arena", "medium"), ("navigate", "stitch")),
+    "cube": (("single", "double", "triple", "quadruple", "octuple"), ("play", "noisy")),
+    "scene": (("",), ("play", "noisy")),
+    "puzzle": (("3x3", "4x4", "4x5", "4x6"), ("play", "noisy")),
+}
+"""Sizes of each scene, and kinds of data."""
+TASKS = ("", "-task1", "-task2", "-task3", "-task4", "-task5")
+"""Without a number it is the scene's default task."""
+COLUMNS = ("observations", "actions", "terminals", "qpos", "button_states")
+FOLDER = Path("~/.ogbench/data")
+"""Where OGBench itself keeps what it downloads."""
+
+
+# -- the environments ------------------------------------------------------------------------------------------------
+
+
+class Reproducible(gym.Wrapper):
+    """The same seed gives the same episode. OGBench draws from NumPy's global generator too, and its resets take random
+    steps with actions from a space that nobody seeds; manipulation tasks make a new one for each."""
+
+    def __init__(self, env: gym.Env) -> None:
+        super().__init__(env)
+        task = env.unwrapped
+        space = gym.spaces.Box(-1.0, 1.0, task.action_space.shape, np.float32)
+        if isinstance(getattr(type(task), "action_space", None), property):
+            task.__class__ = type(type(task).__name__, (type(task),), {"action_space": space})
+        else:
+            task.action_space = space
+        self.action_space = space
+        # a property that simulates an observation each time
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, task.observation_space.shape, np.float64)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+        if seed is not None:
+            np.random.seed(seed % 2**32)  # noqa: NPY002
+            self.action_space.seed(seed)
+        return self.env.reset(seed=seed, options=options)
+
+
+def make(env_id: str, **options: Any) -> gym.Env:
+    with warnings.catch_warnings():
+        # the package looks for a screen, and gives bounds of actions in float64
+        warnings.simplefilter("ignore")
+        import ogbench  # noqa: F401, registers the environments
+
+        return Reproducible(gym.make(env_id, disable_env_checker=True, **options))
+
+
+# -- the data --------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Files(Source):
+    """OGBench's own file of a dataset, downloaded by its package if it is not here."""
+
+    dataset: str
+    task: str
+    """OGBench's id of the environment, which knows the goal."""
+
+    def __str__(self) -> str:
+        return f"OGBench's {self.dataset}"
+
+    @property
+    def path(self) -> Path:
+        return FOLDER.expanduser() / f"{self.dataset}.npz"
+
+    def is_cached(self, wanted: Wanted) -> bool:
+        return self.path.exists()
+
+    def load(self, spec: EnvSpec, wanted: Wanted) -> list[Part]:
+        origin = "OGBench, local file"
+        if not self.path.exists():
+            problem = self._download() if wanted.download else "not looked for"
+            if problem is not None:
+                raise NotHere(
+                    problem,
+                    tried=(f"local file: there is no {self.path}", f"download: {problem}"),
+                    remedy=f"copy {self.dataset}.npz into {self.path.parent}.",
+                )
+            origin = "OGBench, downloaded now"
+        try:
+            with np.load(self.path, allow_pickle=False) as file:
+                columns = {name: file[name] for name in COLUMNS if name in file.files}
+            episodes = of_task(columns, self.task)
+        except (ValueError, OSError, zipfile.BadZipFile, EOFError) as error:
+            raise DatasetUnavailable(
+                f"{self.path} cannot be read ({brief(error)}).\n"
+                "What to do: delete the file and run again to have it downloaded."
+            ) from error
+        return [Part(self.dataset, origin, episodes)]
+
+    def _download(self) -> str | None:
+        """Have OGBench download the file; returns what went wrong, or None."""
+        from urllib import request
+
+        from ogbench import utils
+
+        server = utils.DATASET_URL
+        if constants.HF_HUB_OFFLINE:
+            return "HF_HUB_OFFLINE forbids downloads"
+        head = request.Request(f"{server}/{self.path.name}", method="HEAD")
+        problem = problem_with(server, lambda: request.urlopen(head, timeout=PROBE_SECONDS).status)
+        if problem is not None:
+            return problem
+        try:
+            utils.download_datasets([self.dataset], str(self.path.parent))
+        except Exception as error:  # whatever the network or the disk comes up with
+            return f"failed ({brief(error)})"
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Collected(Source):
+    """Episodes of OGBench's scripted controllers, generated on this machine (``train/collect.py``)."""
+
+    dataset: str
+    task: str
+
+    def __str__(self) -> str:
+        return f"episodes of OGBench's scripted controllers for {self.name}"
+
+    @property
+    def name(self) -> str:
+        return self.dataset.removesuffix("-v0")
+
+    def is_cached(self, wanted: Wanted) -> bool:
+        return collected.can_collect(self.name) and collected.is_collected(self.name, episodes_of(wanted.size))
+
+    def whereabouts(self, wanted: Wanted) -> str:
+        return f"there are {self} in {collected.parts(self.name, 1)[0].parent}"
+
+    def load(self, spec: EnvSpec, wanted: Wanted) -> list[Part]:
+        if not collected.can_collect(self.name):
+            reason = "OGBench has no scripted controller for it"
+            raise NotHere(reason, tried=[f"generate: {reason}"])
+        episodes = episodes_of(wanted.size)
+        origin = "scripted controllers, " + ("local files" if self.is_cached(wanted) else "generated now")
+        try:
+            collected.collect(self.name, episodes)
+            columns = collected.read(self.name, episodes)
+        except ChildProcessError as error:
+            raise DatasetUnavailable(f"{self.name} cannot be generated: {error}") from error
+        return [Part(f"fdkernels/{self.name}-{episodes}ep-v0", origin, of_task(columns, self.task))]
+
+
+def of_task(columns: dict[str, np.ndarray], task: str) -> list[Episode]:
+    """Episodes with the rewards of a task, from the columns of an OGBench file.
+
+    Args:
+        columns: observations (N, obs_dim), actions (N, d), terminals (N,), which mark the last row of each episode,
+            qpos (N, nq), and button_states (N, buttons) if the scene has any. A last row is a final state; its action
+            is not used.
+        task: OGBench's id of the environment.
+
+    Raises:
+        ValueError: a column is missing or too short, or the last episode has no end.
+    """
+    needed = COLUMNS if "scene" in task or "puzzle" in task else COLUMNS[:-1]
+    if missing := [name for name in needed if name not in columns]:
+        raise ValueError(f"it lacks {', '.join(missing)}")
+    lengths = {name: len(columns[name]) for name in needed}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"its columns have different lengths: {lengths}")
+    ends = np.flatnonzero(columns["terminals"])
+    if not len(ends) or ends[-1] != len(columns["terminals"]) - 1:
+        raise ValueError(f"episode {len(ends)} has no end: the last row is not marked as terminal")
+    broken = np.flatnonzero(~np.isfinite(columns["qpos"]).all(1))
+    if len(broken):  # such a state would count as one that has not reached the goal
+        raise ValueError(f"episode {np.searchsorted(ends, broken[0])} has NaN or infinity in its qpos")
+    rewards, masks = _rewards(columns, task)
+    episodes = []
+    for start, end in zip([0, *(ends[:-1] + 1)], ends):
+        steps = slice(start, end)
+        success = not masks[start : end + 1].all()
+        observations = columns["observations"][start : end + 1]
+        episodes.append(Episode(observations, columns["actions"][steps], rewards[steps], masks[steps], success))
+    return episodes
+
+
+def _rewards(columns: dict[str, np.ndarray], task: str) -> tuple[np.ndarray, np.ndarray]:
+    """Rewards and masks of all rows, by OGBench's own code."""
+    from ogbench.relabel_utils import relabel_dataset
+
+    env = make(task)
+    try:
+        relabelled = dict(columns)
+        relabel_dataset(task, env, relabelled)
+    finally:
+        env.close()
+    return relabelled["rewards"], relabelled["masks"].astype(bool)
+
+
+def _rows() -> Iterator[EnvSpec]:
+    for scene, (sizes, kinds) in SCENES.items():
+        for size, kind, task in itertools.product(sizes, kinds, TASKS):
+            place = f"{scene}-{size}" if size else scene
+            name, task_id = f"{place}-{kind}-singletask{task}-v0", f"{place}-singletask{task}-v0"
+            dataset, env_id = f"{place}-{kind}-v0", f"fdkernels/{task_id}"
+            if env_id not in gym.registry:
+                gym.register(env_id, f"{__name__}:make", disable_env_checker=True, kwargs={"env_id": task_id})
+            yield EnvSpec(
+                name=name,
+                env_id=env_id,
+                sources=(Files(dataset, task_id), Collected(dataset, task_id)),
+                scoring=SuccessRate(),
+                preset_changes=functools.partial(published.changes, name),
+                needs=("ogbench", "ogbench"),
+            )
+
+
+ENVIRONMENTS = tuple(_rows())

@@ -1,0 +1,62 @@
+"""The published settings of tasks: what ``--preset full`` picks, each with its source.
+
+A row holds for the tasks that its pattern matches from the start of their names, and for one agent.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+
+class Row(NamedTuple):
+    agent: str
+    tasks: str
+    """Regular expression."""
+    settings: Mapping[str, Any]
+    """Settings and hyper-parameters; all others have the agent's published values."""
+    source: str
+
+
+FIDEC = "the authors' scripts for arXiv 2604.17919"
+FQL = "the authors' commands for arXiv 2502.02538"
+
+NORMALIZED = {"normalize_q": True}
+MINIMUM = {"q_aggregation": "min"}
+LONG = {"discount": 0.995}
+
+# A million updates, evaluated every 100,000 of them with 50 episodes, are the defaults of a run.
+TABLE = (
+    Row("fidec", "antmaze-large-.*-singletask", {**NORMALIZED, **MINIMUM, "target_divergence": 0.01}, FIDEC),
+    Row("fidec", "antmaze-giant-.*-singletask", {**NORMALIZED, **MINIMUM, **LONG, "target_divergence": 0.01}, FIDEC),
+    Row("fidec", "humanoidmaze-(medium|large)-", {**NORMALIZED, **LONG, "target_divergence": 0.001}, FIDEC),
+    Row("fidec", "antsoccer-", {**NORMALIZED, **LONG, "target_divergence": 0.01}, FIDEC),
+    Row("fidec", "(cube-(single|double)|scene)-", {**NORMALIZED, "target_divergence": 0.001}, FIDEC),
+    Row("fidec", "puzzle-(3x3|4x4)-", {**NORMALIZED, "target_divergence": 0.005}, FIDEC),
+    Row("fql", "antmaze-large-.*-singletask", {**MINIMUM, "alpha": 10.0}, FQL),
+    Row("fql", "antmaze-giant-.*-singletask", {**MINIMUM, **LONG, "alpha": 10.0}, FQL),
+    Row("fql", "humanoidmaze-(medium|large)-", {**LONG, "alpha": 30.0}, FQL),
+    Row("fql", "antsoccer-arena-", {**LONG, "alpha": 10.0}, FQL),
+    Row("fql", "(cube-(single|double)|scene)-", {"alpha": 300.0}, FQL),
+    Row("fql", "puzzle-(3x3|4x4)-", {"alpha": 1000.0}, FQL),
+)
+
+
+def row_of(task: str, agent: str) -> Row | None:
+    """The first row that holds for the task."""
+    return next((row for row in TABLE if row.agent == agent and re.match(row.tasks, task)), None)
+
+
+def changes(task: str, preset: str, agent: str) -> Mapping[str, Any]:
+    """What the preset changes for the task: the published row if it is ``full``."""
+    row = row_of(task, agent)
+    return row.settings if preset == "full" and row is not None else {}
+
+
+def describe(task: str, agent: str) -> str:
+    """The row and its source, or that there is none."""
+    row = row_of(task, agent)
+    if row is None:
+        return f"no published settings of {agent} for {task}: its defaults"
+    return f"{', '.join(f'{name} {value}' for name, value in row.settings.items())} (from {row.source})"
