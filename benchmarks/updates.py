@@ -24,6 +24,7 @@ from benchmarks.peers.parameters import parameters
 from train.agents import AGENTS
 from train.agents.base import ALL_PARTS, Agent, Draws
 from train.agents.hyperparameters import AgentConfig
+from train.data.synthetic import random_dataset
 from train.data.transitions import Batch, OfflineDataset
 
 BATCH, WIDTH, HIDDEN, STEPS = 256, 512, 4, 10
@@ -87,19 +88,7 @@ CASES = [Case("fidec", 17, 6, 4), Case("fidec", 29, 8, 8), Case("deflow", 17, 6)
 
 @functools.cache
 def dataset(obs_dim: int, action_dim: int) -> OfflineDataset:
-    rng = np.random.default_rng(0)
-
-    def column(*shape: int) -> Tensor:
-        return torch.from_numpy(rng.standard_normal((TRANSITIONS, *shape), dtype=np.float32))
-
-    return OfflineDataset(
-        observations=column(obs_dim),
-        actions=column(action_dim).clamp(-1, 1),
-        rewards=column(),
-        next_observations=column(obs_dim),
-        masks=(column() > -2).float(),
-        next_actions=column(action_dim).clamp(-1, 1),
-    ).to(DEVICE)
+    return random_dataset(TRANSITIONS, obs_dim, action_dim).to(DEVICE)
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -151,8 +151,28 @@ def test_targets_over_several_steps() -> None:
     assert all(torch.equal(getattr(one, name), getattr(dataset, name)) for name in Batch._fields)
     moved = dataclasses.replace(dataset.to("meta"), masks=dataset.masks)  # which steps there are depends on the masks
     assert moved.n_step(3, discount=0.5).rewards.device.type == "meta", "it stays where it is"
-    with pytest.raises(ValueError, match="n_step: episode_lengths must add up to 7 transitions, got 0"):
-        dataclasses.replace(dataset, episode_lengths=np.zeros(0, int)).n_step(2, 0.5)
+
+
+def test_observations_that_lie_in_one_array_are_not_copied() -> None:
+    file = np.arange(40, dtype=np.float32).reshape(20, 2)
+    episodes = [
+        Episode(file[a:b], np.zeros((b - a - 1, 1)), np.zeros(b - a - 1), np.ones(b - a - 1, bool))
+        for a, b in ((3, 8), (8, 10), (10, 17))
+    ]
+    dataset = OfflineDataset.from_episodes(episodes)
+    assert dataset.states.data_ptr() == file[3:].ctypes.data
+    assert dataset.states.shape == (14, 2)
+    for chosen in ([0, 2], [1, 0]):  # not in a row
+        copied = OfflineDataset.from_episodes([episodes[i] for i in chosen])
+        np.testing.assert_array_equal(copied.states, np.concatenate([episodes[i].observations for i in chosen]))
+    wider = OfflineDataset.from_episodes([e._replace(observations=e.observations.astype(np.float64)) for e in episodes])
+    assert torch.equal(wider.states, dataset.states)
+    narrow = OfflineDataset.from_episodes([e._replace(observations=e.observations[:, :1]) for e in episodes])
+    assert torch.equal(narrow.states, dataset.states[:, :1])
+    for name in Batch._fields:
+        assert torch.equal(getattr(wider, name), getattr(dataset, name)), name
+    batch = dataset.take(torch.arange(len(dataset)))
+    assert all(torch.equal(column, getattr(dataset, name)) for name, column in zip(Batch._fields, batch))
 
 
 def test_targets_stop_where_a_goal_is_reached_within_an_episode() -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from benchmarks.evidence import gain, kl, report, returns, settings
 from benchmarks.evidence.densities import DENSITIES, Gaussian, observe
 from benchmarks.evidence.likelihood import log_prob, noise_of
 from benchmarks.evidence.metrics import METRICS, Metric, score
+from train.data.synthetic import random_dataset
 from train.data.transitions import OfflineDataset
 
 F64 = torch.float64
@@ -277,10 +277,4 @@ def test_returns_start_all_metrics_from_the_same_weights(tmp_path: Path) -> None
 
 
 def small_data(spec: Any) -> OfflineDataset:
-    generator = torch.Generator().manual_seed(0)
-    obs, next_obs = torch.randn(2, 300, 11, generator=generator)
-    actions, next_actions = torch.rand(2, 300, 3, generator=generator) * 2 - 1
-    rewards = torch.randn(300, generator=generator)
-    return OfflineDataset(
-        obs, actions, rewards, next_obs, torch.ones(300), next_actions, episode_lengths=np.full(3, 100)
-    )
+    return random_dataset(300, 11, 3)

@@ -16,6 +16,7 @@ from fdkernels.cpu import layers as cpu_layers
 from train.agents import AGENTS
 from train.agents.base import ALL_PARTS, Agent, Learner, Parts
 from train.agents.seeds import SeedGroup
+from train.data.synthetic import random_dataset
 from train.data.transitions import Batch, OfflineDataset
 from train.outputs.checkpoint import read_checkpoint, save_checkpoint
 
@@ -32,11 +33,7 @@ def make(name: str, seed: int = 0, **changes: object) -> Agent:
 
 
 def dataset(dtype: torch.dtype = torch.float32) -> OfflineDataset:
-    generator = torch.Generator().manual_seed(7)
-    obs, next_obs = (torch.randn(200, OBS, generator=generator, dtype=dtype) for _ in range(2))
-    actions, next_actions = (torch.rand(200, ACTIONS, generator=generator, dtype=dtype) * 2 - 1 for _ in range(2))
-    rewards = torch.randn(200, generator=generator, dtype=dtype)
-    return OfflineDataset(obs, actions, rewards, next_obs, torch.ones_like(rewards), next_actions)
+    return random_dataset(200, OBS, ACTIONS, dtype)
 
 
 class Training:

@@ -43,16 +43,16 @@ class Run:
 
     def __init__(self, config: RunConfig, spec: EnvSpec, dataset: OfflineDataset, device: torch.device) -> None:
         self.config, self.spec = config, spec
+        obs_dim = dataset.states.shape[1]
+        mean, std = torch.zeros(obs_dim), torch.ones(obs_dim)
         if config.standardize_observations:
-            mean, std = dataset.observations.mean(0), dataset.observations.std(0) + 1e-3
-        else:
-            mean, std = torch.zeros(dataset.observations.shape[1]), torch.ones(dataset.observations.shape[1])
-        self.dataset = dataclasses.replace(
-            dataset,
-            observations=(dataset.observations - mean) / std,
-            next_observations=(dataset.next_observations - mean) / std,
-            rewards=dataset.rewards / dataset.rewards.std() if config.scale_rewards else dataset.rewards,
-        ).to(device)
+            observations = dataset.observations
+            mean, std = observations.mean(0), observations.std(0) + 1e-3
+            del observations
+            dataset = dataclasses.replace(dataset, states=(dataset.states - mean).div_(std))
+        if config.scale_rewards:
+            dataset = dataclasses.replace(dataset, rewards=dataset.rewards / dataset.rewards.std())
+        self.dataset = dataset.to(device)
         self.warmup_dataset = self.dataset
         if config.critic_warmup and config.critic_warmup_n_step > 1:
             self.warmup_dataset = self.dataset.n_step(config.critic_warmup_n_step, config.hyper.discount)
@@ -88,7 +88,7 @@ class Run:
     def _make_agent(self, seed: int, obs_mean: Tensor, obs_std: Tensor) -> Agent:
         config = self.config
         torch.manual_seed(seed)
-        agent = AGENTS[config.agent](config.hyper, self.dataset.observations.shape[1], self.dataset.actions.shape[1])
+        agent = AGENTS[config.agent](config.hyper, self.dataset.states.shape[1], self.dataset.actions.shape[1])
         agent.obs_mean.copy_(obs_mean)
         agent.obs_std.copy_(obs_std)
         if config.center_critics:

@@ -94,6 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for single in singles:
             prepare_folder(single.folder, single)
         run = Run(config, spec, dataset, device)
+        del dataset  # a run may keep a copy on another scale; together they would take twice the memory
         if config.resume:
             run.resume()
         sys.stdout.flush()

@@ -115,8 +115,7 @@ def tasks(data: Path, seed: int, updates: tuple[int, ...], quick: bool) -> Itera
 def describe(run: Run, judge: fdkernels.VelocityMLP) -> dict[str, Any]:
     """Returns, and what the displacement costs and gains over states of the data."""
     agent, generator = run.members[0].agent, torch.Generator().manual_seed(1)
-    states = torch.randint(len(run.dataset.observations), (STATES,), generator=generator)
-    obs = run.dataset.observations[states]
+    obs = run.dataset.sample(STATES, generator).observations
     noise = torch.randn(STATES, agent.action_dim, generator=generator)
     action = agent.flow_action(obs, noise)
     refined = agent.refine(obs, action)

@@ -18,7 +18,7 @@ from train.agents import AGENTS
 from train.agents.base import Agent, Learner, Parts
 from train.agents.seeds import SeedGroup
 from train.capture import PLAIN_UPDATES, CapturedUpdate
-from train.data.transitions import OfflineDataset
+from train.data.synthetic import random_dataset
 
 pytestmark = on_gpu
 
@@ -42,11 +42,7 @@ class Training:
     """Plain or captured updates on random data, of one agent or of several seeds."""
 
     def __init__(self, name: str, num_seeds: int, *, captured: bool) -> None:
-        generator = torch.Generator().manual_seed(7)
-        obs, next_obs = (torch.randn(500, 5, generator=generator) for _ in range(2))
-        actions, next_actions = (torch.rand(500, 3, generator=generator) * 2 - 1 for _ in range(2))
-        rewards, masks = torch.randn(500, generator=generator), torch.ones(500)
-        self.data = OfflineDataset(obs, actions, rewards, next_obs, masks, next_actions).to(DEVICE)
+        self.data = random_dataset(500, 5, 3).to(DEVICE)
         self.agents = [self._agent(name, seed) for seed in range(num_seeds)]
         self.learner: Learner = self.agents[0] if num_seeds == 1 else SeedGroup(self.agents)
         self.optimizer = self.learner.make_optimizer()

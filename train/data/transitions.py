@@ -29,35 +29,37 @@ class Batch(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class OfflineDataset:
-    """N transitions in float32.
+    """N transitions of whole episodes. Every state is stored once.
 
-    An episode of T steps gives T transitions (o_i, a_i, r_i, o_{i+1}):
+    An episode of T steps gives T transitions (o_i, a_i, r_i, o_{i+1}) and has T + 1 rows among the states:
 
-        observations   o_0   o_1   o_2   ...   o_{T-1}   o_T
-        actions           a_0   a_1   a_2   ...    a_{T-1}
+        states    o_0   o_1   o_2   ...   o_{T-1}   o_T
+        actions      a_0   a_1   a_2   ...    a_{T-1}
 
     The next observation never comes from the following episode, because o_T is stored. If a time limit ended the
     episode, the mask stays 1, because the value of o_T still counts.
     """
 
-    observations: Tensor
-    """(N, obs_dim)"""
+    states: Tensor
+    """(N + episodes, obs_dim) float32"""
+    rows: Tensor
+    """(N,) int64: the row of ``states`` that transition i starts from"""
     actions: Tensor
-    """(N, action_dim), within ±``ACTION_BOUND``"""
+    """(N, action_dim) float32, within ±``ACTION_BOUND``"""
     rewards: Tensor
-    """(N,)"""
-    next_observations: Tensor
-    """(N, obs_dim)"""
+    """(N,) float32; sums of several with `n_step`"""
     masks: Tensor
-    """(N,): 0 where the environment terminated or the goal was reached, else 1"""
-    next_actions: Tensor
-    """(N, action_dim), the data's next action; at the end of an episode its last action, since none follows"""
+    """(N,) float32: 0 where the environment terminated or the goal was reached, else 1"""
+    next_rows: Tensor
+    """(N,) int64: the row of ``states`` that transition i leads to"""
+    next_steps: Tensor
+    """(N,) int64: the transition with the next action; at the end of an episode its last one, since none follows"""
+    episode_lengths: np.ndarray
+    """(episodes,) int64, transitions in each episode"""
     outcomes: Outcomes = dataclasses.field(default_factory=lambda: outcomes_of(()))
     """What the episodes came to"""
-    episode_lengths: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, int))
-    """(episodes,), transitions in each episode"""
     dataset_ids: tuple[str, ...] = ()
-    """Minari ids."""
+    """Minari ids, or OGBench's names."""
     source: tuple[str, ...] = ()
     """Lines to display: which data this is and where it came from."""
 
@@ -65,26 +67,43 @@ class OfflineDataset:
     def from_episodes(
         cls, episodes: Sequence[Episode], dataset_ids: tuple[str, ...] = (), source: tuple[str, ...] = ()
     ) -> OfflineDataset:
-        """Concatenate the transitions of whole episodes, each with one more observation than actions."""
+        """Concatenate whole episodes, each with one more observation than actions.
 
-        def column(parts: list[np.ndarray]) -> Tensor:
-            return torch.from_numpy(np.concatenate(parts, dtype=np.float32))
-
-        def actions(parts: list[np.ndarray]) -> Tensor:
-            return column(parts).clamp_(-ACTION_BOUND, ACTION_BOUND)
-
+        Observations in float32 that lie one after the other in memory, as in a file of all episodes, are not copied.
+        """
+        lengths = np.array([len(e.rewards) for e in episodes])
+        steps = np.arange(lengths.sum())
+        rows = torch.from_numpy(steps + np.repeat(np.arange(len(lengths)), lengths))
+        last = np.repeat(np.cumsum(lengths) - 1, lengths)
+        actions = torch.from_numpy(_joined([e.actions for e in episodes]).clip(-ACTION_BOUND, ACTION_BOUND))
         return cls(
-            observations=column([e.observations[:-1] for e in episodes]),
-            actions=actions([e.actions for e in episodes]),
-            next_actions=actions([np.concatenate([e.actions[1:], e.actions[-1:]]) for e in episodes]),
-            rewards=column([e.rewards for e in episodes]),
-            next_observations=column([e.observations[1:] for e in episodes]),
-            masks=column([e.masks for e in episodes]),
+            states=torch.from_numpy(_joined([e.observations for e in episodes])),
+            rows=rows,
+            actions=actions,
+            rewards=torch.from_numpy(_joined([e.rewards for e in episodes])),
+            masks=torch.from_numpy(_joined([e.masks for e in episodes])),
+            next_rows=rows + 1,
+            next_steps=torch.from_numpy(np.minimum(steps + 1, last)),
+            episode_lengths=lengths,
             outcomes=outcomes_of(episodes),
-            episode_lengths=np.array([len(e.rewards) for e in episodes]),
             dataset_ids=dataset_ids,
             source=source,
         )
+
+    @property
+    def observations(self) -> Tensor:
+        """(N, obs_dim), a copy"""
+        return self.states[self.rows]
+
+    @property
+    def next_observations(self) -> Tensor:
+        """(N, obs_dim), a copy"""
+        return self.states[self.next_rows]
+
+    @property
+    def next_actions(self) -> Tensor:
+        """(N, action_dim), a copy"""
+        return self.actions[self.next_steps]
 
     def n_step(self, n: int, discount: float) -> OfflineDataset:
         """Transitions over up to ``n`` steps of an episode, so that r + γ·m·Q(s', a') is their n-step target.
@@ -93,13 +112,8 @@ class OfflineDataset:
         γ^(steps − 1) or 0, so that γ·m weighs the value that follows (Sutton and Barto, chapter 7). There are fewer
         steps where a mask is 0 or the episode ends before.
         """
-        last = np.cumsum(self.episode_lengths) - 1
-        if len(self) != (last[-1] + 1 if len(last) else 0):
-            raise ValueError(
-                f"n_step: episode_lengths must add up to {len(self)} transitions, got {self.episode_lengths.sum()}"
-            )
         start = np.arange(len(self))
-        stops = np.union1d(last, np.flatnonzero(self.masks.cpu().numpy() == 0))
+        stops = np.union1d(np.cumsum(self.episode_lengths) - 1, np.flatnonzero(self.masks.cpu().numpy() == 0))
         end = np.minimum(start + n - 1, stops[np.searchsorted(stops, start)])
         rewards, device = torch.zeros_like(self.rewards), self.rewards.device
         for i in range(n):
@@ -109,9 +123,9 @@ class OfflineDataset:
         return dataclasses.replace(
             self,
             rewards=rewards,
-            next_observations=self.next_observations[end],
-            next_actions=self.next_actions[end],
             masks=self.masks[end] * weights,
+            next_rows=self.next_rows[end],
+            next_steps=self.next_steps[end],
         )
 
     def __len__(self) -> int:
@@ -127,10 +141,42 @@ class OfflineDataset:
 
     def take(self, index: Tensor) -> Batch:
         """The transitions at these indices, in the shape of ``index``."""
-        # on the CPU index_select takes a third of the time of indexing
-        rows = (getattr(self, name).index_select(0, index.flatten()) for name in Batch._fields)
-        return Batch(*(column.unflatten(0, index.shape) for column in rows))
+        steps = index.flatten()
+
+        def of(table: Tensor, at: Tensor) -> Tensor:
+            # on the CPU index_select takes a third of the time of indexing
+            return table.index_select(0, at)
+
+        batch = (
+            of(self.states, of(self.rows, steps)),
+            of(self.actions, steps),
+            of(self.rewards, steps),
+            of(self.states, of(self.next_rows, steps)),
+            of(self.masks, steps),
+            of(self.actions, of(self.next_steps, steps)),
+        )
+        return Batch(*(column.unflatten(0, index.shape) for column in batch))
 
     def to(self, device: torch.device | str) -> OfflineDataset:
         """The same dataset with its tensors on ``device``."""
-        return dataclasses.replace(self, **{column: getattr(self, column).to(device) for column in Batch._fields})
+        return dataclasses.replace(
+            self,
+            states=self.states.to(device),
+            rows=self.rows.to(device),
+            actions=self.actions.to(device),
+            rewards=self.rewards.to(device),
+            masks=self.masks.to(device),
+            next_rows=self.next_rows.to(device),
+            next_steps=self.next_steps.to(device),
+        )
+
+
+def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """The parts one after the other in float32: a view of their memory if they lie there like that."""
+    base, address = parts[0].base, parts[0].ctypes.data
+    for part in parts:
+        inside = base is not None and part.base is base and part.ctypes.data == address
+        if not inside or part.dtype != np.float32 or not part.flags.c_contiguous:
+            return np.concatenate(parts, dtype=np.float32)
+        address += part.nbytes
+    return np.lib.stride_tricks.as_strided(parts[0], (sum(map(len, parts)), *parts[0].shape[1:]))
