@@ -116,8 +116,9 @@ ANTMAZES = {
     "large": ["large-play", "large-diverse"],
 }
 ANTMAZE_NOTE = (
-    "not D4RL's recordings but Minari's, of an ant that followed other goals; reward and success are computed for the "
-    "evaluation's goal, as in D4RL. It is the centre of D4RL's goal cell, where D4RL-v2 draws a point for each episode"
+    "not D4RL's recordings but Minari's, of a stronger ant (torques up to 150, not 30; 0.05 s a step, not 0.1) that "
+    "followed other goals; reward and success are computed for the evaluation's goal, as in D4RL. It is the centre of "
+    "D4RL's goal cell, where D4RL-v2 draws a point for each episode"
 )
 
 
