@@ -133,6 +133,18 @@ def test_names_need_no_simulator() -> None:
 
 
 @pytest.mark.parametrize("name", ["antmaze-umaze", "door-human"])
+def test_making_an_environment_is_quiet(robotics, name: str) -> None:
+    """gymnasium-robotics prints a notice when it is first imported."""
+    making = (
+        f"import gymnasium; from train.environments import resolve; gymnasium.make(resolve({name!r}).env_id).reset()"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", making], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True
+    )
+    assert (ran.stdout, ran.stderr) == ("", "")
+
+
+@pytest.mark.parametrize("name", ["antmaze-umaze", "door-human"])
 @pytest.mark.parametrize("cached", [False, True])
 def test_a_missing_simulator_is_reported_before_any_download(monkeypatch, name: str, cached: bool) -> None:
     def fail(*args: Any, **kwargs: Any) -> None:

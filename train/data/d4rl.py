@@ -16,9 +16,12 @@ types of joints fails (``joint_type in (mjJNT_HINGE, mjJNT_SLIDE)`` is False for
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import importlib
 import importlib.util
+import io
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,10 +38,12 @@ SIMULATOR = "gymnasium_robotics"
 INSTALL = "pip install 'fdkernels[d4rl]'"
 
 
-def check_simulator() -> None:
-    """Raises ModuleNotFoundError, which says what to install, if gymnasium-robotics is missing."""
+def find_simulator() -> None:
+    """Import gymnasium-robotics, or raise a ModuleNotFoundError that says what to install."""
     if importlib.util.find_spec(SIMULATOR) is None:
         raise ModuleNotFoundError(f"D4RL's tasks are played in gymnasium-robotics, which is missing: {INSTALL}")
+    with contextlib.redirect_stderr(io.StringIO()):  # it prints what `WRONG_SIGN` says, whatever it is imported for
+        importlib.import_module(SIMULATOR)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +55,7 @@ class Recordings(Hosted):
 
     def load(self, spec: EnvSpec, wanted: Wanted) -> list[Part]:
         try:
-            check_simulator()
+            find_simulator()
         except ModuleNotFoundError as error:
             raise DatasetUnavailable(f"no evaluation of {spec.name}. {error}") from error
         return [part._replace(note=self.note) for part in super().load(spec, wanted)]
@@ -87,9 +92,9 @@ class Maze:
         return np.linalg.norm(positions - self.goal, axis=-1) <= RADIUS
 
 
-# D4RL's *_TEST maps (d4rl/locomotion/maze_env.py), mirrored: its y grows from row to row, gymnasium-robotics' falls.
-# The U is its own mirror image, so there the start and the goal have changed places instead, as in Minari's recordings.
-# The U that Minari's metadata give for evaluation opens to the other side and is no maze that the data show.
+# D4RL's *_TEST maps (d4rl/locomotion/maze_env.py). Minari's are the same, except that y falls from row to row, so that
+# they are mirror images; and that in the U start and goal have changed places. These are also the maps that Minari's
+# metadata give for evaluation, except for the U, where theirs opens to the side where all the recordings have a wall.
 MAZES = {
     "umaze": Maze(("#####", "#g..#", "###.#", "#r..#", "#####"), 700),
     "medium": Maze(
@@ -159,7 +164,7 @@ class ToTheGoal(gym.Wrapper):
 
 
 def make_antmaze(maze: str, **options: Any) -> gym.Env:
-    check_simulator()
+    find_simulator()
     from gymnasium_robotics.envs.maze.ant_maze_v4 import AntMazeEnv  # Minari's recordings are of v4
 
     # The start is the environment's own, up to a metre from the centre of its cell in x and y, as in the recordings.
@@ -202,7 +207,7 @@ class EndsAtDrop(gym.Wrapper):
 
 
 def make_adroit(task: str, **options: Any) -> gym.Env:
-    check_simulator()
+    find_simulator()
     # v1 is what the recordings are of. Without a time limit, because the environment around this one has it.
     env = gym.make(f"{SIMULATOR}:AdroitHand{task.capitalize()}-v1", max_episode_steps=-1, **options)
     return EndsAtDrop(env) if task == "pen" else env
