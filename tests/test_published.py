@@ -57,6 +57,30 @@ def test_full_preset_of_fql(task: str, alpha: float, discount: float, aggregatio
     assert not hyper.normalize_q
 
 
+@pytest.mark.parametrize(
+    ("name", "alpha", "aggregation"),
+    [
+        ("antmaze-umaze", 10, "mean"),
+        ("antmaze-medium-diverse", 10, "mean"),
+        ("antmaze-large-play", 3, "mean"),
+        ("pen-human", 10_000, "min"),
+        ("pen-expert", 3_000, "min"),
+        ("door-cloned", 30_000, "min"),
+        ("hammer-cloned", 10_000, "min"),
+        ("hammer-human", 30_000, "min"),
+        ("relocate-human", 10_000, "min"),
+        ("relocate-expert", 30_000, "min"),
+    ],
+)
+def test_full_presets_of_d4rl(name: str, alpha: float, aggregation: str) -> None:
+    config = preset_config("full", "fql", name)
+    assert (config.steps, config.hyper.alpha, config.hyper.q_aggregation) == (500_000, alpha, aggregation)
+    deflow = preset_config("full", "deflow", name).hyper
+    assert deflow.normalize_q
+    assert deflow.target_divergence == {"ant": 0.015, "pen": 0.01}.get(name[:3], 0.001)
+    assert published.row_of(name, "fidec") is None, "nothing is known to be published"
+
+
 def test_other_presets_do_not_change_and_flags_win() -> None:
     task = "antmaze-giant-navigate-singletask-v0"
     assert published.changes(task, "quick", "fidec") == {}

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import difflib
 
-from train.data import locomotion, mixed, ogbench
+from train.data import d4rl, locomotion, mixed, ogbench
 from train.data.spec import EnvSpec
 
-FAMILIES = (locomotion.ENVIRONMENTS, mixed.ENVIRONMENTS, ogbench.ENVIRONMENTS)
+FAMILIES = (locomotion.ENVIRONMENTS, mixed.ENVIRONMENTS, d4rl.ENVIRONMENTS, ogbench.ENVIRONMENTS)
 ENVIRONMENTS: dict[str, EnvSpec] = {spec.name: spec for family in FAMILIES for spec in family}
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import minari
 from huggingface_hub import constants, utils
+from minari import EpisodeData
 from minari.storage import get_dataset_path
 
 from train.data import minari_cache, network
+from train.data.episode import Episode
 from train.data.network import problem_with
 from train.data.spec import DatasetUnavailable, EnvSpec, NotHere, Part, Source, Wanted
 
@@ -20,6 +22,7 @@ class Hosted(Source):
     """Hosted datasets of Minari, concatenated."""
 
     dataset_ids: tuple[str, ...]
+    convert: Callable[[EpisodeData], Episode] = minari_cache.as_episode
 
     def __str__(self) -> str:
         return f"Minari's {' and '.join(self.dataset_ids)}"
@@ -47,7 +50,7 @@ class Hosted(Source):
         parts = []
         for dataset_id in self.dataset_ids:
             try:
-                parts.append(Part(dataset_id, origin, minari_cache.read(dataset_id)))
+                parts.append(Part(dataset_id, origin, minari_cache.read(dataset_id, self.convert)))
             except minari_cache.Unreadable as error:
                 raise DatasetUnavailable(
                     f"{dataset_id} in Minari's local cache cannot be read ({error}).\n"

@@ -52,7 +52,7 @@ def load_dataset(
 
 def _combine(spec: EnvSpec, parts: Sequence[Part], preface: Sequence[str]) -> OfflineDataset:
     lines = list(preface)
-    for dataset_id, origin, episodes in parts:
+    for dataset_id, origin, episodes, note in parts:
         try:
             check_episodes(episodes)
         except BadEpisode as error:
@@ -63,5 +63,6 @@ def _combine(spec: EnvSpec, parts: Sequence[Part], preface: Sequence[str]) -> Of
             f"{dataset_id} ({origin}): {len(episodes):,} episodes, {transitions:,} transitions, mean return "
             f"{outcomes.returns.mean():,.0f}, score {spec.scoring(outcomes).mean():.1f}"
         )
+        lines += [note] if note else []
     ids = tuple(part.dataset_id for part in parts)
     return OfflineDataset.from_episodes([e for part in parts for e in part.episodes], ids, tuple(lines))

@@ -21,10 +21,12 @@ class Row(NamedTuple):
 
 FIDEC = "the authors' scripts for arXiv 2604.17919"
 FQL = "the authors' commands for arXiv 2502.02538"
+DEFLOW = "the authors' scripts for DeFlow"
 
 NORMALIZED = {"normalize_q": True}
 MINIMUM = {"q_aggregation": "min"}
 LONG = {"discount": 0.995}
+HALF = {"steps": 500_000}
 
 # A million updates, evaluated every 100,000 of them with 50 episodes, are the defaults of a run.
 TABLE = (
@@ -40,6 +42,15 @@ TABLE = (
     Row("fql", "antsoccer-arena-", {**LONG, "alpha": 10.0}, FQL),
     Row("fql", "(cube-(single|double)|scene)-", {"alpha": 300.0}, FQL),
     Row("fql", "puzzle-(3x3|4x4)-", {"alpha": 1000.0}, FQL),
+    # D4RL
+    Row("fql", "antmaze-(umaze|umaze-diverse|medium-play|medium-diverse)$", {**HALF, "alpha": 10.0}, FQL),
+    Row("fql", "antmaze-large-(play|diverse)$", {**HALF, "alpha": 3.0}, FQL),
+    Row("fql", "pen-expert", {**HALF, **MINIMUM, "alpha": 3_000.0}, FQL),
+    Row("fql", "pen-|hammer-cloned|relocate-human", {**HALF, **MINIMUM, "alpha": 10_000.0}, FQL),
+    Row("fql", "door-|hammer-|relocate-", {**HALF, **MINIMUM, "alpha": 30_000.0}, FQL),
+    Row("deflow", "antmaze-[a-z-]+$", {**HALF, **NORMALIZED, "target_divergence": 0.015}, DEFLOW),
+    Row("deflow", "pen-", {**HALF, **NORMALIZED, **MINIMUM, "target_divergence": 0.01}, DEFLOW),
+    Row("deflow", "door-|hammer-|relocate-", {**HALF, **NORMALIZED, **MINIMUM, "target_divergence": 0.001}, DEFLOW),
 )
 
 

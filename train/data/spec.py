@@ -102,6 +102,8 @@ class Part(NamedTuple):
     origin: str
     """Where the data came from, for display."""
     episodes: Sequence[Episode]
+    note: str = ""
+    """How the data differ from what their name suggests, for display."""
 
 
 class Source(abc.ABC):
