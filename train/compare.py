@@ -98,7 +98,7 @@ def table(lines: Sequence[Line], results: Mapping[str, Sequence[Mapping[str, Any
             *rows,
             "",
             f"{resolve(env).scoring.name} in {first['env_id']} after the last update, {episodes} episodes a seed; all: "
-            f"interquartile mean with its 95 % bootstrap interval over seeds. The dataset's mean return is worth "
+            f"interquartile mean with its 95 % bootstrap interval over seeds. The dataset's episodes score "
             f"{first['dataset_score']:.1f}. Minutes of the longest run: {minutes}.",
         ]
     )

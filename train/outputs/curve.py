@@ -33,7 +33,7 @@ def draw_curve(folder: Path, config: RunConfig, dataset_score: float, label: str
     Args:
         folder: the run's folder, with metrics.csv and evaluations.csv.
         config: the run's configuration.
-        dataset_score: normalised score of the dataset's own mean return.
+        dataset_score: mean score of the dataset's own episodes.
         label: name of the score, for the axis.
     """
     evaluations = read_table(folder / "evaluations.csv")
@@ -94,7 +94,7 @@ def _finish_score(ax: Axes, title: str, config: RunConfig, dataset_score: float,
     """Label the axes of a score plot, whose updates are counted from where the critics start to learn."""
     if config.critic_warmup:
         ax.axvspan(0, config.critic_warmup, color=GREY, alpha=0.1, linewidth=0, label="critics alone learn")
-    ax.axhline(dataset_score, color=GREY, linestyle="--", linewidth=1.2, label="dataset's mean return")
+    ax.axhline(dataset_score, color=GREY, linestyle="--", linewidth=1.2, label="dataset's mean")
     ax.set_title(title, loc="left", fontsize=14)
     ax.set_ylabel(label)
     ax.set_xlabel("updates" + (f" (after {config.flow_warmup:,} of the flow alone)" if config.flow_warmup else ""))
@@ -131,7 +131,7 @@ def draw_comparison(
         path: file of the picture.
         title: its title.
         lines: maps each name to the interquartile mean, its interval, and the scores.
-        dataset_score: normalised score of the dataset's own mean return.
+        dataset_score: mean score of the dataset's own episodes.
         label: name of the score, for the axis.
     """
     with plt.rc_context(STYLE):
@@ -167,7 +167,7 @@ def draw_group_curve(
     Args:
         config: the group's configuration.
         evaluations: each seed's rows, as in its evaluations.csv, all at the same steps.
-        dataset_score: normalised score of the dataset's own mean return.
+        dataset_score: mean score of the dataset's own episodes.
         label: name of the score, for the axis.
     """
     with plt.rc_context(STYLE):

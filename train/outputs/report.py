@@ -27,6 +27,11 @@ def final_table(result: Result, minutes: float) -> str:
             f"{best['score_mean']:>9.1f} ± {best['score_sem']:<4.1f}{best['step']:>12,}{best['episodes']:>13}"
         )
     lines.append(f"{'dataset':26}{result.dataset_return:>10,.0f}{'':8}{result.dataset_score:>9.1f}")
+    if three := result.last_three:
+        lines += [
+            "",
+            f"Mean of the last three evaluations, from step {three['first_step']:,}: {three['score_mean']:.1f}",
+        ]
     lines += ["", f"{minutes:.1f} minutes. In {config.folder}: curve.png, metrics.csv, evaluations.csv, "]
     lines[-1] += "tensorboard/, policy.safetensors, result.json"
     return "\n".join(lines)

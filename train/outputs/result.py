@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 from train.data.episode import Outcomes
@@ -47,6 +48,17 @@ class Result:
         }
 
     @property
+    def last_three(self) -> dict[str, float]:
+        """The policy's mean score over its last three evaluations, as published tables have it.
+
+        Empty if there are fewer with as many episodes as the last.
+        """
+        rows = [row for row in self.evaluations if row["role"] == "policy"][-3:]
+        if len(rows) < 3 or len({row["episodes"] for row in rows}) > 1:
+            return {}
+        return {"score_mean": float(np.mean([row["score_mean"] for row in rows])), "first_step": rows[0]["step"]}
+
+    @property
     def dataset_return(self) -> float:
         """Mean return of the data's own episodes."""
         return float(self.dataset.outcomes.returns.mean())
@@ -76,5 +88,6 @@ class Result:
             "torch": torch.__version__,
             "acting": dataclasses.asdict(config.acts),
             "results": self.last_and_best,
+            "last_three": self.last_three,
         }
         write_whole(config.folder / "result.json", json.dumps(summary, indent=2) + "\n")
