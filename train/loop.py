@@ -149,7 +149,7 @@ class Run:
         critics_learn = stage is not self.stages[0]
         explorer = self._go_online() if stage is self.online else None
         evaluated = [row["step"] for row in self.members[0].result.evaluations]
-        # the second: a run that is resumed with --steps that end where it had been stopped goes online from there
+        # the agent that goes online is always evaluated
         if critics_learn and (not evaluated or self.step == self.online.start != evaluated[-1]):
             self.evaluate()
         bar = tqdm(
@@ -180,7 +180,8 @@ class Run:
                     ]
                     bar.set_postfix_str(postfix(numbers), refresh=False)
                     logged_step, logged_at = self.step, time.perf_counter()
-                if critics_learn and ((self.step - flow_end) % config.eval_every == 0 or self.ends_a_part):
+                end = self.step == self.stages[-1].end
+                if critics_learn and ((self.step - flow_end) % config.eval_every == 0 or end):
                     self.evaluate()
                     logged_at = time.perf_counter()
                 if self.step % config.checkpoint_every == 0 or self.step == stage.end:
@@ -196,11 +197,6 @@ class Run:
         if self.captured is not None:
             self.captured.forget()
         return explorer
-
-    @property
-    def ends_a_part(self) -> bool:
-        """Whether this is the end of the offline updates or of all, which is always evaluated, with all episodes."""
-        return self.step in (self.online.start, self.online.end)
 
     def parts(self, stage: Stage) -> Parts:
         """The losses of the next update."""
@@ -242,8 +238,9 @@ class Run:
     # -- results and checkpoints ---------------------------------------------------------------------------------
 
     def evaluate(self) -> None:
+        interim = self.step not in (self.online.start, self.online.end)
         for member in self.members:
-            rows = member.evaluate(self.step, interim=not self.ends_a_part)
+            rows = member.evaluate(self.step, interim=interim)
             seed = f"seed {member.config.seed:<4}" if len(self.members) > 1 else ""
             self.seconds = time.perf_counter() - self.clock
             tqdm.write(evaluation_line(self.step, seed, rows, member.config, self.seconds / 60))
