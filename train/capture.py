@@ -58,6 +58,11 @@ class CapturedUpdate(Generic[Output]):
         graph.replay()
         return output
 
+    def forget(self) -> None:
+        """Begin again, because the update now reads other tensors than those in its graphs."""
+        self._graphs.clear()
+        self._plain_updates.clear()
+
     def _run_plainly(self, parts: Parts, log: bool) -> Output:
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)

@@ -19,9 +19,11 @@ from train.agents import AGENTS
 from train.agents.base import Agent, Learner, Parts
 from train.agents.seeds import SeedGroup
 from train.capture import CapturedUpdate
+from train.data.replay import Replay
 from train.data.spec import EnvSpec
 from train.data.transitions import Batch, OfflineDataset
 from train.member import Member
+from train.online import Explorer
 from train.outputs.checkpoint import newest_checkpoints
 from train.outputs.curve import draw_group_curve
 from train.outputs.report import evaluation_line, final_table, group_table
@@ -50,8 +52,10 @@ class Run:
             mean, std = observations.mean(0), observations.std(0) + 1e-3
             del observations
             dataset = dataclasses.replace(dataset, states=(dataset.states - mean).div_(std))
+        reward_std = torch.ones(())
         if config.scale_rewards:
-            dataset = dataclasses.replace(dataset, rewards=dataset.rewards / dataset.rewards.std())
+            reward_std = dataset.rewards.std()
+            dataset = dataclasses.replace(dataset, rewards=dataset.rewards / reward_std)
         self.dataset = dataset.to(device)
         self.warmup_dataset = self.dataset
         if config.critic_warmup and config.critic_warmup_n_step > 1:
@@ -71,18 +75,27 @@ class Run:
             Member(Result(single, spec, self.dataset), agent, optimizer, generator)
             for single, agent, optimizer, generator in zip(configs, agents, optimizers, self.generators)
         ]
+        self.source: OfflineDataset | Replay = self.dataset
+        """What updates sample from, except in the critics' warm-up."""
+        if config.online_steps:
+            (member,) = self.members
+            replay = Replay(self.dataset, config.online_steps, config.replay)
+            member.explorer = Explorer(spec.env_id, member.agent, member.generator, replay, reward_std, config.seed)
+        self.captured: CapturedUpdate[tuple[Batch, dict[str, Tensor]]] | None = None
         self.update = self._make_update()
         self.step = 0
         self.seconds = 0.0
         self.learning_rate = config.hyper.lr
         self.stop_requested = False
 
-        flow_end = config.flow_warmup
+        flow_end, offline_end = config.flow_warmup, config.offline_steps
         critic_end = flow_end + config.critic_warmup
+        self.online = Stage("online", offline_end, offline_end + config.online_steps)
         self.stages = [
             Stage("flow warm-up", 0, flow_end),
             Stage("critic warm-up", flow_end, critic_end),
-            Stage(config.agent, critic_end, critic_end + config.steps),
+            Stage(config.agent, critic_end, offline_end),
+            self.online,
         ]
 
     def _make_agent(self, seed: int, obs_mean: Tensor, obs_std: Tensor) -> Agent:
@@ -100,14 +113,14 @@ class Run:
             self.learner.compile(fullgraph=True, dynamic=False)
         update: Update = self._update
         if captures(self.config, self.generators[0].device):
-            update = CapturedUpdate(update, self.generators)
+            self.captured = update = CapturedUpdate(update, self.generators)
         if self.config.profile:
             update = ProfiledUpdate(update, self.members[0].config.folder / "trace.json")
         return update
 
     def _update(self, parts: Parts, log: bool) -> tuple[Batch, dict[str, Tensor]]:
         """Sample a batch and make one update."""
-        dataset = self.warmup_dataset if "data_critic" in parts else self.dataset
+        dataset = self.warmup_dataset if "data_critic" in parts else self.source
         batch, draws = self.learner.sample(dataset, self.config.batch_size, self.generators)
         return batch, self.learner.update(self.optimizer, batch, draws, parts, log=log)
 
@@ -134,7 +147,10 @@ class Run:
     def _train(self, stage: Stage) -> None:
         config, flow_end = self.config, self.stages[0].end
         critics_learn = stage is not self.stages[0]
-        if critics_learn and not self.members[0].result.evaluations:
+        explorer = self._go_online() if stage is self.online else None
+        evaluated = [row["step"] for row in self.members[0].result.evaluations]
+        # the agent that goes online is always evaluated
+        if critics_learn and (not evaluated or self.step == self.online.start != evaluated[-1]):
             self.evaluate()
         bar = tqdm(
             desc=stage.name,
@@ -150,6 +166,8 @@ class Run:
                 done = self.step - stage.start + 1
                 log = done % config.log_every == 0 or self.step + 1 == stage.end
                 self.set_learning_rate(stage)
+                if explorer is not None:
+                    explorer.step()
                 batch, seen = self.update(self.parts(stage), log)
                 self.step += 1
                 bar.update()
@@ -171,20 +189,35 @@ class Run:
         if self.stop_requested:
             self.save()
 
+    def _go_online(self) -> Explorer:
+        """From here on updates sample from the replay."""
+        explorer = self.members[0].explorer
+        assert explorer is not None
+        self.source = explorer.replay
+        if self.captured is not None:
+            self.captured.forget()
+        return explorer
+
     def parts(self, stage: Stage) -> Parts:
         """The losses of the next update."""
-        flow_warmup, critic_warmup, _ = self.stages
+        flow_warmup, critic_warmup, agent, online = self.stages
         if stage is flow_warmup:
             return ("flow",)
         if stage is critic_warmup:
             return ("data_critic",)
-        return self.learner.agent_parts(self.step - stage.start)
+        parts = self.learner.agent_parts(self.step - agent.start)
+        if stage is online and self.config.freeze_flow_online:
+            # not even as frozen_flow, because Adam's momentum would still move it
+            parts = tuple(part for part in parts if part not in ("flow", "frozen_flow"))
+        return parts
 
     def set_learning_rate(self, stage: Stage) -> None:
         """Anneal it in each warm-up, whose last iterate would otherwise be noisy, and for the agent if ``anneal``."""
-        warming_up = stage is not self.stages[-1]
-        lr = self.config.warmup_lr if warming_up else self.config.hyper.lr
-        if warming_up or self.config.anneal:
+        config, warming_up = self.config, stage in self.stages[:2]
+        lr = config.warmup_lr if warming_up else config.hyper.lr
+        if stage is self.online:
+            lr = config.online_lr or lr
+        elif warming_up or config.anneal:
             progress = (self.step - stage.start) / (stage.end - stage.start)
             lr *= 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress))
         if lr == self.learning_rate:
@@ -205,8 +238,9 @@ class Run:
     # -- results and checkpoints ---------------------------------------------------------------------------------
 
     def evaluate(self) -> None:
+        interim = self.step not in (self.online.start, self.online.end)
         for member in self.members:
-            rows = member.evaluate(self.step, last=self.step == self.stages[-1].end)
+            rows = member.evaluate(self.step, interim=interim)
             seed = f"seed {member.config.seed:<4}" if len(self.members) > 1 else ""
             self.seconds = time.perf_counter() - self.clock
             tqdm.write(evaluation_line(self.step, seed, rows, member.config, self.seconds / 60))
@@ -260,6 +294,6 @@ def captures(config: RunConfig, device: torch.device) -> bool:
 def postfix(numbers: list[dict[str, float]]) -> str:
     """Figures to show beside the progress bar, averaged over the members."""
     shown = {"flow": "flow_loss", "td": "critic_loss", "penalty": "penalty", "α": "alpha", "Q": "q_policy"}
-    shown |= {"‖δ‖": "displacement_norm", "λ₁/Σλ": "top_eigenvalue_share"}
+    shown |= {"‖δ‖": "displacement_norm", "λ₁/Σλ": "top_eigenvalue_share", "return": "online_return"}
     means = {name: sum(row[name] for row in numbers) / len(numbers) for name in numbers[0]}
     return " ".join(f"{label}={means[name]:.3g}" for label, name in shown.items() if name in means)

@@ -1,4 +1,4 @@
-"""One agent of a run, with its optimiser, its generator and its output folder."""
+"""One agent of a run, with its optimiser, its generator, its environment if it goes online, and its output folder."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from train.agents.base import Agent
 from train.evaluate import evaluate
+from train.online import ONLINE_METRICS, Explorer
 from train.outputs.checkpoint import Checkpoint, save_checkpoint
 from train.outputs.curve import draw_curve
 from train.outputs.policy import save_policy
@@ -22,6 +23,9 @@ from train.settings import RunError
 class Member:
     """An agent with its optimiser and generator; ``result.config`` is the configuration that trains it alone."""
 
+    explorer: Explorer | None = None
+    """Plays its training episodes, if it goes online."""
+
     def __init__(
         self, result: Result, agent: Agent, optimizer: torch.optim.Optimizer, generator: torch.Generator
     ) -> None:
@@ -29,11 +33,14 @@ class Member:
         self.agent, self.optimizer, self.generator = agent, optimizer, generator
 
     def open_record(self, step: int) -> None:
-        self.record = Record(self.config.folder, step, self.result.evaluations, tuple(self.agent.metric_names))
+        metrics = (*self.agent.metric_names, *ONLINE_METRICS)
+        self.record = Record(self.config.folder, step, self.result.evaluations, metrics)
 
     def log(self, step: int, stage: str, updates_per_second: float, figures: Mapping[str, Tensor]) -> dict[str, float]:
         """Write a row of metrics, and return the metrics as numbers."""
         numbers = {name: value.item() for name, value in figures.items()}
+        if self.explorer is not None:
+            numbers |= self.explorer.report()
         self.record.add_metrics(step, stage, updates_per_second, numbers)
         broken = [f"{name} = {value}" for name, value in numbers.items() if not math.isfinite(value)]
         if broken:
@@ -43,14 +50,14 @@ class Member:
             )
         return numbers
 
-    def evaluate(self, step: int, *, last: bool) -> dict[str, dict[str, Any]]:
+    def evaluate(self, step: int, *, interim: bool) -> dict[str, dict[str, Any]]:
         """Play episodes, write a row for each of the `ROLES`, and redraw the curve."""
         config, spec = self.config, self.result.spec
         played = evaluate(
             self.agent,
             spec.env_id,
             config.acts,
-            episodes=config.eval_episodes if last else config.interim_episodes or config.eval_episodes,
+            episodes=(config.interim_episodes if interim else None) or config.eval_episodes,
             # the same initial states at every evaluation, but others for another seed
             seed=1_000_000 * (config.seed + 1),
         )
@@ -63,8 +70,11 @@ class Member:
     def save(self, step: int, seconds: float) -> None:
         evaluations = self.result.evaluations
         notes = {"data": self.result.data_identity, "evaluations": evaluations, "seconds": seconds}
+        seen = None
+        if self.explorer is not None and self.explorer.episodes:
+            notes["online"], seen = self.explorer.notes(), self.explorer.replay.tensors()
         folder = self.config.folder / "checkpoints"
-        save_checkpoint(folder, step, self.agent, self.optimizer, self.generator, notes)
+        save_checkpoint(folder, step, self.agent, self.optimizer, self.generator, notes, seen)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         if checkpoint.notes["data"] != self.result.data_identity:
@@ -74,6 +84,10 @@ class Member:
             )
         checkpoint.restore(self.agent, self.optimizer, self.generator)
         self.result.evaluations = checkpoint.notes["evaluations"]
+        if self.explorer is not None and "online" in checkpoint.notes:
+            problem = self.explorer.restore(checkpoint.part("replay"), checkpoint.notes["online"])
+            if problem is not None:
+                print(f"online     {problem}")
 
     def finish(self, seconds: float) -> None:
         """Write the policy and the summary."""

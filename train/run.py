@@ -66,6 +66,11 @@ def update_line(config: RunConfig, device: torch.device) -> str:
     return how + (", no CUDA graphs (--capture off)" if device.type == "cuda" else ", no CUDA graphs on the CPU")
 
 
+def online_line(config: RunConfig) -> str:
+    flow = ", the flow stays as it is" if config.freeze_flow_online else ""
+    return f"{config.online_steps:,} environment steps, one update each, replay {config.replay}{flow}"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     config = parse(sys.argv[1:] if argv is None else argv)
     try:
@@ -87,6 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if choose_preset(config.preset, config.device) == "full":
             print(f"published  {published.describe(config.env, config.agent)}")
         print(f"update     {how}")
+        if config.online_steps:
+            print(f"online     {online_line(config)}")
         print(f"folder     {' ... '.join(dict.fromkeys(str(s.folder) for s in (singles[0], singles[-1])))}", flush=True)
         dataset = load_dataset(spec, size=config.dataset_size)
         for line in dataset.source:

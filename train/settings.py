@@ -12,14 +12,17 @@ import tyro
 from train.acting import FOR_REFINING_AGENTS, Acting, RuleName
 from train.agents import AGENTS, AgentName
 from train.agents.hyperparameters import AgentConfig, require, require_finite
+from train.data.replay import Mixture
 from train.data.spec import Size
 
 PresetName = Literal["auto", "quick", "standard", "full"]
 _AGENTS_HELP = "; ".join(f"{name}: {agent.summary}" for name, agent in AGENTS.items()) + "."
 MAY_CHANGE_ON_RESUME = {
     *("steps", "preset", "device", "out", "resume", "overwrite", "num_seeds", "capture", "profile"),
-    *("eval_every", "eval_episodes", "interim_episodes", "log_every", "checkpoint_every"),
+    *("eval_every", "eval_episodes", "interim_episodes", "log_every", "checkpoint_every", "online_steps"),
 }
+OF_ONLINE: dict[str, Any] = {"replay": "all", "online_lr": None, "freeze_flow_online": False}
+"""Settings of the online updates with their defaults. They may change on resume until the first of these updates."""
 
 
 class RunError(RuntimeError):
@@ -38,6 +41,18 @@ class RunConfig:
     on a GPU, else quick. Other flags override the preset."""
     steps: int = 1_000_000
     """Updates of the agent, after the warm-ups."""
+    online_steps: int = 0
+    """Then steps in the environment with one sample of the policy each, and one update after each step. A finished run
+    goes online with --resume --online-steps N, which may be raised again."""
+    replay: Mixture = "all"
+    """What online updates learn from. all: the offline data and all that was seen online, as one (FQL). balanced: half
+    of each batch from the offline data, half from what was seen online (RLPD)."""
+    online_lr: float | None = None
+    """Learning rate of the online updates. None: --lr. It stays constant, also where --anneal had lowered that of the
+    agent's updates to a twentieth: what is new keeps coming, and there is no end to anneal towards."""
+    freeze_flow_online: bool = False
+    """Leave the behaviour flow exactly as the offline updates left it. Without this it goes on learning, from the
+    replay, unless --freeze-flow-after stops it."""
     flow_warmup: int = 0
     """Updates at the start in which the flow alone learns. Not in the published schedule."""
     critic_warmup: int = 0
@@ -48,7 +63,8 @@ class RunConfig:
     warmup_lr: float = 1e-3
     """Learning rate at the start of each warm-up; it falls along half a cosine to a twentieth of this."""
     anneal: bool = False
-    """Let the agent's learning rate fall in the same way until the last of --steps; --resume must then keep --steps."""
+    """Let the agent's learning rate fall in the same way until the last of --steps; --resume must then keep --steps.
+    Online updates have their own, --online-lr."""
     batch_size: int = 256
     """Transitions per update."""
     seed: int = 0
@@ -91,7 +107,8 @@ class RunConfig:
     log_every: int = 5_000
     """Updates between rows of metrics."""
     checkpoint_every: int = 50_000
-    """Updates between checkpoints; one is also written after each stage and on Ctrl-C."""
+    """Updates between checkpoints; one is also written after each stage and on Ctrl-C. They hold what was seen
+    online."""
     dataset_size: Size = "default"
     """Size of generated data: 100 (default) or 1,000 (full) episodes per behaviour policy, or a number of them.
     Downloaded data are always whole."""
@@ -125,15 +142,32 @@ class RunConfig:
         require("discount", self.hyper.discount, self.hyper.discount < 1 or not self.center_critics, "below 1 here")
         for name in ("warmup_lr", "acting_temperature"):
             require(name, getattr(self, name), getattr(self, name) > 0, "positive")
-        for name in ("flow_warmup", "critic_warmup"):
+        for name in ("flow_warmup", "critic_warmup", "online_steps"):
             require(name, getattr(self, name), getattr(self, name) >= 0, "zero or more")
         for name in ("flow", "critic"):
             untrained = getattr(self.hyper, f"freeze_{name}_after") == 0 and getattr(self, f"{name}_warmup") == 0
             require(f"{name}_warmup", 0, not untrained, f"positive with --freeze-{name}-after 0, or nothing trains it")
+        alone = self.online_steps == 0 or self.num_seeds == 1
+        require("online_steps", self.online_steps, alone, "0 with several seeds; each can --resume alone with it")
+        for name, default in OF_ONLINE.items():
+            value = getattr(self, name)
+            require(name, value, self.online_steps > 0 or value == default, f"{default} without --online-steps")
+        require("online_lr", self.online_lr, self.online_lr is None or self.online_lr > 0, "positive")
+        even = self.replay != "balanced" or self.batch_size % 2 == 0
+        require("batch_size", self.batch_size, even, "even with --replay balanced")
+        learning = not self.freeze_flow_online or self.hyper.freeze_flow_after != 0
+        require(
+            "freeze_flow_online", True, learning, "False with --freeze-flow-after 0, which leaves nothing to freeze"
+        )
 
     @property
     def acts(self) -> Acting:
         return Acting(self.acting, self.acting_samples, self.acting_temperature)
+
+    @property
+    def offline_steps(self) -> int:
+        """Updates before the online ones."""
+        return self.flow_warmup + self.critic_warmup + self.steps
 
     @property
     def folder(self) -> Path:

@@ -1,12 +1,14 @@
-"""Vectorised Gymnasium environments, and a quiet MuJoCo."""
+"""Gymnasium environments, many side by side or one apart, and a quiet MuJoCo."""
 
 from __future__ import annotations
 
 import functools
 import warnings
+from typing import Any
 
 import gymnasium as gym
 import mujoco
+import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 
 
@@ -22,6 +24,23 @@ def kept_vector_env(env_id: str, num_envs: int) -> VectorEnv:
     """The same environments again for each evaluation: some take seconds to make. Resetting them with a seed leaves
     nothing of the last use. Two sizes are kept, that of interim evaluations and that of the final one."""
     return make_vector_env(env_id, num_envs)
+
+
+class Apart(gym.Wrapper):
+    """What happens after ``reset(seed=...)`` depends on the seed and the actions alone, not on other environments
+    played in between: between its steps it keeps the state of NumPy's global generator, from which OGBench's mazes
+    draw where a teleport leads."""
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+        result = self.env.reset(seed=seed, options=options)
+        self._randomness = np.random.get_state()  # noqa: NPY002
+        return result
+
+    def step(self, action: Any) -> Any:
+        np.random.set_state(self._randomness)  # noqa: NPY002
+        result = self.env.step(action)
+        self._randomness = np.random.get_state()  # noqa: NPY002
+        return result
 
 
 def _on_mujoco_warning(message: str) -> None:

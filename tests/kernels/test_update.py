@@ -18,7 +18,10 @@ from train.agents import AGENTS
 from train.agents.base import Agent, Learner, Parts
 from train.agents.seeds import SeedGroup
 from train.capture import PLAIN_UPDATES, CapturedUpdate
+from train.data.replay import Mixture
+from train.data.replay import Replay as OnlineReplay
 from train.data.synthetic import random_dataset
+from train.data.transitions import OfflineDataset
 
 pytestmark = on_gpu
 
@@ -42,7 +45,7 @@ class Training:
     """Plain or captured updates on random data, of one agent or of several seeds."""
 
     def __init__(self, name: str, num_seeds: int, *, captured: bool) -> None:
-        self.data = random_dataset(500, 5, 3).to(DEVICE)
+        self.data: OfflineDataset | OnlineReplay = random_dataset(500, 5, 3).to(DEVICE)
         self.agents = [self._agent(name, seed) for seed in range(num_seeds)]
         self.learner: Learner = self.agents[0] if num_seeds == 1 else SeedGroup(self.agents)
         self.optimizer = self.learner.make_optimizer()
@@ -125,6 +128,35 @@ def test_replays_go_on_from_a_restored_state() -> None:
     for _ in range(5):
         training.call(parts, False)
     torch.testing.assert_close(dict(agent.state_dict()), after, rtol=1e-5, atol=1e-6)
+
+
+def go_online(training: Training, mixture: Mixture) -> None:
+    """Updates offline, then one after each transition, whose number the rewards tell."""
+    for _ in range(6):
+        training.call(("critic", "actor"), False)
+    training.data = replay = OnlineReplay(random_dataset(500, 5, 3).to(DEVICE), 30, mixture)
+    if isinstance(training.call, CapturedUpdate):
+        training.call.forget()
+    generator = training.generators[0]
+    replay.begin(torch.zeros(5, device=DEVICE))
+    for i in range(30):
+        # the agent acts in between, with noise from the generator that the graphs draw from
+        noise = torch.randn(1, 3, generator=generator, device=DEVICE)
+        action = training.agents[0].act(replay.state.unsqueeze(0), noise)[0]
+        replay.add(action, torch.tensor(float(i)), 1.0, torch.full((5,), 0.1 * i, device=DEVICE))
+        training.call(("critic", "actor"), False)
+
+
+@pytest.mark.parametrize("mixture", ["all", "balanced"])
+def test_graphs_see_what_is_added_between_them(mixture: Mixture) -> None:
+    plain, captured = Training("fidec", 1, captured=False), Training("fidec", 1, captured=True)
+    for training in (plain, captured):
+        go_online(training, mixture)
+    assert torch.equal(captured.generators[0].get_state(), plain.generators[0].get_state())
+    assert torch.equal(captured.data.online.states, plain.data.online.states)
+    torch.testing.assert_close(captured.data.online.actions, plain.data.online.actions, rtol=1e-3, atol=1e-4)
+    ours, theirs = (dict(training.agents[0].state_dict()) for training in (captured, plain))
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
 WAITS_FOR_THE_DEVICE = """

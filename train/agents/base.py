@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import fdkernels
 from train.agents.critic import TwinCritic, follow
 from train.agents.hyperparameters import AgentConfig
+from train.data.replay import Replay
 from train.data.transitions import Batch, OfflineDataset
 
 METRICS = {
@@ -148,7 +149,7 @@ class Learner(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def sample(
-        self, dataset: OfflineDataset, batch_size: int, generators: Sequence[torch.Generator]
+        self, dataset: OfflineDataset | Replay, batch_size: int, generators: Sequence[torch.Generator]
     ) -> tuple[Batch, Draws]:
         """A batch and the random numbers of one update, drawn from one generator per agent."""
 
@@ -236,7 +237,7 @@ class Agent(Learner):
         return torch.randn(*shape, self.action_dim, generator=generator, **self._like())
 
     def sample(
-        self, dataset: OfflineDataset, batch_size: int, generators: Sequence[torch.Generator]
+        self, dataset: OfflineDataset | Replay, batch_size: int, generators: Sequence[torch.Generator]
     ) -> tuple[Batch, Draws]:
         (generator,) = generators
         return dataset.sample(batch_size, generator), self.draw(batch_size, generator)

@@ -19,6 +19,7 @@ from torch.func import functional_call, vmap
 
 from fdkernels.cpu import layers as cpu_layers
 from train.agents.base import Agent, Draws, Learner, Parts
+from train.data.replay import Replay
 from train.data.transitions import Batch, OfflineDataset
 
 
@@ -97,7 +98,7 @@ class SeedGroup(Learner):
         return torch.stack(totals), {name: torch.stack([of_one[name] for of_one in seen]) for name in seen[0]}
 
     def sample(
-        self, dataset: OfflineDataset, batch_size: int, generators: Sequence[torch.Generator]
+        self, dataset: OfflineDataset | Replay, batch_size: int, generators: Sequence[torch.Generator]
     ) -> tuple[Batch, Draws]:
         indices, draws = [], []
         for agent, generator in zip(self.agents, generators, strict=True):

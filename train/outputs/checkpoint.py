@@ -1,7 +1,7 @@
 """Checkpoints: written whole or not at all, verified when read, and read without executing code.
 
-A checkpoint is one safetensors file. It holds the agent, Adam's state, the random generator and the step as tensors;
-its header holds the configuration and the evaluations so far as JSON, and a checksum of everything.
+A checkpoint is one safetensors file. It holds the agent, Adam's state, the random generator, the step and what was seen
+online as tensors; its header holds the configuration and the evaluations so far as JSON, and a checksum of everything.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +36,7 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     generator: torch.Generator,
     notes: dict[str, Any],
+    replay: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write ``folder/step-<step>.safetensors`` and delete all but the newest ``KEPT``.
 
@@ -46,6 +47,7 @@ def save_checkpoint(
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"adam/{index}/{name}": tensor for name, tensor in state.items()}
     tensors["generator"] = generator.get_state()
+    tensors |= {f"replay/{name}": tensor for name, tensor in (replay or {}).items()}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     header = {"step": str(step), "notes": json.dumps(notes)}
     header["checksum"] = _checksum(tensors, header)
@@ -66,17 +68,17 @@ class Checkpoint(NamedTuple):
 
     def restore(self, agent: Agent, optimizer: torch.optim.Optimizer, generator: torch.Generator) -> None:
         """Restore everything in place, because the tensors may be views of others."""
-        parts: dict[str, dict[str, Tensor]] = {"agent": {}, "adam": {}}
-        for name, tensor in self.tensors.items():
-            group, _, rest = name.partition("/")
-            if group in parts:
-                parts[group][rest] = tensor
-        agent.load_state_dict(parts["agent"])
+        agent.load_state_dict(self.part("agent"))
         (learning,) = (group["params"] for group in optimizer.param_groups)
-        for name, tensor in parts["adam"].items():
+        for name, tensor in self.part("adam").items():
             index, _, field = name.partition("/")
             optimizer.state[learning[int(index)]][field].copy_(tensor)
         generator.set_state(self.tensors["generator"])
+
+    def part(self, group: str) -> dict[str, Tensor]:
+        """The tensors of a part: ``agent``, ``adam`` or ``replay``."""
+        prefix = f"{group}/"
+        return {name.removeprefix(prefix): tensor for name, tensor in self.tensors.items() if name.startswith(prefix)}
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -118,6 +120,11 @@ def newest_checkpoints(folders: Sequence[Path]) -> tuple[list[Checkpoint], list[
                     later.unlink(missing_ok=True)
             return found, problems
     return [], problems
+
+
+def newest_step(folder: Path) -> int:
+    """The step of the newest checkpoint, intact or not; 0 if there is none."""
+    return next((step for step, _ in _newest_first(folder)), 0)
 
 
 def _newest_first(folder: Path) -> Iterator[tuple[int, Path]]:

@@ -37,7 +37,7 @@ def draw_curve(folder: Path, config: RunConfig, dataset_score: float, label: str
         label: name of the score, for the axis.
     """
     evaluations = read_table(folder / "evaluations.csv")
-    metrics = [row for row in read_table(folder / "metrics.csv") if row["stage"] == config.agent]
+    metrics = [row for row in read_table(folder / "metrics.csv") if row["stage"] in (config.agent, "online")]
 
     with plt.rc_context(STYLE):
         figure, axes = plt.subplot_mosaic(
@@ -53,6 +53,8 @@ def draw_curve(folder: Path, config: RunConfig, dataset_score: float, label: str
                 points = [(int(row["step"]) - warmups(config), float(row[column])) for row in metrics if row[column]]
                 if points:
                     ax.plot(*zip(*points), color=colour, label=text, linewidth=1.6)
+            if metrics and int(metrics[-1]["step"]) > config.offline_steps:
+                _mark_online(ax, config.steps)
             if panel.target is not None:
                 target = getattr(config.hyper, panel.target)
                 ax.axhline(target, color=GREY, linestyle="--", linewidth=1, label="target")
@@ -77,7 +79,15 @@ def _draw_score(
         ax.plot(steps, mean, color=colour, marker="o", markersize=4, linewidth=2, label=text)
         low, high = [m - s for m, s in zip(mean, sem)], [m + s for m, s in zip(mean, sem)]
         ax.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
+    if int(evaluations[-1]["step"]) > config.offline_steps:
+        _mark_online(ax, config.critic_warmup + config.steps)
     _finish_score(ax, f"{config.agent} on {config.env}, seed {config.seed}", config, dataset_score, label)
+
+
+def _mark_online(ax: Axes, start: int) -> None:
+    """Mark where online updates begin, in a plot that has some."""
+    ax.axvline(start, color=GREY, linewidth=1)
+    ax.text(start, 1, " online", transform=ax.get_xaxis_transform(), va="top", color=GREY, fontsize=9)
 
 
 def _roles(config: RunConfig) -> list[tuple[str, str, str]]:

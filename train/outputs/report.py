@@ -18,7 +18,8 @@ def title(config: RunConfig, spec: EnvSpec) -> str:
 def final_table(result: Result, minutes: float) -> str:
     config, found = result.config, result.last_and_best
     lines = ["", title(config, result.spec), ""]
-    lines.append(f"{'':26}{'return, last':>18}{'score, last':>16}{'score, best':>16}{'at step':>12}{'of episodes':>13}")
+    header = f"{'':26}{'return, last':>18}{'score, last':>16}{'score, best':>16}{'at step':>12}{'of episodes':>13}"
+    lines.append(header + (f"{'score, offline':>18}" if config.online_steps else ""))
     for role, name in role_names(config).items():
         last, best = found[role]["last"], found[role]["best"]
         lines.append(
@@ -26,6 +27,9 @@ def final_table(result: Result, minutes: float) -> str:
             f"{last['score_mean']:>9.1f} ± {last['score_sem']:<4.1f}"
             f"{best['score_mean']:>9.1f} ± {best['score_sem']:<4.1f}{best['step']:>12,}{best['episodes']:>13}"
         )
+        if config.online_steps:
+            offline = found[role]["offline"]
+            lines[-1] += f"{offline['score_mean']:>11.1f} ± {offline['score_sem']:<4.1f}"
     lines.append(f"{'dataset':26}{result.dataset_return:>10,.0f}{'':8}{result.dataset_score:>9.1f}")
     if three := result.last_three:
         lines += [

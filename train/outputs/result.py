@@ -14,7 +14,6 @@ import torch
 from train.data.episode import Outcomes
 from train.data.spec import EnvSpec
 from train.data.transitions import OfflineDataset
-from train.evaluate import ROLES
 from train.outputs.files import write_whole
 from train.settings import RunConfig, role_names
 
@@ -40,12 +39,15 @@ class Result:
 
     @property
     def last_and_best(self) -> dict[str, dict[str, dict[str, Any]]]:
-        """The last and the best evaluation of each of the `ROLES`."""
-        return {
-            role: {"last": rows[-1], "best": max(rows, key=lambda row: row["score_mean"])}
-            for role in ROLES
-            if (rows := [row for row in self.evaluations if row["role"] == role])
-        }
+        """The last and the best evaluation of each of the `ROLES`; ``offline`` is the one before going online."""
+        found: dict[str, dict[str, dict[str, Any]]] = {}
+        for row in self.evaluations:
+            of_role = found.setdefault(row["role"], {"last": row, "best": row})
+            of_role["last"] = row
+            of_role["best"] = max(of_role["best"], row, key=lambda row: row["score_mean"])
+            if self.config.online_steps and row["step"] == self.config.offline_steps:
+                of_role["offline"] = row
+        return found
 
     @property
     def last_three(self) -> dict[str, float]:

@@ -1,0 +1,131 @@
+"""What an agent learns from while it is online: the offline data, and all that it has seen since."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from train.data.transitions import Batch, OfflineDataset
+
+Mixture = Literal["all", "balanced"]
+TABLES = ("states", "rows", "actions", "rewards", "masks", "next_rows", "next_steps")
+
+
+class Replay:
+    """An offline dataset, and after it the transitions of online episodes, in the order in which they are added.
+
+    The offline data stay where they are. The online tables have room for ``capacity`` transitions from the start, so
+    that adding one never copies the others.
+
+    Args:
+        offline: the offline data; the online tables are on the same device.
+        capacity: the most transitions that will be added.
+        mixture: all draws from offline and online transitions alike (FQL, arXiv 2502.02538); balanced draws half of
+            each batch, rounded down, from the online ones once there are any (RLPD, arXiv 2302.02948).
+    """
+
+    def __init__(self, offline: OfflineDataset, capacity: int, mixture: Mixture = "all") -> None:
+        def room(rows: int, like: Tensor) -> Tensor:
+            return like.new_zeros(rows, *like.shape[1:])
+
+        self.offline, self.mixture = offline, mixture
+        self.online = OfflineDataset(
+            states=room(2 * capacity, offline.states),  # episodes may be one transition long, which has two states
+            rows=room(capacity, offline.rows),
+            actions=room(capacity, offline.actions),
+            rewards=room(capacity, offline.rewards),
+            masks=room(capacity, offline.masks),
+            next_rows=room(capacity, offline.next_rows),
+            next_steps=room(capacity, offline.next_steps),
+            episode_lengths=np.zeros(0, np.int64),
+        )
+        self.added = 0
+        """Number of online transitions."""
+        self._states = 0
+        self._episodes = 0
+        # Once more on the device: a CUDA graph of `draw` reads it there, and would never see Python's number change.
+        self._size = torch.zeros((), dtype=torch.int64, device=offline.rows.device)
+
+    def __len__(self) -> int:
+        return len(self.offline) + self.added
+
+    # -- adding --------------------------------------------------------------------------------------------------
+
+    def begin(self, state: Tensor) -> None:
+        """Begin an episode in this state, (obs_dim,)."""
+        self.online.states[self._states] = state
+        self._states += 1
+
+    def add(self, action: Tensor, reward: Tensor, mask: float, state: Tensor) -> None:
+        """Add the transition from the newest state, which led to ``state``."""
+        i, row, tables = self.added, self._states, self.online
+        tables.states[row] = state
+        tables.rows[i], tables.next_rows[i] = row - 1, row
+        tables.actions[i], tables.rewards[i], tables.masks[i] = action, reward, mask
+        tables.next_steps[i] = i
+        episodes = row - i  # each has one state more than transitions
+        if episodes == self._episodes:
+            tables.next_steps[i - 1] = i
+        self._states, self.added, self._episodes = row + 1, i + 1, episodes
+        self._size.fill_(self.added)
+
+    @property
+    def state(self) -> Tensor:
+        """The newest state, (obs_dim,)."""
+        return self.online.states[self._states - 1]
+
+    def last(self, steps: int) -> tuple[Tensor, Tensor]:
+        """The states (steps + 1, obs_dim) and actions (steps, d) of the last transitions, if one episode has them."""
+        states, actions = self.online.states, self.online.actions
+        return states[self._states - steps - 1 : self._states], actions[self.added - steps : self.added]
+
+    # -- sampling ------------------------------------------------------------------------------------------------
+
+    def sample(self, batch_size: int, generator: torch.Generator | None = None) -> Batch:
+        """Draw ``batch_size`` transitions with replacement; ``generator`` must be on the data's device."""
+        return self.take(self.draw(batch_size, generator))
+
+    def draw(self, batch_size: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw the indices of ``batch_size`` transitions; the online ones follow the offline ones."""
+        offline = len(self.offline)
+        if self.mixture == "all":
+            return self._below(self._size + offline, batch_size, generator)
+        half = batch_size // 2
+        old = self.offline.draw(batch_size, generator)
+        new = offline + self._below(self._size, half, generator)
+        return torch.cat([old[half:], torch.where(self._size > 0, new, old[:half])])
+
+    @staticmethod
+    def _below(bound: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
+        """Random indices below a bound on the device. In float32 some would come up more often than others."""
+        return (torch.rand(count, generator=generator, dtype=torch.float64, device=bound.device) * bound).long()
+
+    def take(self, index: Tensor) -> Batch:
+        """The transitions at these indices, in the shape of ``index``."""
+        offline = len(self.offline)
+        # Both parts are asked for all rows, because a CUDA graph has no varying number of them; one answer is dropped.
+        old, new = self.offline.take(index.clamp(max=offline - 1)), self.online.take((index - offline).clamp(min=0))
+        is_old = index < offline
+
+        def chosen(old: Tensor, new: Tensor) -> Tensor:
+            return torch.where(is_old if old.ndim == is_old.ndim else is_old.unsqueeze(-1), old, new)
+
+        return Batch(*(chosen(*columns) for columns in zip(old, new)))  # type: ignore[arg-type]
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The filled part of the online tables."""
+        filled = {name: self.added for name in TABLES} | {"states": self._states}
+        return {name: getattr(self.online, name)[:rows] for name, rows in filled.items()}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Take over what `tensors` returned."""
+        for name, tensor in tensors.items():
+            getattr(self.online, name)[: len(tensor)] = tensor
+        self.added, self._states = len(tensors["rows"]), len(tensors["states"])
+        self._episodes = self._states - self.added
+        self._size.fill_(self.added)

@@ -1,0 +1,108 @@
+"""The agent in its environment: it acts there once before each online update, and its replay gets what it sees."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from torch import Tensor
+
+from train.agents.base import Agent
+from train.data.replay import Replay
+from train.data.transitions import ACTION_BOUND
+from train.simulator import Apart
+
+ONLINE_METRICS = {
+    "online_return": "mean return of the training episodes that ended since the row before",
+    "online_success": "the share of them that reached the goal",
+}
+
+
+class Explorer:
+    """An agent that plays whole training episodes, one step at a time, with one sample of its policy for each action.
+
+    Each episode begins from a seed made of the run's seed and the episode's number. Seed and actions determine an
+    episode, so a resumed run plays the one under way again up to where its checkpoint was made.
+
+    Args:
+        env_id: gymnasium environment id.
+        agent: the agent. Its observations are standardised as it does it.
+        generator: source of the policy's noise, on the agent's device.
+        replay: gets the transitions.
+        reward_std: number that the offline rewards were divided by, ().
+        seed: the run's seed.
+    """
+
+    def __init__(
+        self, env_id: str, agent: Agent, generator: torch.Generator, replay: Replay, reward_std: Tensor, seed: int
+    ) -> None:
+        self.env = Apart(gym.make(env_id, disable_env_checker=True))
+        self.agent, self.generator, self.replay = agent, generator, replay
+        self.reward_std, self.seed = reward_std, seed
+        self.episodes = 0
+        """Number of episodes begun."""
+        self.steps = 0
+        """Steps of the episode under way; 0 if none is."""
+        self._ended: list[tuple[float, bool]] = []
+
+    def step(self) -> None:
+        """Act once, in a new episode if none is under way."""
+        if self.steps == 0:
+            self.episodes += 1
+            self.replay.begin(self._reset())
+        mean = self.agent.obs_mean
+        noise = torch.randn(1, self.agent.action_dim, generator=self.generator, device=mean.device, dtype=mean.dtype)
+        action = self.agent.act(self.replay.state.unsqueeze(0), noise)[0].clamp(-ACTION_BOUND, ACTION_BOUND)
+        state, reward, terminated, truncated = self._play(action)
+        self.replay.add(action, reward, float(not terminated), state)
+        if terminated or truncated:
+            self._ended.append((self._return, self._success))
+            self.steps = 0
+
+    def report(self) -> dict[str, float]:
+        """The `ONLINE_METRICS` of the episodes that ended since the last report; nothing if none did."""
+        ended, self._ended = self._ended, []
+        return dict(zip(ONLINE_METRICS, np.mean(ended, axis=0).tolist())) if ended else {}
+
+    def _reset(self) -> Tensor:
+        (seed,) = np.random.SeedSequence((self.seed, self.episodes)).generate_state(1)
+        observation, _ = self.env.reset(seed=int(seed))
+        self.steps, self._return, self._success = 0, 0.0, False
+        return self._standardized(observation)
+
+    def _play(self, action: Tensor) -> tuple[Tensor, Tensor, bool, bool]:
+        """Take the action: the state it led to, the reward as offline rewards are scaled, terminated, truncated."""
+        observation, reward, terminated, truncated, info = self.env.step(action.cpu().numpy())
+        self.steps += 1
+        self._return += float(reward)
+        self._success |= bool(info.get("success", False))
+        scaled = torch.tensor(float(reward), dtype=self.reward_std.dtype) / self.reward_std
+        return self._standardized(observation), scaled, bool(terminated), bool(truncated)
+
+    def _standardized(self, observation: np.ndarray) -> Tensor:
+        agent = self.agent
+        return (torch.from_numpy(np.asarray(observation)).to(agent.obs_mean) - agent.obs_mean) / agent.obs_std
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------
+
+    def notes(self) -> dict[str, Any]:
+        """What a checkpoint must hold besides the replay."""
+        return {"episodes": self.episodes, "steps": self.steps, "ended": self._ended}
+
+    def restore(self, tensors: dict[str, Tensor], notes: dict[str, Any]) -> str | None:
+        """Go on from a checkpoint. Returns a line to print if the episode under way cannot be continued."""
+        self.replay.restore(tensors)
+        self.episodes = notes["episodes"]
+        self._ended = [(float(total), bool(success)) for total, success in notes["ended"]]
+        if notes["steps"] == 0:
+            return None
+        states, actions = self.replay.last(notes["steps"])
+        same = torch.equal(self._reset(), states[0])
+        for action, state in zip(actions, states[1:]):
+            same = same and torch.equal(self._play(action)[0], state)
+        if same:
+            return None
+        self.steps = 0
+        return f"episode {self.episodes} went another way when it was played again; the next one begins now"
