@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import importlib
+import os
+import sys
 import warnings
 
 import gymnasium as gym
@@ -22,6 +25,15 @@ def kept_vector_env(env_id: str, num_envs: int) -> VectorEnv:
     """The same environments again for each evaluation: some take seconds to make. Resetting them with a seed leaves
     nothing of the last use. Two sizes are kept, that of interim evaluations and that of the final one."""
     return make_vector_env(env_id, num_envs)
+
+
+def render_off_screen() -> None:
+    """Let MuJoCo render without a screen, unless there is one or ``MUJOCO_GL`` names another way."""
+    if sys.platform != "linux" or os.environ.get("DISPLAY") or os.environ.get("MUJOCO_GL"):
+        return
+    os.environ["MUJOCO_GL"] = "egl"
+    # MuJoCo's own renderer has chosen its way when it was imported; Gymnasium's chooses later.
+    importlib.reload(sys.modules[mujoco.Renderer.__module__].gl_context)
 
 
 def _on_mujoco_warning(message: str) -> None:
