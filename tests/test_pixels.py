@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import subprocess
+import sys
 import zipfile
 from collections import Counter
 from collections.abc import Sequence
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from train import run
+from train import play, run
 from train.acting import Acting
 from train.agents import AGENTS
 from train.agents.base import ALL_PARTS, NETWORKS, Agent, Parts
@@ -37,7 +39,7 @@ from train.outputs.checkpoint import read_checkpoint, save_checkpoint
 from train.outputs.policy import load_policy, save_policy
 from train.presets import preset_config
 from train.settings import RunConfig, RunError, check_observations
-from train.simulator import kept_vector_env
+from train.simulator import kept_vector_env, render_off_screen
 
 FRAME, SHAPE = (8, 8, 3), (8, 8, 9)
 BATCH = 16
@@ -45,6 +47,7 @@ SMALL: dict[str, Any] = {
     **{"actor_hidden": (16, 16), "critic_hidden": (16,), "flow_steps": 3, "num_fisher_samples": 2},
     **{"encoder": "impala-small", "frame_stack": 3, "augment": 0.5},
 }
+ROOT = Path(__file__).parents[1]
 VISUAL = resolve("visual-antmaze-medium-navigate-singletask-task1-v0")
 
 
@@ -615,6 +618,19 @@ def test_images_are_not_generated(downloads: Path) -> None:
         scripted.recipe_of("visual-cube-single-play")
 
 
+@pytest.mark.parametrize(("name", "value"), [("MUJOCO_GL", "osmesa"), ("DISPLAY", ":0"), ("unset", "")])
+def test_rendering_needs_no_screen(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("MUJOCO_GL", "DISPLAY"):
+        monkeypatch.setenv(variable, "")
+    monkeypatch.setenv(name, value)
+    reloaded: list[Any] = []
+    monkeypatch.setattr("importlib.reload", reloaded.append)
+    monkeypatch.setattr("sys.platform", "linux")
+    render_off_screen()
+    assert os.environ["MUJOCO_GL"] == {"MUJOCO_GL": "osmesa", "DISPLAY": "", "unset": "egl"}[name]
+    assert [module.__name__.rpartition(".")[2] for module in reloaded] == (["gl_context"] if name == "unset" else [])
+
+
 @pytest.mark.long("two scenes are compiled, and frames are rendered without a graphics card")
 @pytest.mark.parametrize("name", [VISUAL.name, "visual-cube-single-play-singletask-task2-v0"])
 def test_visual_environments(name: str) -> None:
@@ -640,6 +656,17 @@ def test_visual_environments(name: str) -> None:
     states.close()
 
 
+@pytest.mark.long("a process of its own, with a scene to compile")
+def test_a_process_that_has_rendered_can_import_triton() -> None:
+    """As PyTorch does when an agent is first updated. Loaded after Mesa's LLVM, Triton's would end the process."""
+    pytest.importorskip("ogbench", reason="OGBench is an extra of this project")
+    pytest.importorskip("triton", reason="only Linux has it")
+    code = "import sys, train.data.ogbench as o; assert 'triton' not in sys.modules\n"
+    code += f"o.make({VISUAL.env_id.removeprefix('fdkernels/')!r}).reset(seed=0); import triton._C.libtriton"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.long("a whole run in the simulator, which renders every frame")
 def test_a_run_on_ogbenchs_images(downloads: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     np.savez_compressed(downloads / "visual-antmaze-medium-navigate-v0.npz", **visual_columns())
@@ -657,9 +684,12 @@ def test_a_run_on_ogbenchs_images(downloads: Path, tmp_path: Path, capsys: pytes
         "--out",
         str(tmp_path / "run"),
     ]
+    film = [str(tmp_path / "run"), "--episodes", "1", "--record", str(tmp_path / "ant.gif"), "--seconds", "0.1"]
     try:
         assert run.main(["--env", VISUAL.name, "--device", "cpu", *arguments]) == 0
+        assert play.main(film) == 0
     finally:
         gym.spec(VISUAL.env_id).max_episode_steps = None
         kept_vector_env.cache_clear()  # its episodes are that short
     assert "success rate" in capsys.readouterr().out
+    assert (tmp_path / "ant.gif").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import os
@@ -29,6 +30,10 @@ def kept_vector_env(env_id: str, num_envs: int) -> VectorEnv:
 
 def render_off_screen() -> None:
     """Let MuJoCo render without a screen, unless there is one or ``MUJOCO_GL`` names another way."""
+    with contextlib.suppress(ImportError):
+        # Mesa, which renders without a graphics card, and Triton each bring an LLVM. Triton's must be loaded first: a
+        # process that renders and then updates an agent, for which PyTorch imports Triton, would crash.
+        importlib.import_module("triton")
     if sys.platform != "linux" or os.environ.get("DISPLAY") or os.environ.get("MUJOCO_GL"):
         return
     os.environ["MUJOCO_GL"] = "egl"

@@ -52,7 +52,7 @@ SCENES = {
 TASKS = ("", "-task1", "-task2", "-task3", "-task4", "-task5")
 """Without a number it is the scene's default task."""
 COLUMNS = ("observations", "actions", "terminals", "qpos", "button_states")
-# One thread of an Intel Xeon learns from an image in 3 to 12 ms, and renders one in 80 to 340 ms.
+# One thread of an Intel Xeon learns from an image in 2 to 11 ms, and renders one in 80 to 340 ms.
 FEW = {"batch_size": 64, "log_every": 20, "eval_episodes": 2, "interim_episodes": 1}
 SMALL_ON_IMAGES: Mapping[str, Mapping[str, Any]] = {
     "quick": {**FEW, "flow_warmup": 2_000, "critic_warmup": 400, "steps": 400, "eval_every": 400},
