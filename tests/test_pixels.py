@@ -343,6 +343,34 @@ def test_each_loss_moves_its_own_encoder_alone(name: str, changes: dict[str, obj
         assert (p.grad is not None and bool(p.grad.any())) == own, at
 
 
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [*((name, {}) for name in AGENTS), *(("fidec", {"metric": metric}) for metric in ("cross", "pullback"))],
+)
+def test_losses_together_have_the_gradients_of_each(name: str, changes: dict[str, object]) -> None:
+    """Encodings are shared; the Q term must not reach the critic's encoder, nor the penalty the flow's."""
+    agent = make(name, **changes).double()
+    batch, draws = batch_of(agent)
+    agent.backward(batch, draws, ALL_PARTS)
+    together = {at: p.grad.clone() for at, p in agent.named_parameters() if p.grad is not None}
+    for part in ALL_PARTS:
+        agent.backward(batch, draws, (part,))
+        alone = {at: p.grad for at, p in agent.named_parameters() if p.grad is not None}
+        assert any(at.startswith(f"encoders.{part}.") for at in alone)
+        torch.testing.assert_close({at: together.pop(at) for at in alone}, alone, rtol=1e-9, atol=1e-12)
+    assert not together
+
+
+def test_no_penalty_moves_the_flows_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    agent = make("deflow")
+    monkeypatch.setattr(agent, "penalty", lambda obs, displacement, *_: (obs.sum(-1) + displacement.sum(-1), {}))
+    batch, draws = batch_of(agent)
+    agent.backward(batch, draws, ("flow", "actor"))
+    both = [p.grad for p in agent.encoder_parameters("flow")]
+    agent.backward(batch, draws, ("flow",))
+    assert all(torch.equal(ours, p.grad) for ours, p in zip(both, agent.encoder_parameters("flow")))
+
+
 def test_encodings_are_in_their_place() -> None:
     agent = make()
     for p in agent.encoders["target_critic"].parameters():
