@@ -38,8 +38,9 @@ from train.loop import Run
 from train.outputs.checkpoint import read_checkpoint, save_checkpoint
 from train.outputs.policy import load_policy, save_policy
 from train.presets import preset_config
+from train.rendering import render_off_screen
 from train.settings import RunConfig, RunError, check_observations
-from train.simulator import kept_vector_env, render_off_screen
+from train.simulator import kept_vector_env
 
 FRAME, SHAPE = (8, 8, 3), (8, 8, 9)
 BATCH = 16

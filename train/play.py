@@ -21,7 +21,7 @@ from train.data.spec import EnvSpec, NotInstalled
 from train.environments import UnknownEnvironment, resolve
 from train.evaluate import player, run_episodes
 from train.outputs.policy import PolicyError, load_policy
-from train.simulator import render_off_screen
+from train.rendering import render_off_screen
 
 WIDTH, HEIGHT = 480, 320
 

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import importlib
-import os
-import sys
 import warnings
 
 import gymnasium as gym
@@ -26,19 +22,6 @@ def kept_vector_env(env_id: str, num_envs: int) -> VectorEnv:
     """The same environments again for each evaluation: some take seconds to make. Resetting them with a seed leaves
     nothing of the last use. Two sizes are kept, that of interim evaluations and that of the final one."""
     return make_vector_env(env_id, num_envs)
-
-
-def render_off_screen() -> None:
-    """Let MuJoCo render without a screen, unless there is one or ``MUJOCO_GL`` names another way."""
-    with contextlib.suppress(ImportError):
-        # Mesa, which renders without a graphics card, and Triton each bring an LLVM. Triton's must be loaded first: a
-        # process that renders and then updates an agent, for which PyTorch imports Triton, would crash.
-        importlib.import_module("triton")
-    if sys.platform != "linux" or os.environ.get("DISPLAY") or os.environ.get("MUJOCO_GL"):
-        return
-    os.environ["MUJOCO_GL"] = "egl"
-    # MuJoCo's own renderer has chosen its way when it was imported; Gymnasium's chooses later.
-    importlib.reload(sys.modules[mujoco.Renderer.__module__].gl_context)
 
 
 def _on_mujoco_warning(message: str) -> None:

@@ -30,7 +30,7 @@ from train.data.minari_cache import brief
 from train.data.network import PROBE_SECONDS, problem_with
 from train.data.spec import DatasetUnavailable, EnvSpec, NotHere, Part, Source, SuccessRate, Wanted
 from train.data.unpacked import mapped
-from train.simulator import render_off_screen
+from train.rendering import render_off_screen
 
 VISUAL = "visual-"
 
