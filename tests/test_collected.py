@@ -270,7 +270,7 @@ def test_ogbench_reads_and_rewards_a_part(short, name: str, task: str) -> None:
             r"no scripted controllers for 'cube-singel-play'\. Nearest: cube-single-play.*scene-{play",
         ),
         ("antmaze-large-navigate", "needs a trained policy"),
-        ("visual-cube-single-play", "no scripted controllers"),
+        ("visual-cube-single-play", "only states are generated"),
         ("cube-single-play-v0", "Nearest: cube-single-play"),
         ("../cube-single-play", "no scripted controllers"),
         ("cube-single-play/../..", "no scripted controllers"),

@@ -1,6 +1,6 @@
 """How a trained agent acts: how many actions it draws, which of them it takes, and whether it refines them.
 
-Every rule maps standardised observations (B, obs_dim) and N(0, I) noise (B, N, d), N at least one, to actions (B, d)
+Every rule maps observations (B, c) from `Agent.observe` and N(0, I) noise (B, N, d), N at least one, to actions (B, d)
 within [-1, 1]. The first three are FiDec's published rules (arXiv 2604.17919), with N = 10.
 """
 
@@ -117,13 +117,13 @@ FOR_REFINING_AGENTS: tuple[RuleName, ...] = ("best-of-n", "iterated")
 
 
 def each(obs: Tensor, noise: Tensor) -> Tensor:
-    """Each state's observation, repeated for each of its noise vectors: (B, N, obs_dim)."""
+    """Each state's observation, repeated for each of its noise vectors: (B, N, c)."""
     return obs.unsqueeze(1).expand(-1, noise.shape[1], -1)
 
 
 def mean_q(agent: Agent, obs: Tensor, actions: Tensor) -> Tensor:
     """Mean of both critics' Q for each state's actions (B, N, d): (B, N)."""
-    qs = agent.critic(each(obs, actions).flatten(0, 1), actions.flatten(0, 1))
+    qs = agent.critic(each(agent.view("critic", obs), actions).flatten(0, 1), actions.flatten(0, 1))
     return qs.mean(0).view(actions.shape[:2])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 
 import numpy as np
@@ -21,7 +22,7 @@ def run_episodes(env_id: str, policy: Callable[[np.ndarray], np.ndarray], *, epi
 
     Args:
         env_id: gymnasium environment id.
-        policy: maps observations (episodes, obs_dim) to actions (episodes, action_dim).
+        policy: maps observations (episodes, ...) to actions (episodes, action_dim).
         episodes: number of episodes, all stepped together.
         seed: episode i starts from ``seed + i``.
     """
@@ -49,14 +50,20 @@ def evaluate(agent: Agent, env_id: str, acting: Acting, *, episodes: int, seed: 
 
 
 def player(agent: Agent, acting: Acting, seed: int, act: Policy | None = None) -> Callable[[np.ndarray], np.ndarray]:
-    """The agent as a function from raw observations (B, obs_dim) to actions (B, d), which draws its own noise.
+    """The agent as a function from raw observations (B, ...) to actions (B, d), which draws its own noise.
+
+    It stacks frames if the agent was trained on several, and is therefore good for B episodes from their beginning.
 
     ``acting`` draws the noise; ``act`` acts on it, or ``acting`` itself if that is None.
     """
     generator = torch.Generator(agent.obs_mean.device).manual_seed(seed)
+    frames: deque[np.ndarray] = deque(maxlen=agent.config.frame_stack)
 
     def policy(obs: np.ndarray) -> np.ndarray:
-        standardized = (torch.from_numpy(obs).to(agent.obs_mean) - agent.obs_mean) / agent.obs_std
-        return (act or acting)(agent, standardized, acting.draw(agent, len(obs), generator)).cpu().numpy()
+        while len(frames) < agent.config.frame_stack - 1:
+            frames.append(obs)
+        frames.append(obs)
+        seen = agent.observe(torch.from_numpy(np.concatenate(frames, axis=-1)))
+        return (act or acting)(agent, seen, acting.draw(agent, len(obs), generator)).cpu().numpy()
 
     return policy

@@ -29,7 +29,7 @@ from train.outputs.curve import draw_group_curve
 from train.outputs.report import evaluation_line, final_table, group_table
 from train.outputs.result import Result
 from train.profiling import ProfiledUpdate
-from train.settings import RunConfig, RunError
+from train.settings import RunConfig, RunError, check_observations
 
 Update: TypeAlias = Callable[[Parts, bool], tuple[Batch, dict[str, Tensor]]]
 
@@ -45,8 +45,11 @@ class Run:
 
     def __init__(self, config: RunConfig, spec: EnvSpec, dataset: OfflineDataset, device: torch.device) -> None:
         self.config, self.spec = config, spec
-        obs_dim = dataset.states.shape[1]
-        mean, std = torch.zeros(obs_dim), torch.ones(obs_dim)
+        check_observations(config, dataset.states.shape[1:])
+        if config.hyper.encoder != "none":
+            dataset = dataset.stack_frames(config.hyper.frame_stack)
+        shape = dataset.observation_shape
+        mean, std = torch.zeros(shape), torch.ones(shape)
         if config.standardize_observations:
             observations = dataset.observations
             mean, std = observations.mean(0), observations.std(0) + 1e-3
@@ -101,7 +104,8 @@ class Run:
     def _make_agent(self, seed: int, obs_mean: Tensor, obs_std: Tensor) -> Agent:
         config = self.config
         torch.manual_seed(seed)
-        agent = AGENTS[config.agent](config.hyper, self.dataset.states.shape[1], self.dataset.actions.shape[1])
+        shape = self.dataset.observation_shape
+        agent = AGENTS[config.agent](config.hyper, shape, self.dataset.actions.shape[1])
         agent.obs_mean.copy_(obs_mean)
         agent.obs_std.copy_(obs_std)
         if config.center_critics:

@@ -7,7 +7,6 @@ python train/play.py RUN --acting best-of-n --acting-samples 16 --record cheetah
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from train.data.spec import EnvSpec, NotInstalled
 from train.environments import UnknownEnvironment, resolve
 from train.evaluate import player, run_episodes
 from train.outputs.policy import PolicyError, load_policy
+from train.rendering import render_off_screen
 
 WIDTH, HEIGHT = 480, 320
 
@@ -72,8 +72,7 @@ class PlayConfig:
 
 def film(spec: EnvSpec, act: Callable[[np.ndarray], np.ndarray], path: Path, seed: int, seconds: float) -> str:
     """Film the first seconds of an episode, in real time."""
-    if sys.platform == "linux" and "DISPLAY" not in os.environ:
-        os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen
+    render_off_screen()
     import gymnasium as gym
     import imageio.v3 as imageio
 

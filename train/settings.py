@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -113,7 +114,7 @@ class RunConfig:
     """Size of generated data: 100 (default) or 1,000 (full) episodes per behaviour policy, or a number of them.
     Downloaded data are always whole."""
     standardize_observations: bool = False
-    """Shift and scale observations by the dataset's mean and standard deviation."""
+    """Shift and scale observations by the dataset's mean and standard deviation. For states."""
     scale_rewards: bool = False
     """Divide rewards by the dataset's standard deviation."""
     center_critics: bool = False
@@ -190,6 +191,23 @@ class RunConfig:
     def as_json(self) -> dict[str, Any]:
         """The settings as they come back from JSON: tuples as lists, paths as text."""
         return json.loads(json.dumps(dataclasses.asdict(self), default=str))
+
+
+def check_observations(config: RunConfig, shape: Sequence[int]) -> None:
+    """Refuse settings that do not fit observations of that shape.
+
+    Raises:
+        RunError: images without an encoder or standardised; states with an encoder or what goes with one.
+    """
+    hyper, images = config.hyper, len(shape) > 1
+    if images and hyper.encoder == "none":
+        raise RunError(f"the observations are images of shape {tuple(shape)}, which need --encoder impala-small")
+    if images and config.standardize_observations:
+        raise RunError("--standardize-observations is for states; an encoder scales images itself")
+    if not images and (hyper.encoder != "none" or hyper.frame_stack > 1 or hyper.augment > 0):
+        raise RunError(
+            f"the observations are states of {shape[0]} numbers; --encoder, --frame-stack and --augment are for images"
+        )
 
 
 def role_names(config: RunConfig) -> dict[str, str]:

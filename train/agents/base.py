@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import fdkernels
 from train.agents.critic import TwinCritic, follow
+from train.agents.encoder import FEATURES, MOST_SHIFT, ImpalaSmall, shifted
 from train.agents.hyperparameters import AgentConfig
 from train.data.replay import Replay
 from train.data.transitions import Batch, OfflineDataset
@@ -67,11 +68,16 @@ class Draws(NamedTuple):
     """Noise that takes the Fisher samples back to time t, (B, K, d) normal."""
     fisher_t: Tensor | None = None
     """Time t of each Fisher sample, (B, K, 1); None if t is constant."""
+    shift: Tensor | None = None
+    """Rows and columns by which each image is moved, (B, 2) int64; None without augmentation."""
 
 
 Part = Literal["critic", "data_critic", "flow", "frozen_flow", "actor"]
 Parts = tuple[Part, ...]
 ALL_PARTS: Parts = ("critic", "flow", "actor")
+Network = Literal["flow", "actor", "critic"]
+NETWORKS: tuple[Network, ...] = ("flow", "actor", "critic")
+"""Networks that see an image through encoders of their own, in the order of the encodings."""
 
 
 class Learner(nn.Module, abc.ABC):
@@ -86,6 +92,8 @@ class Learner(nn.Module, abc.ABC):
     flow: fdkernels.VelocityMLP
     critic: TwinCritic
     target_critic: TwinCritic
+    encoders: nn.ModuleDict
+    """Encoders of the `NETWORKS` and of the target critic; none for states."""
 
     def make_optimizer(self) -> torch.optim.Adam:
         """One Adam for all trainable parameters. Call this once the module is on its device."""
@@ -125,12 +133,13 @@ class Learner(nn.Module, abc.ABC):
     def backward(self, batch: Batch, draws: Draws, parts: Parts = ALL_PARTS, *, log: bool = False) -> dict[str, Tensor]:
         """Write the gradients of the summed losses to ``.grad``. Returns the intermediate tensors, detached."""
         self.zero_grad()
+        batch = self.encode(batch, draws, parts)
         flows = self.integrate(batch, draws, parts)
         total_loss, seen = self(batch, draws, flows, parts, log)
         total_loss.sum().backward()
         if "frozen_flow" in parts:
             # As in the published code, the loss is gone but Adam's momentum still moves the flow a little.
-            for p in self.flow.parameters():
+            for p in (*self.flow.parameters(), *self.encoder_parameters("flow")):
                 p.grad = torch.zeros_like(p)
         return {name: tensor.detach() for name, tensor in seen.items()}
 
@@ -141,7 +150,20 @@ class Learner(nn.Module, abc.ABC):
         if "critic" in parts or "data_critic" in parts:
             # As in the published code, the target follows the critic from before this step.
             follow(self.target_critic, self.critic, self.config.tau)
+            if self.encoders:
+                follow(self.encoders["target_critic"], self.encoders["critic"], self.config.tau)
         optimizer.step()
+
+    def encoder_parameters(self, network: Network) -> list[nn.Parameter]:
+        """Parameters of a network's encoder; none for states."""
+        return list(self.encoders[network].parameters()) if self.encoders else []
+
+    @abc.abstractmethod
+    def encode(self, batch: Batch, draws: Draws, parts: Parts) -> Batch:
+        """The batch as the networks take it: its images moved and encoded, once for each network; states as they are.
+
+        Encodings have a gradient if their network's own loss is among ``parts``.
+        """
 
     @abc.abstractmethod
     def integrate(self, batch: Batch, draws: Draws, parts: Parts) -> dict[str, Tensor]:
@@ -177,6 +199,8 @@ class Agent(Learner):
     """For each preset, the settings and hyper-parameters that this agent changes in it."""
     refines: ClassVar[bool] = False
     """Whether the agent has `refine`, which some acting rules call."""
+    integrates_next: ClassVar[bool] = False
+    """Whether its `starts` have next observations, which the flow must then encode too."""
     metric_names: ClassVar[Mapping[str, str]] = METRICS
     """Columns of metrics.csv and what they mean. An agent that logs more adds its own."""
     panels: ClassVar[tuple[Panel, Panel, Panel]] = (
@@ -198,10 +222,19 @@ class Agent(Learner):
         """Rows of the velocity network, per row of the batch, that one update costs without the flow's own loss."""
         return config.flow_steps
 
-    def __init__(self, config: AgentConfig, obs_dim: int, action_dim: int) -> None:
+    def __init__(self, config: AgentConfig, observation: int | Sequence[int], action_dim: int) -> None:
+        """``observation`` is the width of the states, or height, width and channels of the images."""
         super().__init__()
+        shape = (observation,) if isinstance(observation, int) else tuple(observation)
         self.config = config
         self.action_dim = action_dim
+        self.encoders = nn.ModuleDict()
+        if config.encoder != "none":
+            self.encoders.update({network: ImpalaSmall(shape) for network in NETWORKS})
+            self.encoders["target_critic"] = copy.deepcopy(self.encoders["critic"]).requires_grad_(False)
+        elif len(shape) > 1:
+            raise ValueError(f"the observations are images of shape {shape}, which need --encoder impala-small")
+        obs_dim = FEATURES if self.encoders else shape[0]
         self.flow = fdkernels.VelocityMLP(obs_dim, action_dim, config.actor_hidden, layer_norm=config.actor_layer_norm)
         # maps [observation, base action or noise] to the displacement or the action
         self.actor = fdkernels.build_mlp(
@@ -209,9 +242,9 @@ class Agent(Learner):
         )
         self.critic = TwinCritic(obs_dim, action_dim, config.critic_hidden, config.critic_layer_norm)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
-        # used to standardise raw observations before the networks see them
-        self.register_buffer("obs_mean", torch.zeros(obs_dim))
-        self.register_buffer("obs_std", torch.ones(obs_dim))
+        # used to standardise raw states before the networks see them; of images only their shape is used
+        self.register_buffer("obs_mean", torch.zeros(shape))
+        self.register_buffer("obs_std", torch.ones(shape))
         self.obs_mean: Tensor
         self.obs_std: Tensor
 
@@ -228,7 +261,14 @@ class Agent(Learner):
             flow_x0=self._normal(generator, batch_size),
             flow_t=torch.rand(batch_size, 1, generator=generator, **self._like()),
             base_noise=self._normal(generator, batch_size),
+            shift=self._shift(batch_size, generator) if self.config.augment and self.encoders else None,
         )
+
+    def _shift(self, batch_size: int, generator: torch.Generator | None) -> Tensor:
+        """Offsets of a batch's images, or zeros: chosen on the device, so that it can be captured."""
+        device, range_ = self.obs_mean.device, (-MOST_SHIFT, MOST_SHIFT + 1)
+        chosen = torch.rand((), generator=generator, device=device) < self.config.augment
+        return chosen * torch.randint(*range_, (batch_size, 2), generator=generator, device=device)
 
     def _like(self) -> dict[str, Any]:
         return {"dtype": self.obs_mean.dtype, "device": self.obs_mean.device}
@@ -247,6 +287,42 @@ class Agent(Learner):
 
     def clip_gradients(self, bound: float) -> None:
         nn.utils.clip_grad_norm_(self.parameters(), bound)
+
+    # -- images --------------------------------------------------------------------------------------------------
+
+    def encode(self, batch: Batch, draws: Draws, parts: Parts) -> Batch:
+        if not self.encoders:
+            return batch
+        images, next_images = batch.observations, batch.next_observations
+        if draws.shift is not None:
+            images, next_images = shifted(images, draws.shift), shifted(next_images, draws.shift)
+        acts, aims = "actor" in parts, "critic" in parts
+        learns = {"flow": "flow" in parts, "actor": acts, "critic": aims or "data_critic" in parts}
+        ahead = {"flow": aims and self.integrates_next, "actor": aims, "critic": learns["critic"]}
+        # An encoding that nobody should read is NaN, which would show in the loss.
+        unread = torch.full((len(images), FEATURES), torch.nan, **self._like())
+        encodings, next_encodings = [], []
+        for name in NETWORKS:
+            with torch.set_grad_enabled(learns[name]):
+                encodings.append(self.encoders[name](images) if learns[name] or acts else unread)
+            with torch.no_grad():
+                following = self.encoders["target_critic" if name == "critic" else name]
+                next_encodings.append(following(next_images) if ahead[name] else unread)
+        return batch._replace(
+            observations=torch.cat(encodings, dim=-1), next_observations=torch.cat(next_encodings, dim=-1)
+        )
+
+    def view(self, network: Network, obs: Tensor) -> Tensor:
+        """What a network takes of observations (..., c) of `encode` or `observe`: its encoding, or the whole state."""
+        return obs.narrow(-1, NETWORKS.index(network) * FEATURES, FEATURES) if self.encoders else obs
+
+    @torch.no_grad()
+    def observe(self, observations: Tensor) -> Tensor:
+        """Raw observations as the methods below take them: standardised states, or encodings side by side."""
+        if self.encoders:
+            images = observations.to(self.obs_mean.device)
+            return torch.cat([self.encoders[name](images) for name in NETWORKS], dim=-1)
+        return (observations.to(self.obs_mean) - self.obs_mean) / self.obs_std
 
     # -- the losses ----------------------------------------------------------------------------------------------
 
@@ -277,7 +353,8 @@ class Agent(Learner):
     def integrate(self, batch: Batch, draws: Draws, parts: Parts) -> dict[str, Tensor]:
         """Integrate all `starts` in one call; returns the ends under the same names."""
         starts = self.starts(batch, draws, parts)
-        noises, observations = [noise for noise, _ in starts.values()], [obs for _, obs in starts.values()]
+        noises = [noise for noise, _ in starts.values()]
+        observations = [self.view("flow", obs) for _, obs in starts.values()]
         config = self.config
         ends = fdkernels.integrate_flow_groups(
             self.flow, noises, observations, num_steps=config.flow_steps, precision=config.flow_precision
@@ -299,10 +376,10 @@ class Agent(Learner):
     def critic_loss(self, batch: Batch, next_actions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Temporal-difference error of both critics against r + γ·m·Q_target(s', a')."""
         with torch.no_grad():
-            next_qs = self.target_critic(batch.next_observations, next_actions)
+            next_qs = self.target_critic(self.view("critic", batch.next_observations), next_actions)
             next_q = next_qs.amin(0) if self.config.q_aggregation == "min" else next_qs.mean(0)
             target_q = batch.rewards + self.config.discount * batch.masks * next_q
-        qs = self.critic(batch.observations, batch.actions)
+        qs = self.critic(self.view("critic", batch.observations), batch.actions)
         loss = (qs - target_q).square().mean()
         return loss, {
             "next_actions": next_actions,
@@ -316,7 +393,7 @@ class Agent(Learner):
         """E‖v(x_t, t, s) − (a − x0)‖², the only loss that trains the flow (arXiv 2210.02747)."""
         x_t = (1 - draws.flow_t) * draws.flow_x0 + draws.flow_t * batch.actions
         velocity = batch.actions - draws.flow_x0
-        predicted = self.flow(x_t, draws.flow_t, batch.observations)
+        predicted = self.flow(x_t, draws.flow_t, self.view("flow", batch.observations))
         loss = F.mse_loss(predicted, velocity)
         return loss, {"x_t": x_t, "velocity": velocity, "predicted_velocity": predicted, "flow_loss": loss}
 
@@ -328,7 +405,7 @@ class Agent(Learner):
 
     def q_loss(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """−Q of the actions with the critics held constant; with ``normalize_q`` in units of mean |Q|."""
-        qs = self.critic(obs, actions, frozen=True)
+        qs = self.critic(self.view("critic", obs).detach(), actions, frozen=True)
         q = qs.mean(0)
         loss = -q.mean()
         if self.config.normalize_q:
@@ -339,12 +416,12 @@ class Agent(Learner):
 
     @torch.no_grad()
     def flow_action(self, obs: Tensor, noise: Tensor) -> Tensor:
-        """The behaviour flow's action (..., d) for standardised observations and N(0, I) noise (..., d)."""
-        return fdkernels.integrate_flow(self.flow, noise, obs, num_steps=self.config.flow_steps)
+        """The behaviour flow's action (..., d) for observations from `observe` and N(0, I) noise (..., d)."""
+        return fdkernels.integrate_flow(self.flow, noise, self.view("flow", obs), num_steps=self.config.flow_steps)
 
     @abc.abstractmethod
     def act(self, obs: Tensor, noise: Tensor) -> Tensor:
-        """The policy's action (..., d), in [-1, 1], for standardised observations and N(0, I) noise (..., d)."""
+        """The policy's action (..., d), in [-1, 1], for observations from `observe` and N(0, I) noise (..., d)."""
 
     def refine(self, obs: Tensor, action: Tensor) -> Tensor:
         """A better action (..., d) near ``action``; only for agents that set ``refines``."""

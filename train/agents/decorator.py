@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ class DecoratorAgent(Agent):
     """π(s) = clip(a + δ(s, a)) for the flow's action a, with the size of δ held at ``target_divergence``."""
 
     refines = True
+    integrates_next = True
     panels = (
         Panel(
             "size of the displacement",
@@ -30,8 +32,8 @@ class DecoratorAgent(Agent):
     def flow_evaluations(cls, config: AgentConfig, action_dim: int) -> int:
         return 2 * config.flow_steps
 
-    def __init__(self, config: AgentConfig, obs_dim: int, action_dim: int) -> None:
-        super().__init__(config, obs_dim, action_dim)
+    def __init__(self, config: AgentConfig, observation: int | Sequence[int], action_dim: int) -> None:
+        super().__init__(config, observation, action_dim)
         if config.lagrange:
             self.log_alpha = nn.Parameter(torch.tensor(float(config.alpha)).log())
         if config.zero_init_displacement:
@@ -39,7 +41,7 @@ class DecoratorAgent(Agent):
 
     def displacement(self, obs: Tensor, action: Tensor) -> Tensor:
         """δ(s, a), (..., d), not clipped."""
-        return self.actor(torch.cat([obs, action], dim=-1))
+        return self.actor(torch.cat([self.view("actor", obs), action], dim=-1))
 
     def starts(self, batch: Batch, draws: Draws, parts: Parts) -> dict[str, tuple[Tensor, Tensor]]:
         """Adds ``next``, the flow action in the critic's target."""
@@ -56,7 +58,10 @@ class DecoratorAgent(Agent):
     def penalty(
         self, obs: Tensor, displacement: Tensor, draws: Draws, flows: dict[str, Tensor], log: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The size of each displacement, (B,), and the tensors to log. Only the displacement gets a gradient."""
+        """The size of each displacement, (B,), and the tensors to log. Only the displacement gets a gradient.
+
+        ``obs`` is the flow's view of the observations.
+        """
 
     def actor_loss(
         self, batch: Batch, draws: Draws, flows: dict[str, Tensor], log: bool
@@ -64,7 +69,8 @@ class DecoratorAgent(Agent):
         """α·penalty − Q(s, clip(a + δ)); α rises while the penalty is above its target (dual ascent)."""
         base_actions = flows["base"]
         displacement = self.displacement(batch.observations, base_actions)
-        row_penalty, seen = self.penalty(batch.observations, displacement, draws, flows, log)
+        condition = self.view("flow", batch.observations).detach()
+        row_penalty, seen = self.penalty(condition, displacement, draws, flows, log)
         penalty = row_penalty.mean()
         policy_actions = (base_actions + displacement).clamp(-1, 1)
         q_loss, q_seen = self.q_loss(batch.observations, policy_actions)

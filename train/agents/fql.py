@@ -31,7 +31,7 @@ class FQL(Agent):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """α·‖μ(s, noise) − flow(s, noise)‖²/d − Q(s, clip(μ))."""
         base_actions = flows["base"]
-        actions = self.actor(torch.cat([batch.observations, draws.base_noise], dim=-1))
+        actions = self.one_step(batch.observations, draws.base_noise)
         penalty = F.mse_loss(actions, base_actions)
         policy_actions = actions.clamp(-1, 1)
         q_loss, seen = self.q_loss(batch.observations, policy_actions)
@@ -46,4 +46,8 @@ class FQL(Agent):
 
     @torch.no_grad()
     def act(self, obs: Tensor, noise: Tensor) -> Tensor:
-        return self.actor(torch.cat([obs, noise], dim=-1)).clamp(-1, 1)
+        return self.one_step(obs, noise).clamp(-1, 1)
+
+    def one_step(self, obs: Tensor, noise: Tensor) -> Tensor:
+        """μ(s, noise), (..., d), not clipped."""
+        return self.actor(torch.cat([self.view("actor", obs), noise], dim=-1))

@@ -6,6 +6,8 @@ import dataclasses
 import math
 from typing import Literal
 
+from train.agents.encoder import EncoderName
+
 
 def require_finite(config: object) -> None:
     for field in dataclasses.fields(config):  # type: ignore[arg-type]
@@ -34,6 +36,13 @@ class AgentConfig:
     """Adam's learning rate, the same for all parameters."""
     grad_clip: float | None = 5.0
     """Clip the global gradient norm to this. None: no clipping (FQL's published setting)."""
+    encoder: EncoderName = "none"
+    """How images are read; environments with images set it. Each network has an encoder of its own, the two critics one
+    together. none: observations are states."""
+    frame_stack: int = 1
+    """Frames that one observation of images consists of, the newest and those before it."""
+    augment: float = 0.0
+    """Probability that the images of a batch are moved, each by up to 3 pixels at random."""
     discount: float = 0.99
     """The discount γ."""
     tau: float = 0.005
@@ -82,11 +91,11 @@ class AgentConfig:
         require_finite(self)
         for name in ("freeze_flow_after", "freeze_critic_after"):
             require(name, getattr(self, name), (value := getattr(self, name)) is None or value >= 0, "zero or more")
-        for name in ("lr", "alpha", "flow_steps", "num_fisher_samples", "fisher_trace_eps"):
+        for name in ("lr", "alpha", "flow_steps", "num_fisher_samples", "fisher_trace_eps", "frame_stack"):
             require(name, getattr(self, name), getattr(self, name) > 0, "positive")
         for name in ("target_divergence", "fisher_damping", "fisher_t_width", "min_sigma"):
             require(name, getattr(self, name), getattr(self, name) >= 0, "zero or more")
-        for name in ("discount", "tau"):
+        for name in ("discount", "tau", "augment"):
             require(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "between 0 and 1")
         require("fisher_t", self.fisher_t, 0 <= self.fisher_t < 1, "at least 0 and below 1")
         for name in ("actor_hidden", "critic_hidden"):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +59,21 @@ class SeedGroup(Learner):
     def agent_parts(self, updates: int) -> Parts:
         return self.agents[0].agent_parts(updates)
 
+    def encode(self, batch: Batch, draws: Draws, parts: Parts) -> Batch:
+        """The images of one seed after the other, each by its own encoders."""
+        if not self.encoders:
+            return batch
+        encoding = _Call(self.agents[0], "encode")
+        parameters: dict[str, Tensor] = {f"agent.encoders.{name}": p for name, p in self.encoders.named_parameters()}
+        of_each = zip(*(_unbound(tensors, len(self.agents)) for tensors in (parameters, _given(batch), _given(draws))))
+        encoded = [
+            functional_call(encoding, own, (Batch(**rows), Draws(**drawn), parts)) for own, rows, drawn in of_each
+        ]
+        return batch._replace(
+            observations=torch.stack([of_one.observations for of_one in encoded]),
+            next_observations=torch.stack([of_one.next_observations for of_one in encoded]),
+        )
+
     def integrate(self, batch: Batch, draws: Draws, parts: Parts) -> dict[str, Tensor]:
         if self.flow.net[0].weight.is_cuda:
             return self.integrate_together(batch, draws, parts)
@@ -68,7 +84,7 @@ class SeedGroup(Learner):
         return {name: torch.stack([of_agent[name] for of_agent in flows]) for name in flows[0]}
 
     def integrate_together(self, batch: Batch, draws: Draws, parts: Parts) -> dict[str, Tensor]:
-        agent = _Integration(self.agents[0])
+        agent = _Call(self.agents[0], "integrate")
 
         def flows(
             parameters: dict[str, Tensor], batch: dict[str, Tensor], draws: dict[str, Tensor]
@@ -121,15 +137,15 @@ class SeedGroup(Learner):
             g.mul_(scale.view(-1, *[1] * (g.ndim - 1)))
 
 
-class _Integration(nn.Module):
-    """An agent's `integrate` as a forward pass, so that ``functional_call`` can replace its parameters."""
+class _Call(nn.Module):
+    """A method of an agent as a forward pass, so that ``functional_call`` can replace its parameters."""
 
-    def __init__(self, agent: Agent) -> None:
+    def __init__(self, agent: Agent, method: Literal["encode", "integrate"]) -> None:
         super().__init__()
-        self.agent = agent
+        self.agent, self.method = agent, method
 
-    def forward(self, batch: Batch, draws: Draws, parts: Parts) -> dict[str, Tensor]:
-        return self.agent.integrate(batch, draws, parts)
+    def forward(self, batch: Batch, draws: Draws, parts: Parts) -> Any:
+        return getattr(self.agent, self.method)(batch, draws, parts)
 
 
 def _given(columns: Batch | Draws) -> dict[str, Tensor]:

@@ -258,6 +258,8 @@ def recipe_of(name: str) -> Recipe:
         return RECIPES[name]
     if name.startswith(("antmaze", "antsoccer", "humanoidmaze")):
         reason = f"{name!r} needs a trained policy; OGBench's scripted controllers can move the arm and the point"
+    elif name.startswith("visual-"):
+        reason = f"{name!r} has images, and only states are generated"
     else:
         reason = f"there are no scripted controllers for {name!r}"
     nearest = difflib.get_close_matches(name.lower(), RECIPES, n=3)

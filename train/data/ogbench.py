@@ -1,8 +1,11 @@
-"""OGBench's single tasks with states as observations (arXiv 2410.20092): mazes, cubes, scenes and puzzles.
+"""OGBench's single tasks (arXiv 2410.20092): mazes, cubes, scenes and puzzles, with states or images as observations.
 
 A dataset such as cube-single-play knows no task. A task is a goal: OGBench's own code gives each recorded state its
 reward, 0 where the goal is reached and less elsewhere, and nothing of value follows a state that has reached it.
 Success is scored as OGBench scores it: an episode ends where the goal is reached.
+
+Tasks whose names begin with "visual" have images of 64 x 64 pixels. Files of them are larger than most memories, so
+their images are mapped from disk and stay there in 8 bits.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import functools
 import itertools
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,10 @@ from train.data.generated import episodes_of
 from train.data.minari_cache import brief
 from train.data.network import PROBE_SECONDS, problem_with
 from train.data.spec import DatasetUnavailable, EnvSpec, NotHere, Part, Source, SuccessRate, Wanted
+from train.data.unpacked import mapped
+from train.rendering import render_off_screen
+
+VISUAL = "visual-"
 
 SCENES = {
     "pointmaze": (("medium", "large", "giant", "teleport"), ("navigate", "stitch")),
@@ -35,11 +42,23 @@ SCENES = {
     "cube": (("single", "double", "triple", "quadruple", "octuple"), ("play", "noisy")),
     "scene": (("",), ("play", "noisy")),
     "puzzle": (("3x3", "4x4", "4x5", "4x6"), ("play", "noisy")),
+    "visual-antmaze": (("medium", "large", "giant", "teleport"), ("navigate", "stitch", "explore")),
+    "visual-humanoidmaze": (("medium", "large", "giant"), ("navigate", "stitch")),
+    "visual-cube": (("single", "double", "triple", "quadruple"), ("play", "noisy")),
+    "visual-scene": (("",), ("play", "noisy")),
+    "visual-puzzle": (("3x3", "4x4", "4x5", "4x6"), ("play", "noisy")),
 }
 """Sizes of each scene, and kinds of data."""
 TASKS = ("", "-task1", "-task2", "-task3", "-task4", "-task5")
 """Without a number it is the scene's default task."""
 COLUMNS = ("observations", "actions", "terminals", "qpos", "button_states")
+# One thread of an Intel Xeon learns from an image in 2 to 11 ms, and renders one in 80 to 340 ms.
+FEW = {"batch_size": 64, "log_every": 20, "eval_episodes": 2, "interim_episodes": 1}
+SMALL_ON_IMAGES: Mapping[str, Mapping[str, Any]] = {
+    "quick": {**FEW, "flow_warmup": 2_000, "critic_warmup": 400, "steps": 400, "eval_every": 400},
+    "standard": {**FEW, "flow_warmup": 10_000, "critic_warmup": 2_000, "steps": 2_000, "eval_every": 2_000},
+}
+"""What the presets for CPUs change for images."""
 FOLDER = Path("~/.ogbench/data")
 """Where OGBench itself keeps what it downloads."""
 
@@ -61,7 +80,9 @@ class Reproducible(gym.Wrapper):
             task.action_space = space
         self.action_space = space
         # a property that simulates an observation each time
-        self.observation_space = gym.spaces.Box(-np.inf, np.inf, task.observation_space.shape, np.float64)
+        observed = task.observation_space
+        images = observed.dtype == np.uint8
+        self.observation_space = observed if images else gym.spaces.Box(-np.inf, np.inf, observed.shape, np.float64)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
         if seed is not None:
@@ -71,6 +92,8 @@ class Reproducible(gym.Wrapper):
 
 
 def make(env_id: str, **options: Any) -> gym.Env:
+    if env_id.startswith(VISUAL):
+        render_off_screen()
     with warnings.catch_warnings():
         # the package looks for a screen, and gives bounds of actions in float64
         warnings.simplefilter("ignore")
@@ -112,8 +135,9 @@ class Files(Source):
                 )
             origin = "OGBench, downloaded now"
         try:
+            columns = {"observations": images(self.path)} if self.dataset.startswith(VISUAL) else {}
             with np.load(self.path, allow_pickle=False) as file:
-                columns = {name: file[name] for name in COLUMNS if name in file.files}
+                columns |= {name: file[name] for name in COLUMNS if name in file.files and name not in columns}
             episodes = of_task(columns, self.task)
         except (ValueError, OSError, zipfile.BadZipFile, EOFError) as error:
             raise DatasetUnavailable(
@@ -164,7 +188,8 @@ class Collected(Source):
 
     def load(self, spec: EnvSpec, wanted: Wanted) -> list[Part]:
         if not collected.can_collect(self.name):
-            reason = "OGBench has no scripted controller for it"
+            visual = self.name.startswith(VISUAL)
+            reason = "only states are generated" if visual else "OGBench has no scripted controller for it"
             raise NotHere(reason, tried=[f"generate: {reason}"])
         episodes = episodes_of(wanted.size)
         origin = "scripted controllers, " + ("local files" if self.is_cached(wanted) else "generated now")
@@ -176,13 +201,25 @@ class Collected(Source):
         return [Part(f"fdkernels/{self.name}-{episodes}ep-v0", origin, of_task(columns, self.task))]
 
 
+def images(path: Path) -> np.ndarray:
+    """The observations of a visual dataset, (N, height, width, channels) uint8, mapped into memory.
+
+    Raises:
+        ValueError: they are something else.
+    """
+    found = mapped(path, "observations")
+    if found.dtype != np.uint8 or found.ndim != 4:
+        raise ValueError(f"its observations are {found.dtype} of shape {found.shape}, not images of 8 bits")
+    return found
+
+
 def of_task(columns: dict[str, np.ndarray], task: str) -> list[Episode]:
     """Episodes with the rewards of a task, from the columns of an OGBench file.
 
     Args:
-        columns: observations (N, obs_dim), actions (N, d), terminals (N,), which mark the last row of each episode,
-            qpos (N, nq), and button_states (N, buttons) if the scene has any. A last row is a final state; its action
-            is not used.
+        columns: observations (N, obs_dim) or images, actions (N, d), terminals (N,), which mark the last row of each
+            episode, qpos (N, nq), and button_states (N, buttons) if the scene has any. A last row is a final state; its
+            action is not used.
         task: OGBench's id of the environment.
 
     Raises:
@@ -214,13 +251,21 @@ def _rewards(columns: dict[str, np.ndarray], task: str) -> tuple[np.ndarray, np.
     """Rewards and masks of all rows, by OGBench's own code."""
     from ogbench.relabel_utils import relabel_dataset
 
-    env = make(task)
+    # the goal is the same with states, and nothing is rendered
+    env = make(task.removeprefix(VISUAL))
     try:
         relabelled = dict(columns)
         relabel_dataset(task, env, relabelled)
     finally:
         env.close()
     return relabelled["rewards"], relabelled["masks"].astype(bool)
+
+
+def preset_changes(name: str, preset: str, agent: str) -> Mapping[str, Any]:
+    row = published.changes(name, preset, agent)
+    if not name.startswith(VISUAL):
+        return row
+    return {**published.PIXELS, **SMALL_ON_IMAGES.get(preset, {}), "standardize_observations": False, **row}
 
 
 def _rows() -> Iterator[EnvSpec]:
@@ -236,7 +281,7 @@ def _rows() -> Iterator[EnvSpec]:
                 env_id=env_id,
                 sources=(Files(dataset, task_id), Collected(dataset, task_id)),
                 scoring=SuccessRate(),
-                preset_changes=functools.partial(published.changes, name),
+                preset_changes=functools.partial(preset_changes, name),
                 needs=("ogbench", "ogbench"),
             )
 

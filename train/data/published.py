@@ -27,6 +27,7 @@ NORMALIZED = {"normalize_q": True}
 MINIMUM = {"q_aggregation": "min"}
 LONG = {"discount": 0.995}
 HALF = {"steps": 500_000}
+PIXELS = {"encoder": "impala-small", "augment": 0.5, "frame_stack": 3}
 
 # A million updates, evaluated every 100,000 of them with 50 episodes, are the defaults of a run.
 TABLE = (
@@ -42,6 +43,8 @@ TABLE = (
     Row("fql", "antsoccer-arena-", {**LONG, "alpha": 10.0}, FQL),
     Row("fql", "(cube-(single|double)|scene)-", {"alpha": 300.0}, FQL),
     Row("fql", "puzzle-(3x3|4x4)-", {"alpha": 1000.0}, FQL),
+    Row("fql", "visual-(cube-single|puzzle-(3x3|4x4))-", {**HALF, **PIXELS, "alpha": 300.0}, FQL),
+    Row("fql", "visual-(cube-double|scene)-", {**HALF, **PIXELS, "alpha": 100.0}, FQL),
     # D4RL
     Row("fql", "antmaze-(umaze|umaze-diverse|medium-play|medium-diverse)$", {**HALF, "alpha": 10.0}, FQL),
     Row("fql", "antmaze-large-(play|diverse)$", {**HALF, "alpha": 3.0}, FQL),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -41,7 +42,7 @@ class OfflineDataset:
     """
 
     states: Tensor
-    """(N + episodes, obs_dim) float32"""
+    """(N + episodes, obs_dim) float32; or images, (N + episodes, height, width, channels) uint8"""
     rows: Tensor
     """(N,) int64: the row of ``states`` that transition i starts from"""
     actions: Tensor
@@ -62,6 +63,10 @@ class OfflineDataset:
     """Minari ids, or OGBench's names."""
     source: tuple[str, ...] = ()
     """Lines to display: which data this is and where it came from."""
+    frame_stack: int = 1
+    """States that one observation consists of, see `stack_frames`"""
+    first_rows: Tensor | None = None
+    """(N,) int64: the row of the first state of each transition's episode; None unless frames are stacked"""
 
     @classmethod
     def from_episodes(
@@ -69,15 +74,22 @@ class OfflineDataset:
     ) -> OfflineDataset:
         """Concatenate whole episodes, each with one more observation than actions.
 
-        Observations in float32 that lie one after the other in memory, as in a file of all episodes, are not copied.
+        Observations in float32 or uint8 that lie one after the other in memory, as in a file of all episodes, are not
+        copied.
         """
         lengths = np.array([len(e.rewards) for e in episodes])
         steps = np.arange(lengths.sum())
         rows = torch.from_numpy(steps + np.repeat(np.arange(len(lengths)), lengths))
         last = np.repeat(np.cumsum(lengths) - 1, lengths)
         actions = torch.from_numpy(_joined([e.actions for e in episodes]).clip(-ACTION_BOUND, ACTION_BOUND))
+        images = all(e.observations.dtype == np.uint8 for e in episodes)
+        states = _joined([e.observations for e in episodes], np.uint8 if images else np.float32)
+        with warnings.catch_warnings():
+            # a file that is mapped into memory is read-only, and nothing writes to states
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            tensor = torch.from_numpy(states)
         return cls(
-            states=torch.from_numpy(_joined([e.observations for e in episodes])),
+            states=tensor,
             rows=rows,
             actions=actions,
             rewards=torch.from_numpy(_joined([e.rewards for e in episodes])),
@@ -92,18 +104,33 @@ class OfflineDataset:
 
     @property
     def observations(self) -> Tensor:
-        """(N, obs_dim), a copy"""
+        """(N, obs_dim), a copy; of images single frames"""
         return self.states[self.rows]
 
     @property
     def next_observations(self) -> Tensor:
-        """(N, obs_dim), a copy"""
+        """(N, obs_dim), a copy; of images single frames"""
         return self.states[self.next_rows]
 
     @property
     def next_actions(self) -> Tensor:
         """(N, action_dim), a copy"""
         return self.actions[self.next_steps]
+
+    @property
+    def observation_shape(self) -> tuple[int, ...]:
+        """The shape of one observation in a batch."""
+        *shape, channels = self.states.shape[1:]
+        return (*shape, channels * self.frame_stack)
+
+    def stack_frames(self, count: int) -> OfflineDataset:
+        """Observations of the last ``count`` states, joined along their last axis, the newest last.
+
+        Before the first state of an episode it is repeated. States are stored as before; `take` joins them.
+        """
+        first = np.cumsum(self.episode_lengths + 1) - (self.episode_lengths + 1)
+        first_rows = torch.from_numpy(np.repeat(first, self.episode_lengths)).to(self.rows.device)
+        return dataclasses.replace(self, frame_stack=count, first_rows=first_rows)
 
     def n_step(self, n: int, discount: float) -> OfflineDataset:
         """Transitions over up to ``n`` steps of an episode, so that r + γ·m·Q(s', a') is their n-step target.
@@ -147,11 +174,22 @@ class OfflineDataset:
             # on the CPU index_select takes a third of the time of indexing
             return table.index_select(0, at)
 
+        def observed(rows: Tensor) -> Tensor:
+            if self.first_rows is None:
+                return of(self.states, rows)
+            ages = torch.arange(self.frame_stack - 1, -1, -1, device=rows.device)
+            at = torch.maximum(rows.unsqueeze(1) - ages, of(self.first_rows, steps).unsqueeze(1))
+            # images as flat rows, which index_select copies whole, and cat, which is faster than a transposed copy
+            frames = of(self.states.flatten(1), at.T.flatten()).view(
+                self.frame_stack, len(rows), *self.states.shape[1:]
+            )
+            return torch.cat(frames.unbind(), dim=-1)
+
         batch = (
-            of(self.states, of(self.rows, steps)),
+            observed(of(self.rows, steps)),
             of(self.actions, steps),
             of(self.rewards, steps),
-            of(self.states, of(self.next_rows, steps)),
+            observed(of(self.next_rows, steps)),
             of(self.masks, steps),
             of(self.actions, of(self.next_steps, steps)),
         )
@@ -168,15 +206,16 @@ class OfflineDataset:
             masks=self.masks.to(device),
             next_rows=self.next_rows.to(device),
             next_steps=self.next_steps.to(device),
+            first_rows=None if self.first_rows is None else self.first_rows.to(device),
         )
 
 
-def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
-    """The parts one after the other in float32: a view of their memory if they lie there like that."""
+def _joined(parts: Sequence[np.ndarray], dtype: type = np.float32) -> np.ndarray:
+    """The parts one after the other in that type: a view of their memory if they lie there like that."""
     base, address = parts[0].base, parts[0].ctypes.data
     for part in parts:
         inside = base is not None and part.base is base and part.ctypes.data == address
-        if not inside or part.dtype != np.float32 or not part.flags.c_contiguous:
-            return np.concatenate(parts, dtype=np.float32)
+        if not inside or part.dtype != dtype or not part.flags.c_contiguous:
+            return np.concatenate(parts, dtype=dtype)
         address += part.nbytes
     return np.lib.stride_tricks.as_strided(parts[0], (sum(map(len, parts)), *parts[0].shape[1:]))

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from train.acting import Acting
 from train.agents import AGENTS
 from train.agents.base import Agent
+from train.agents.encoder import FEATURES
 from train.outputs.files import write_safetensors
 from train.settings import RunConfig
 
@@ -51,8 +52,10 @@ def load_policy(folder: Path) -> Policy:
             header, weights = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         hyper = json.loads(header["hyper"])
         hyper |= {name: tuple(value) for name, value in hyper.items() if isinstance(value, list)}
-        obs_dim, kind = len(weights["obs_mean"]), AGENTS[header["agent"]]
-        agent = kind(kind.hyperparameters(**hyper), obs_dim, weights["critic.weights.0"].shape[1] - obs_dim)
+        kind, observation = AGENTS[header["agent"]], tuple(weights["obs_mean"].shape)
+        config = kind.hyperparameters(**hyper)
+        obs_dim = observation[0] if config.encoder == "none" else FEATURES
+        agent = kind(config, observation, weights["critic.weights.0"].shape[1] - obs_dim)
         agent.load_state_dict(weights)
         return Policy(agent, header["env"], Acting(**json.loads(header["acting"])))
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:

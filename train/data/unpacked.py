@@ -1,0 +1,50 @@
+"""One array of an .npz file that need not fit in memory: unpacked beside the file once, then mapped from there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import zipfile
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock
+
+CHUNK = 1 << 20
+
+
+def mapped(archive: Path, name: str) -> np.ndarray:
+    """The array of that name, read-only. Pages of it are read as they are used, and the system may drop them again.
+
+    It is unpacked into ``ARCHIVE.NAME.npy`` in the same folder, which later calls reuse as long as it is whole and no
+    older than the archive.
+
+    Raises:
+        ValueError: there is no such array, or it consists of Python objects.
+        OSError, zipfile.BadZipFile, EOFError: the archive is damaged, or the disk is full.
+    """
+    unpacked = archive.with_name(f"{archive.stem}.{name}.npy")
+    with FileLock(archive.with_name(f".{unpacked.name}.lock")), zipfile.ZipFile(archive) as file:
+        if f"{name}.npy" not in file.namelist():
+            raise ValueError(f"it lacks {name}")
+        member = file.getinfo(f"{name}.npy")
+        if not _is_whole(unpacked, archive, member):
+            partial = unpacked.with_name(unpacked.name + ".partial")
+            try:
+                # the end of the member is reached, and its checksum is therefore tested, before it gets its name
+                with file.open(member) as packed, partial.open("wb") as target:
+                    shutil.copyfileobj(packed, target, CHUNK)
+                    target.flush()
+                    os.fsync(target.fileno())
+                partial.replace(unpacked)
+            finally:
+                partial.unlink(missing_ok=True)
+    # Read-only, because Linux reserves memory for the whole of a file that is mapped for writing into private copies.
+    return np.load(unpacked, mmap_mode="r", allow_pickle=False)
+
+
+def _is_whole(unpacked: Path, archive: Path, member: zipfile.ZipInfo) -> bool:
+    if not unpacked.exists():
+        return False
+    found = unpacked.stat()
+    return found.st_size == member.file_size and found.st_mtime >= archive.stat().st_mtime
