@@ -562,6 +562,8 @@ def test_settings_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         Run(lamp_config(tmp_path, hyper=blind), LAMP, images, torch.device("cpu"))
     with pytest.raises(RunError, match="--standardize-observations is for states"):
         Run(lamp_config(tmp_path, standardize_observations=True), LAMP, images, torch.device("cpu"))
+    with pytest.raises(RunError, match="--online-steps is for states"):
+        Run(lamp_config(tmp_path, online_steps=10), LAMP, images, torch.device("cpu"))
     for changes in ({"encoder": "impala-small"}, {"frame_stack": 2}, {"augment": 0.1}):
         config = lamp_config(tmp_path, hyper=AGENTS["fql"].hyperparameters(**changes))
         with pytest.raises(

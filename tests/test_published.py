@@ -84,6 +84,9 @@ def test_full_presets_of_d4rl(name: str, alpha: float, aggregation: str) -> None
 def test_other_presets_do_not_change_and_flags_win() -> None:
     task = "antmaze-giant-navigate-singletask-v0"
     assert published.changes(task, "quick", "fidec") == {}
+    hyper = preset_config("quick", "fidec", task).hyper
+    assert (hyper.q_aggregation, hyper.discount, hyper.freeze_critic_after) == ("mean", 0.995, 0), "goals.py's"
+    assert preset_config("quick", "fidec", "hopper-medium").hyper.freeze_critic_after is None
     config = run.parse(["--env", task, "--preset", "full", "--discount", "0.9"])
     assert (config.hyper.discount, config.hyper.q_aggregation) == (0.9, "min")
 

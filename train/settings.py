@@ -202,6 +202,8 @@ def check_observations(config: RunConfig, shape: Sequence[int]) -> None:
     hyper, images = config.hyper, len(shape) > 1
     if images and hyper.encoder == "none":
         raise RunError(f"the observations are images of shape {tuple(shape)}, which need --encoder impala-small")
+    if images and config.online_steps:
+        raise RunError("--online-steps is for states; its replay does not stack frames")
     if images and config.standardize_observations:
         raise RunError("--standardize-observations is for states; an encoder scales images itself")
     if not images and (hyper.encoder != "none" or hyper.frame_stack > 1 or hyper.augment > 0):

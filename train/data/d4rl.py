@@ -29,7 +29,7 @@ import gymnasium as gym
 import numpy as np
 from minari import EpisodeData
 
-from train.data import published
+from train.data import goals, published
 from train.data.episode import Episode
 from train.data.hosted import Hosted
 from train.data.spec import EnvSpec, NormalizedReturn, Part, SuccessRate, Wanted
@@ -215,6 +215,10 @@ def _registered(env_id: str, make: str, steps: int, **options: str) -> str:
     return env_id
 
 
+def antmaze_changes(name: str, preset: str, agent: str) -> Mapping[str, Any]:
+    return {**goals.changes(preset), **published.changes(name, preset, agent)}
+
+
 def _antmazes() -> Iterator[EnvSpec]:
     for maze, datasets in ANTMAZES.items():
         convert = functools.partial(antmaze_episode, maze=MAZES[maze])
@@ -226,7 +230,7 @@ def _antmazes() -> Iterator[EnvSpec]:
                 env_id=env_id,
                 sources=(Recordings((f"D4RL/antmaze/{dataset}-v1",), convert, ANTMAZE_NOTE),),
                 scoring=SuccessRate(),  # D4RL's normalised score of one 0-or-1 reward
-                preset_changes=functools.partial(published.changes, f"antmaze-{dataset}"),
+                preset_changes=functools.partial(antmaze_changes, f"antmaze-{dataset}"),
                 needs=NEEDS,
             )
 

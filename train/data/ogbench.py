@@ -23,7 +23,7 @@ import gymnasium as gym
 import numpy as np
 from huggingface_hub import constants
 
-from train.data import collected, published
+from train.data import collected, goals, published
 from train.data.episode import Episode
 from train.data.generated import episodes_of
 from train.data.minari_cache import brief
@@ -262,10 +262,10 @@ def _rewards(columns: dict[str, np.ndarray], task: str) -> tuple[np.ndarray, np.
 
 
 def preset_changes(name: str, preset: str, agent: str) -> Mapping[str, Any]:
-    row = published.changes(name, preset, agent)
+    settings = {**goals.changes(preset), **published.changes(name, preset, agent)}
     if not name.startswith(VISUAL):
-        return row
-    return {**published.PIXELS, **SMALL_ON_IMAGES.get(preset, {}), "standardize_observations": False, **row}
+        return settings
+    return {**published.PIXELS, **SMALL_ON_IMAGES.get(preset, {}), "standardize_observations": False, **settings}
 
 
 def _rows() -> Iterator[EnvSpec]:
