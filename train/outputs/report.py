@@ -29,7 +29,7 @@ def final_table(result: Result, minutes: float) -> str:
         )
         if config.online_steps:
             offline = found[role]["offline"]
-            lines[-1] += f"{offline['score_mean']:>11.1f} ± {offline['score_sem']:<4.1f}"
+            lines[-1] += f"{offline['score_mean']:>11.1f} ± {offline['score_sem']:.1f}"
     lines.append(f"{'dataset':26}{result.dataset_return:>10,.0f}{'':8}{result.dataset_score:>9.1f}")
     if three := result.last_three:
         lines += [
