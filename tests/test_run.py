@@ -27,11 +27,14 @@ from train.agents import AGENTS
 from train.agents.base import METRICS
 from train.agents.hyperparameters import AgentConfig
 from train.data.load import load_dataset
-from train.environments import ENVIRONMENTS
+from train.data.synthetic import random_dataset
+from train.environments import ENVIRONMENTS, resolve
 from train.evaluate import ROLES, run_episodes
+from train.loop import Run
 from train.outputs import curve
 from train.presets import preset_config
 from train.run import main, parse
+from train.settings import RunError
 
 pytestmark = pytest.mark.usefixtures("datasets")
 REPOSITORY = Path(__file__).parents[1]
@@ -481,3 +484,10 @@ def test_returns_are_those_of_whole_episodes() -> None:
     assert not successes.any(), "Hopper reports no success"
     again = run_episodes("Hopper-v5", still, episodes=3, seed=5)
     np.testing.assert_array_equal(again.returns, returns, "the kept environments remember something")
+
+
+def test_equal_rewards_cannot_be_scaled(tmp_path: Path) -> None:
+    data = random_dataset(50, 11, 3)
+    config = dataclasses.replace(preset_config("quick", "fidec", "hopper-medium"), env="hopper-medium", out=tmp_path)
+    with pytest.raises(RunError, match=r"--scale-rewards divides by .* all rewards are equal"):
+        Run(config, resolve("hopper-medium"), dataclasses.replace(data, rewards=data.rewards * 0), torch.device("cpu"))

@@ -58,6 +58,8 @@ class Run:
         reward_std = torch.ones(())
         if config.scale_rewards:
             reward_std = dataset.rewards.std()
+            if reward_std == 0:
+                raise RunError("--scale-rewards divides by the rewards' standard deviation, and all rewards are equal")
             dataset = dataclasses.replace(dataset, rewards=dataset.rewards / reward_std)
         self.dataset = dataset.to(device)
         self.warmup_dataset = self.dataset
