@@ -1,6 +1,6 @@
 """Test the claim: which metric of the behaviour measures a displacement better than its length does?
 
-    python benchmarks/science.py                     # everything: some hours on two cores; a second call goes on
+    python benchmarks/science.py                     # everything: an hour or more on two cores; a second call goes on
     python benchmarks/science.py --quick             # the same questions with fewer seeds: minutes
     python benchmarks/science.py gain kl --seeds 3   # some sections
 
