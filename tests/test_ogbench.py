@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import functools
+import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -256,6 +258,37 @@ def test_downloads(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked == [(["pointmaze-medium-navigate-v0"], str(ogbench.FOLDER))]
 
 
+def test_a_download_counts_if_only_the_validation_file_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ogbench import utils
+
+    monkeypatch.setattr(ogbench.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(ogbench, "problem_with", lambda server, ask: None)
+    monkeypatch.setattr(collected, "is_collected", lambda *a: False)
+    columns = columns_of_a_file()
+
+    def download(names: list[str], folder: str) -> None:
+        put(columns)
+        raise OSError("no such file on the server")
+
+    monkeypatch.setattr(utils, "download_datasets", download)
+    assert "downloaded now" in load_dataset(MAZE).source[0]
+    MAZE.sources[0].path.unlink()
+    monkeypatch.setattr(utils, "download_datasets", lambda *a: 1 / 0)
+    assert "failed (ZeroDivisionError" in load_dataset(MAZE).source[0]
+
+
+def test_a_disk_that_is_full_is_no_reason_to_delete_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    put(columns_of_a_file())
+
+    def full(*args: Any, **options: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(np, "load", full)
+    with pytest.raises(DatasetUnavailable, match="No space left on device") as error:
+        load_dataset(MAZE)
+    assert "delete" not in str(error.value)
+
+
 # -- the environments --------------------------------------------------------------------------------------------------
 
 
@@ -295,6 +328,30 @@ def test_a_seed_gives_the_same_episode_in_fresh_and_used_environments(name: str)
     assert not np.array_equal(trace(used, seed=3)[0], trace(used, seed=2)[0])
     used.close()
     fresh.close()
+
+
+def test_a_teleport_does_not_depend_on_the_episodes_beside() -> None:
+    teleports = resolve("pointmaze-teleport-navigate-singletask-task1-v0").env_id
+    alone, together = make_vector_env(teleports, 1), make_vector_env(teleports, 3)
+    paths = []
+    for envs in (alone, together):
+        envs.reset(seed=0)
+        for i, env in enumerate(envs.envs):
+            env.unwrapped.set_xy(env.unwrapped._teleport_info["teleport_in_xys"][i % 2])
+        still = np.zeros((envs.num_envs, 2), np.float32)
+        path = []
+        for _ in range(12):  # those that arrive at a way in are sent on
+            envs.step(still)
+            path.append(envs.envs[0].unwrapped.get_xy())
+            envs.envs[0].unwrapped.set_xy(envs.envs[0].unwrapped._teleport_info["teleport_in_xys"][0])
+        paths.append(path)
+    np.testing.assert_array_equal(*paths)
+    assert len({tuple(np.round(at)) for at in paths[0]}) > 1, "nothing was drawn"
+
+
+@pytest.mark.long("a scene is compiled")
+def test_films_of_the_arm_have_a_speed() -> None:
+    assert gym.make(CUBE.env_id).metadata["render_fps"] == 20
 
 
 def test_environments_are_quiet(recwarn: pytest.WarningsRecorder) -> None:

@@ -526,6 +526,24 @@ def test_a_stopped_run_ends_where_it_would_have(
     assert_same_run(out, straight)
 
 
+def test_frozen_critics_learn_again_online(tmp_path: Path) -> None:
+    """Presets freeze them for goals, and nothing else would learn from what is seen."""
+    out = go(tmp_path / "run", "--freeze-critic-after", "0", "--freeze-flow-after", "0", online=3)
+    stages = {row["stage"]: row for row in read(out / "metrics.csv")}
+    assert stages["fidec"]["critic_loss"] == "", "the critics are not frozen offline"
+    assert float(stages["online"]["critic_loss"]) > 0
+    assert stages["online"]["flow_loss"] == ""
+
+
+def test_settings_that_do_not_fit_cost_no_earlier_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = go(tmp_path / "run", online=1)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    flags = ["--encoder", "impala-small", "--online-steps", "0", "--out", str(out), "--overwrite"]
+    assert main([*TINY, *flags]) == 2
+    assert "states of" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
 @pytest.fixture(scope="module")
 def offline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run that never went online."""

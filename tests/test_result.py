@@ -40,6 +40,15 @@ def test_the_last_three_evaluations_are_averaged() -> None:
     assert "Mean of the last three evaluations, from step 200: 50.0" in final_table(result, 1.0)
 
 
+def test_evaluations_before_the_agent_learns_do_not_count() -> None:
+    result = result_of([[True], [False], [False]])
+    config = dataclasses.replace(result.config, flow_warmup=60, critic_warmup=40)
+    result.config = config  # the first evaluation is of the warm-ups
+    assert result.last_three == {}
+    result.config = dataclasses.replace(config, steps=100, online_steps=100)
+    assert result.last_three == {}, "one of these is offline, one online"
+
+
 @pytest.mark.parametrize("successes", [[[True], [True]], [[True], [True, True], [True, True]]])
 def test_no_average_of_fewer_or_of_shorter_ones(successes: list[list[bool]]) -> None:
     result = result_of(successes)

@@ -45,7 +45,7 @@ class Run:
 
     def __init__(self, config: RunConfig, spec: EnvSpec, dataset: OfflineDataset, device: torch.device) -> None:
         self.config, self.spec = config, spec
-        check_observations(config, dataset.states.shape[1:])
+        check_data(config, dataset)
         if config.hyper.encoder != "none":
             dataset = dataset.stack_frames(config.hyper.frame_stack)
         shape = dataset.observation_shape
@@ -58,8 +58,6 @@ class Run:
         reward_std = torch.ones(())
         if config.scale_rewards:
             reward_std = dataset.rewards.std()
-            if reward_std == 0:
-                raise RunError("--scale-rewards divides by the rewards' standard deviation, and all rewards are equal")
             dataset = dataclasses.replace(dataset, rewards=dataset.rewards / reward_std)
         self.dataset = dataset.to(device)
         self.warmup_dataset = self.dataset
@@ -212,6 +210,8 @@ class Run:
         if stage is critic_warmup:
             return ("data_critic",)
         parts = self.learner.agent_parts(self.step - agent.start)
+        if stage is online and "critic" not in parts:
+            parts = ("critic", *parts)  # nothing else learns from what is seen online
         if stage is online and self.config.freeze_flow_online:
             # not even as frozen_flow, because Adam's momentum would still move it
             parts = tuple(part for part in parts if part not in ("flow", "frozen_flow"))
@@ -288,6 +288,17 @@ class Run:
         print(final_table(results[0], minutes) if len(results) == 1 else group_table(self.config, results, minutes))
         if isinstance(self.update, ProfiledUpdate):
             print(self.update.outcome)
+
+
+def check_data(config: RunConfig, dataset: OfflineDataset) -> None:
+    """Refuse settings that do not fit the data, before anything of an earlier run is overwritten.
+
+    Raises:
+        RunError: see `check_observations`; or equal rewards are to be scaled.
+    """
+    check_observations(config, dataset.states.shape[1:])
+    if config.scale_rewards and dataset.rewards.std() == 0:
+        raise RunError("--scale-rewards divides by the rewards' standard deviation, and all rewards are equal")
 
 
 def captures(config: RunConfig, device: torch.device) -> bool:

@@ -12,7 +12,6 @@ from torch import Tensor
 from train.agents.base import Agent
 from train.data.replay import Replay
 from train.data.transitions import ACTION_BOUND
-from train.simulator import Apart
 
 ONLINE_METRICS = {
     "online_return": "mean return of the training episodes that ended since the row before",
@@ -28,7 +27,7 @@ class Explorer:
 
     Args:
         env_id: gymnasium environment id.
-        agent: the agent. Its observations are standardised as it does it.
+        agent: the agent, whose mean and standard deviation also standardise what it sees here.
         generator: source of the policy's noise, on the agent's device.
         replay: gets the transitions.
         reward_std: number that the offline rewards were divided by, ().
@@ -38,7 +37,7 @@ class Explorer:
     def __init__(
         self, env_id: str, agent: Agent, generator: torch.Generator, replay: Replay, reward_std: Tensor, seed: int
     ) -> None:
-        self.env = Apart(gym.make(env_id, disable_env_checker=True))
+        self.env = gym.make(env_id, disable_env_checker=True)
         self.agent, self.generator, self.replay = agent, generator, replay
         self.reward_std, self.seed = reward_std, seed
         self.episodes = 0

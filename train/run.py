@@ -15,7 +15,7 @@ from train.data import published
 from train.data.load import load_dataset
 from train.data.spec import DatasetUnavailable, NotInstalled
 from train.environments import UnknownEnvironment, resolve
-from train.loop import Run, captures
+from train.loop import Run, captures, check_data
 from train.memory import keep_freed_memory
 from train.outputs.folder import check_folder, prepare_folder
 from train.presets import choose_preset, preset_config
@@ -80,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if device.type == "cuda":
             torch.cuda.set_device(device)
             torch.set_float32_matmul_precision(config.matmul_precision)
+            torch.backends.cudnn.allow_tf32 = config.matmul_precision == "high"  # the encoders' convolutions
             # some updates run without a graph: the first ones, and all with --capture off
             warnings.filterwarnings("ignore", message="This instance was constructed with capturable=True")
         singles = config.of_each_seed()
@@ -98,6 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         dataset = load_dataset(spec, size=config.dataset_size)
         for line in dataset.source:
             print(f"data       {line}")
+        check_data(config, dataset)
         for single in singles:
             prepare_folder(single.folder, single)
         run = Run(config, spec, dataset, device)

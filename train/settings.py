@@ -32,7 +32,7 @@ class RunError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """Train an offline RL agent on Minari data and evaluate it in MuJoCo."""
+    """Train an offline RL agent, let it go on online if asked to, and evaluate it in its simulator."""
 
     env: str
     """The environment, such as halfcheetah-medium-expert; `python train/environments.py` lists the names."""
@@ -111,10 +111,10 @@ class RunConfig:
     """Updates between checkpoints; one is also written after each stage and on Ctrl-C. They hold what was seen
     online."""
     dataset_size: Size = "default"
-    """Size of generated data: 100 (default) or 1,000 (full) episodes per behaviour policy, or a number of them.
+    """Size of generated data: 100 (default) or 1,000 (full) episodes, or a number of them, for each policy that plays.
     Downloaded data are always whole."""
     standardize_observations: bool = False
-    """Shift and scale observations by the dataset's mean and standard deviation. For states."""
+    """Shift and scale observations by the dataset's mean and standard deviation. States only."""
     scale_rewards: bool = False
     """Divide rewards by the dataset's standard deviation."""
     center_critics: bool = False

@@ -31,7 +31,11 @@ class Apart(gym.Wrapper):
     played in between: between its steps it keeps the state of NumPy's global generator, from which OGBench's mazes
     draw where a teleport leads."""
 
+    _randomness: Any = None
+
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+        if seed is None and self._randomness is not None:
+            np.random.set_state(self._randomness)  # noqa: NPY002
         result = self.env.reset(seed=seed, options=options)
         self._randomness = np.random.get_state()  # noqa: NPY002
         return result

@@ -61,7 +61,8 @@ class AgentConfig:
     while. 0 leaves the flow exactly as its warm-up left it."""
     freeze_critic_after: int | None = None
     """Stop the critics' loss after this many updates of the agent. 0 keeps the warm-up's critics of the behaviour: one
-    step of policy improvement, with critics that do not follow the policy (arXiv 2106.08909)."""
+    step of policy improvement, with critics that do not follow the policy (arXiv 2106.08909). Online updates train them
+    all the same."""
 
     alpha: float = 10.0
     """Weight of the penalty: the initial value with lagrange, constant without."""

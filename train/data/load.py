@@ -23,7 +23,7 @@ def load_dataset(
 
     Args:
         spec: a row of ``train.environments.ENVIRONMENTS``.
-        size: size of generated data, ``train.data.generated.EPISODES`` per policy, or a number of episodes. Hosted
+        size: size of generated data, ``train.data.generated.EPISODES`` of each policy, or a number of episodes. Hosted
             datasets are always whole.
         download: whether to download hosted datasets that are not in the local cache.
         policies: folder of the behaviour policies.

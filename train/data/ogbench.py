@@ -21,6 +21,7 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+from filelock import FileLock
 from huggingface_hub import constants
 
 from train.data import collected, goals, published
@@ -31,6 +32,7 @@ from train.data.network import PROBE_SECONDS, problem_with
 from train.data.spec import DatasetUnavailable, EnvSpec, NotHere, Part, Source, SuccessRate, Wanted
 from train.data.unpacked import mapped
 from train.rendering import render_off_screen
+from train.simulator import Apart
 
 VISUAL = "visual-"
 
@@ -66,9 +68,10 @@ FOLDER = Path("~/.ogbench/data")
 # -- the environments ------------------------------------------------------------------------------------------------
 
 
-class Reproducible(gym.Wrapper):
+class Reproducible(Apart):
     """The same seed gives the same episode. OGBench draws from NumPy's global generator too, and its resets take random
-    steps with actions from a space that nobody seeds; manipulation tasks make a new one for each."""
+    steps with actions from a space that nobody seeds; manipulation tasks make a new one for each. Manipulation tasks
+    also do not say how many frames a second of a film has."""
 
     def __init__(self, env: gym.Env) -> None:
         super().__init__(env)
@@ -79,6 +82,8 @@ class Reproducible(gym.Wrapper):
         else:
             task.action_space = space
         self.action_space = space
+        step = getattr(task, "_control_timestep", None)
+        self.metadata = {"render_modes": ["rgb_array"], "render_fps": round(1 / step)} if step else task.metadata
         # a property that simulates an observation each time
         observed = task.observation_space
         images = observed.dtype == np.uint8
@@ -88,7 +93,7 @@ class Reproducible(gym.Wrapper):
         if seed is not None:
             np.random.seed(seed % 2**32)  # noqa: NPY002
             self.action_space.seed(seed)
-        return self.env.reset(seed=seed, options=options)
+        return super().reset(seed=seed, options=options)
 
 
 def make(env_id: str, **options: Any) -> gym.Env:
@@ -139,12 +144,19 @@ class Files(Source):
             with np.load(self.path, allow_pickle=False) as file:
                 columns |= {name: file[name] for name in COLUMNS if name in file.files and name not in columns}
             episodes = of_task(columns, self.task)
-        except (ValueError, OSError, zipfile.BadZipFile, EOFError) as error:
-            raise DatasetUnavailable(
-                f"{self.path} cannot be read ({brief(error)}).\n"
-                "What to do: delete the file and run again to have it downloaded."
-            ) from error
+        except OSError as error:
+            if error.errno is None:  # NumPy's, about what the file holds
+                raise self._damaged(error) from error
+            raise DatasetUnavailable(f"{self.path} cannot be read or unpacked beside itself: {error}") from error
+        except (ValueError, zipfile.BadZipFile, EOFError) as error:
+            raise self._damaged(error) from error
         return [Part(self.dataset, origin, episodes)]
+
+    def _damaged(self, error: Exception) -> DatasetUnavailable:
+        return DatasetUnavailable(
+            f"{self.path} cannot be read ({brief(error)}).\n"
+            "What to do: delete the file and run again to have it downloaded."
+        )
 
     def _download(self) -> str | None:
         """Have OGBench download the file; returns what went wrong, or None."""
@@ -159,10 +171,14 @@ class Files(Source):
         problem = problem_with(server, lambda: request.urlopen(head, timeout=PROBE_SECONDS).status)
         if problem is not None:
             return problem
-        try:
-            utils.download_datasets([self.dataset], str(self.path.parent))
-        except Exception as error:  # whatever the network or the disk comes up with
-            return f"failed ({brief(error)})"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.path.with_name(f".{self.path.name}.lock")):  # two runs would write into the same file
+            try:
+                if not self.path.exists():
+                    utils.download_datasets([self.dataset], str(self.path.parent))
+            except Exception as error:  # whatever the network or the disk comes up with
+                # the file for validation comes second, and is not needed
+                return None if self.path.exists() else f"failed ({brief(error)})"
         return None
 
 
@@ -196,7 +212,7 @@ class Collected(Source):
         try:
             collected.collect(self.name, episodes)
             columns = collected.read(self.name, episodes)
-        except ChildProcessError as error:
+        except (ChildProcessError, collected.Unreadable) as error:
             raise DatasetUnavailable(f"{self.name} cannot be generated: {error}") from error
         return [Part(f"fdkernels/{self.name}-{episodes}ep-v0", origin, of_task(columns, self.task))]
 

@@ -24,23 +24,29 @@ def mapped(archive: Path, name: str) -> np.ndarray:
         OSError, zipfile.BadZipFile, EOFError: the archive is damaged, or the disk is full.
     """
     unpacked = archive.with_name(f"{archive.stem}.{name}.npy")
-    with FileLock(archive.with_name(f".{unpacked.name}.lock")), zipfile.ZipFile(archive) as file:
+    with zipfile.ZipFile(archive) as file:
         if f"{name}.npy" not in file.namelist():
             raise ValueError(f"it lacks {name}")
         member = file.getinfo(f"{name}.npy")
-        if not _is_whole(unpacked, archive, member):
-            partial = unpacked.with_name(unpacked.name + ".partial")
-            try:
-                # the end of the member is reached, and its checksum is therefore tested, before it gets its name
-                with file.open(member) as packed, partial.open("wb") as target:
-                    shutil.copyfileobj(packed, target, CHUNK)
-                    target.flush()
-                    os.fsync(target.fileno())
-                partial.replace(unpacked)
-            finally:
-                partial.unlink(missing_ok=True)
+        if not _is_whole(unpacked, archive, member):  # asked first, because a folder may be read-only
+            with FileLock(archive.with_name(f".{unpacked.name}.lock")):
+                if not _is_whole(unpacked, archive, member):
+                    _unpack(file, member, unpacked)
     # Read-only, because Linux reserves memory for the whole of a file that is mapped for writing into private copies.
     return np.load(unpacked, mmap_mode="r", allow_pickle=False)
+
+
+def _unpack(file: zipfile.ZipFile, member: zipfile.ZipInfo, unpacked: Path) -> None:
+    partial = unpacked.with_name(unpacked.name + ".partial")
+    try:
+        # the end of the member is reached, and its checksum is therefore tested, before it gets its name
+        with file.open(member) as packed, partial.open("wb") as target:
+            shutil.copyfileobj(packed, target, CHUNK)
+            target.flush()
+            os.fsync(target.fileno())
+        partial.replace(unpacked)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _is_whole(unpacked: Path, archive: Path, member: zipfile.ZipInfo) -> bool:

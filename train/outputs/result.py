@@ -53,9 +53,14 @@ class Result:
     def last_three(self) -> dict[str, float]:
         """The policy's mean score over its last three evaluations, as published tables have it.
 
-        Empty if there are fewer with as many episodes as the last.
+        Empty if there are fewer with as many episodes as the last. The agent has learned before each of them; after
+        going online, online.
         """
-        rows = [row for row in self.evaluations if row["role"] == "policy"][-3:]
+        config = self.config
+        rows = [row for row in self.evaluations if row["role"] == "policy"]
+        online = bool(rows) and rows[-1]["step"] > config.offline_steps
+        start = config.offline_steps if online else config.flow_warmup + config.critic_warmup
+        rows = [row for row in rows if row["step"] > start][-3:]
         if len(rows) < 3 or len({row["episodes"] for row in rows}) > 1:
             return {}
         return {"score_mean": float(np.mean([row["score_mean"] for row in rows])), "first_step": rows[0]["step"]}
