@@ -79,7 +79,7 @@ class EnvSpec:
 
     @property
     def score_label(self) -> str:
-        return f"{self.scoring.name} ({self.env_id})"
+        return f"{self.scoring.name} ({self.env_id.removeprefix('fdkernels/')})"
 
 
 class Wanted(NamedTuple):

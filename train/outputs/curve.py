@@ -106,7 +106,7 @@ def _finish_score(ax: Axes, title: str, config: RunConfig, dataset_score: float,
         ax.axvspan(0, config.critic_warmup, color=GREY, alpha=0.1, linewidth=0, label="critics alone learn")
     ax.axhline(dataset_score, color=GREY, linestyle="--", linewidth=1.2, label="dataset's mean")
     ax.set_title(title, loc="left", fontsize=14)
-    ax.set_ylabel(label)
+    ax.set_ylabel(label.replace(" (", "\n("), fontsize=10)  # names of environments can be as long as the axis
     ax.set_xlabel("updates" + (f" (after {config.flow_warmup:,} of the flow alone)" if config.flow_warmup else ""))
     ax.margins(x=0.02)
     ax.grid(axis="y", alpha=0.25)
