@@ -547,7 +547,7 @@ def test_command_refuses_other_names(folder, capsys, name: str, message: str) ->
 def test_command_without_ogbench_says_how_to_install_it(folder, monkeypatch, capsys) -> None:
     monkeypatch.setattr(scripted.importlib.util, "find_spec", lambda name: None)
     assert command.main(["--env", MAZE]) == 2
-    assert "pip install 'fdkernels[ogbench]'" in capsys.readouterr().err
+    assert "pip install -e '.[ogbench]'" in capsys.readouterr().err
     assert not folder.exists()
 
 

@@ -155,7 +155,7 @@ def test_a_missing_simulator_is_reported_before_any_download(monkeypatch, name: 
     monkeypatch.setattr(minari, "load_dataset", fail)
     monkeypatch.setattr(hosted, "_hub_problem", fail)
     monkeypatch.setattr(hosted.minari_cache, "is_cached", lambda dataset_id: cached)
-    with pytest.raises(NotInstalled, match=rf"{name} needs gymnasium_robotics: pip install 'fdkernels\[d4rl\]'"):
+    with pytest.raises(NotInstalled, match=rf"{name} needs gymnasium_robotics: pip install -e '\.\[d4rl\]'"):
         load_dataset(resolve(name))
 
 

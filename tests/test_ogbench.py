@@ -366,7 +366,7 @@ def test_without_the_package_the_names_are_there_and_an_error_says_what_to_insta
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(NotInstalled, match=r"needs ogbench: pip install 'fdkernels\[ogbench\]'"):
+    with pytest.raises(NotInstalled, match=r"needs ogbench: pip install -e '\.\[ogbench\]'"):
         load_dataset(MAZE)
     assert run.main(["--env", MAZE.name, "--preset", "quick", "--out", "unused"]) == 2
     assert "pip install" in capsys.readouterr().err

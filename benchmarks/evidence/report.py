@@ -37,8 +37,6 @@ STYLE: dict[Any, Any] = {"axes.spines.top": False, "axes.spines.right": False, "
 VARIANT_TITLES = {
     "isotropic": "isotropic, ‖δ‖²",
     "score": "Fisher, t = 0.95, K = 4 (published)",
-    "score-0.8": "Fisher, t = 0.8, K = 4",
-    "cross": "cross estimate, t = 0.95, K = 4",
     "pullback": "pull-back, 2 views (ours)",
 }
 

@@ -270,7 +270,7 @@ def recipe_of(name: str) -> Recipe:
 def check_installed() -> None:
     """Raise `CannotPlay` if OGBench is missing."""
     if importlib.util.find_spec("ogbench") is None:
-        raise CannotPlay("OGBench's controllers are not installed: pip install 'fdkernels[ogbench]'")
+        raise CannotPlay("OGBench's controllers are not installed: pip install -e '.[ogbench]'")
 
 
 def play(name: str, seed: int, *, rows: int | None = None) -> Episode:

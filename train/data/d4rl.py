@@ -1,4 +1,4 @@
-"""D4RL's AntMaze and Adroit tasks: Minari's data, played in gymnasium-robotics (``pip install 'fdkernels[d4rl]'``).
+"""D4RL's AntMaze and Adroit tasks: Minari's data, played in gymnasium-robotics (``pip install -e '.[d4rl]'``).
 
 AntMaze. An ant walks from a fixed cell of a maze to the goal in another. As in D4RL it sees 29 numbers, the position
 and Minari's 27, but not the goal, for there is only one: D4RL labelled all its data with the goal of the evaluation,

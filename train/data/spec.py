@@ -75,7 +75,7 @@ class EnvSpec:
     def check_installed(self) -> None:
         """Raises `NotInstalled` if the environment's package is missing."""
         if self.needs is not None and importlib.util.find_spec(self.needs[0]) is None:
-            raise NotInstalled(f"{self.name} needs {self.needs[0]}: pip install 'fdkernels[{self.needs[1]}]'")
+            raise NotInstalled(f"{self.name} needs {self.needs[0]}: pip install -e '.[{self.needs[1]}]'")
 
     @property
     def score_label(self) -> str:
