@@ -24,6 +24,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import train.member
 import train.run
+from train.acting import Acting
 from train.agents import AGENTS
 from train.agents.base import Agent
 from train.data.episode import Episode
@@ -111,9 +112,9 @@ def rows_of(count: int, base: float = 0.0) -> list[tuple[Tensor, Tensor, float, 
     ]
 
 
-def filled(lengths: Sequence[int], capacity: int = 50, mixture: Mixture = "all") -> Replay:
+def filled(lengths: Sequence[int], capacity: int = 50, mixture: Mixture = "all", n_step: int = 1) -> Replay:
     """A replay of random data and of episodes of these lengths; episode k counts from 100·k."""
-    replay = Replay(random_dataset(40, 5, 3), capacity, mixture)
+    replay = Replay(random_dataset(40, 5, 3), capacity, mixture, n_step, discount=0.5)
     for k, length in enumerate(lengths, start=1):
         replay.begin(torch.full((5,), 100.0 * k))
         for row in rows_of(length, 100.0 * k):
@@ -230,8 +231,33 @@ def test_a_recorded_draw_sees_the_replay_grow(mixture: Mixture) -> None:
     assert set(actions[actions >= 100].tolist()) == {100.0, 101, 500, 501, 502}
 
 
-def test_a_replay_goes_on_from_its_tensors() -> None:
-    straight, resumed = filled([3, 2]), Replay(random_dataset(40, 5, 3), 60)
+@pytest.mark.parametrize("n_step", [1, 2, 3, 7])
+def test_returns_of_several_steps_are_those_of_offline_data(n_step: int) -> None:
+    """After every step, the one that has just been made included."""
+    rng = np.random.default_rng(2)
+    replay, played = Replay(random_dataset(40, 5, 3), 50, "all", n_step, discount=0.7), []
+    for steps in (5, 1, 9, 3):
+        states, actions = rng.standard_normal((steps + 1, 5)), rng.uniform(-1, 1, (steps, 3))
+        rewards = rng.random(steps)
+        masks = np.array([True] * (steps - 1) + [steps == 9])
+        replay.begin(torch.from_numpy(states[0]))
+        for i in range(steps):
+            reward = torch.tensor(rewards[i], dtype=torch.float32)
+            replay.add(torch.from_numpy(actions[i]), reward, float(masks[i]), torch.from_numpy(states[i + 1]))
+            poisoned(replay)
+            until = slice(None, i + 1)
+            seen = Episode(states[: i + 2], actions[until], rewards[until], masks[until])
+            expected = OfflineDataset.from_episodes([*played, seen]).n_step(n_step, 0.7)
+            ours, theirs = replay.online.take(torch.arange(len(expected))), expected.take(torch.arange(len(expected)))
+            for name, column in ours._asdict().items():
+                torch.testing.assert_close(column, getattr(theirs, name), msg=f"{name} after {len(expected)} steps")
+        played.append(seen)
+
+
+@pytest.mark.parametrize("n_step", [1, 4])
+def test_a_replay_goes_on_from_its_tensors(n_step: int) -> None:
+    straight = filled([3, 2], n_step=n_step)
+    resumed = Replay(random_dataset(40, 5, 3), 60, "all", n_step, discount=0.5)
     resumed.restore({name: tensor.clone() for name, tensor in straight.tensors().items()})
     for replay in (straight, resumed):
         for row in rows_of(2, 700.0):  # the episode goes on
@@ -243,17 +269,19 @@ def test_a_replay_goes_on_from_its_tensors() -> None:
 
 # -- playing -----------------------------------------------------------------------------------------------------------
 
+ONE_SAMPLE = Acting("sample")
 MEAN, STD = torch.tensor([0.1, 2.0, -0.3, 0.4]), torch.tensor([0.7, 3.0, 0.9, 1.1])
 
 
-def explorer(steps: int, seed: int = 0, capacity: int = 200) -> Explorer:
+def explorer(steps: int, seed: int = 0, capacity: int = 200, acting: Acting = ONE_SAMPLE) -> Explorer:
     """An explorer that has made that many steps."""
     torch.manual_seed(0)
     agent: Agent = AGENTS["fidec"](AGENTS["fidec"].hyperparameters(actor_hidden=(8,), critic_hidden=(8,)), 4, 2)
     agent.obs_mean.copy_(MEAN)
     agent.obs_std.copy_(STD)
     replay = Replay(random_dataset(40, 4, 2), capacity)
-    made = Explorer(SPEC.env_id, agent, torch.Generator().manual_seed(seed), replay, torch.tensor(1.7), seed)
+    generator = torch.Generator().manual_seed(seed)
+    made = Explorer(SPEC.env_id, agent, acting, generator, replay, torch.tensor(1.7), seed)
     for _ in range(steps):
         made.step()
     return made
@@ -299,6 +327,15 @@ def test_actions_are_fresh_samples_of_the_policy_within_bounds(monkeypatch: pyte
     monkeypatch.setattr(agent, "act", lambda obs, noise: torch.tensor([[1.0, -1.0]]))
     made.step()
     assert tables.actions[1].tolist() == torch.tensor([ACTION_BOUND, -ACTION_BOUND]).tolist()
+
+
+def test_it_acts_by_the_rule_that_it_is_given() -> None:
+    rule = Acting("mean-flow-of-n", 5, 0.1)
+    made = explorer(2, acting=rule)
+    generator, tables = torch.Generator().manual_seed(0), made.replay.online
+    for i in range(2):
+        expected = rule(made.agent, tables.states[i : i + 1], rule.draw(made.agent, 1, generator))
+        assert torch.equal(tables.actions[i : i + 1], expected.clamp(-ACTION_BOUND, ACTION_BOUND))
 
 
 def test_reports_are_of_the_episodes_since_the_last_one() -> None:
@@ -400,7 +437,7 @@ def test_others_that_draw_in_between_change_no_episode() -> None:
 
 TINY = (  # noqa: SIM905 (reads as typed)
     "--env counting --preset quick --device cpu --actor-hidden 8 8 --critic-hidden 8 --flow-steps 2 --batch-size 8 "
-    "--flow-warmup 4 --critic-warmup 4 --critic-warmup-n-step 2 --steps 8 --log-every 5 --eval-every 1000 "
+    "--flow-warmup 4 --critic-warmup 4 --critic-warmup-n-step 2 --n-step 3 --steps 8 --log-every 5 --eval-every 1000 "
     "--eval-episodes 3 --interim-episodes 2 --checkpoint-every 9 --freeze-flow-after None"
 ).split()
 OFFLINE, ONLINE = 16, 24
@@ -461,7 +498,7 @@ def test_what_an_online_run_leaves_behind(straight: Path) -> None:
 
 def test_logged_returns_are_those_of_whole_episodes(straight: Path) -> None:
     replay = read_checkpoint(max(straight.glob("checkpoints/*"))).part("replay")
-    ends = (replay["next_rows"][:-1] != replay["rows"][1:]).nonzero().flatten().tolist()
+    ends = (replay["rows"].diff() != 1).nonzero().flatten().tolist()
     lengths = np.diff([-1, *ends])
     row = next(row for row in read(straight / "metrics.csv") if row["online_return"])
     ended = [n for n, end in zip(lengths, ends) if OFFLINE + end < int(row["step"])]
@@ -471,7 +508,8 @@ def test_logged_returns_are_those_of_whole_episodes(straight: Path) -> None:
 def test_what_an_online_run_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = go(tmp_path / "run", "--replay", "balanced", "--freeze-flow-online", online=4)
     printed = capsys.readouterr().out
-    assert "\nonline     4 environment steps, one update each, replay balanced, the flow stays as it is\n" in printed
+    line = "4 environment steps, one update each, acting mean-flow-of-16, replay balanced, the flow stays as it is"
+    assert f"\nonline     {line}\n" in printed
     offline = json.loads((out / "result.json").read_text())["results"]["policy"]["offline"]
     row = printed.split("score, offline")[1].splitlines()[1]
     assert row.split()[-3:] == [f"{offline['score_mean']:.1f}", "±", f"{offline['score_sem']:.1f}"]
@@ -526,13 +564,14 @@ def test_a_stopped_run_ends_where_it_would_have(
     assert_same_run(out, straight)
 
 
-def test_frozen_critics_learn_again_online(tmp_path: Path) -> None:
-    """Presets freeze them for goals, and nothing else would learn from what is seen."""
+def test_what_was_frozen_learns_again_online(tmp_path: Path) -> None:
+    """Presets freeze the flow, and for goals the critics, which must learn from what is seen."""
     out = go(tmp_path / "run", "--freeze-critic-after", "0", "--freeze-flow-after", "0", online=3)
     stages = {row["stage"]: row for row in read(out / "metrics.csv")}
     assert stages["fidec"]["critic_loss"] == "", "the critics are not frozen offline"
+    assert stages["fidec"]["flow_loss"] == "", "the flow is not frozen offline"
     assert float(stages["online"]["critic_loss"]) > 0
-    assert stages["online"]["flow_loss"] == ""
+    assert float(stages["online"]["flow_loss"]) > 0
 
 
 def test_settings_that_do_not_fit_cost_no_earlier_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -615,7 +654,7 @@ def made(tmp_path: Path, *flags: str, online: int = ONLINE) -> Run:
 
 
 def test_online_data_are_on_the_scale_of_the_offline_data(tmp_path: Path) -> None:
-    run, data = made(tmp_path, online=6), load_dataset(SPEC)
+    run, data = made(tmp_path, "--n-step", "1", online=6), load_dataset(SPEC)
     replay = run.members[0].explorer.replay
     assert replay.offline is run.dataset
     mean, std = data.observations.mean(0), data.observations.std(0) + 1e-3
@@ -631,7 +670,8 @@ def test_online_data_are_on_the_scale_of_the_offline_data(tmp_path: Path) -> Non
         (("--freeze-flow-after", "3"), True),
         (("--freeze-flow-online",), False),
         (("--freeze-flow-after", "3", "--freeze-flow-online"), False),
-        (("--freeze-flow-after", "0"), False),
+        (("--freeze-flow-after", "0"), True),
+        (("--freeze-flow-after", "0", "--freeze-flow-online"), False),
     ],
 )
 def test_a_frozen_flow_does_not_change_by_a_bit(
@@ -729,9 +769,10 @@ def test_the_curve_marks_where_online_begins(
         (["--online-steps", "5", "--online-lr", "0"], "--online-lr must be positive, got 0.0"),
         (["--online-steps", "5", "--replay", "new"], "replay"),
         (["--online-steps", "5", "--replay", "balanced", "--batch-size", "7"], "--batch-size must be even with"),
+        (["--online-acting", "best-flow-of-n"], "--online-acting must be None without --online-steps"),
         (
-            ["--online-steps", "5", "--freeze-flow-online", "--freeze-flow-after", "0"],
-            "--freeze-flow-online must be False with --freeze-flow-after 0",
+            ["--agent", "fql", "--online-steps", "5", "--online-acting", "iterated"],
+            "--online-acting must be a rule without",
         ),
     ],
 )

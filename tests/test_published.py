@@ -16,7 +16,8 @@ from train.presets import preset_config
 def test_every_row_is_for_a_task_and_an_agent() -> None:
     for row in published.TABLE:
         assert row.agent in AGENTS
-        assert [name for name in ENVIRONMENTS if published.row_of(name, row.agent) is row], f"{row} is for no task"
+        tasks = [name for name in ENVIRONMENTS if published.row_of(name, row.agent, row.online) is row]
+        assert tasks, f"{row} is for no task"
 
 
 @pytest.mark.parametrize(
@@ -79,6 +80,31 @@ def test_full_presets_of_d4rl(name: str, alpha: float, aggregation: str) -> None
     assert deflow.normalize_q
     assert deflow.target_divergence == {"ant": 0.015, "pen": 0.01}.get(name[:3], 0.001)
     assert published.row_of(name, "fidec") is None, "nothing is known to be published"
+
+
+@pytest.mark.parametrize(
+    ("task", "offline", "online"),
+    [
+        ("humanoidmaze-medium-navigate-singletask-v0", (30, 0.995, "mean", 1_000_000), (100, 0.995, "mean", 1_000_000)),
+        ("humanoidmaze-large-navigate-singletask-v0", (30, 0.995, "mean", 1_000_000), (30, 0.995, "mean", 1_000_000)),
+        ("antsoccer-arena-navigate-singletask-v0", (10, 0.995, "mean", 1_000_000), (30, 0.995, "mean", 1_000_000)),
+        ("cube-double-play-singletask-v0", (300, 0.99, "mean", 1_000_000), (300, 0.99, "mean", 1_000_000)),
+        ("antmaze-large-play", (3, 0.99, "mean", 500_000), (3, 0.99, "mean", 1_000_000)),
+        ("pen-cloned", (10_000, 0.99, "min", 500_000), (1_000, 0.99, "min", 1_000_000)),
+        ("hammer-cloned", (10_000, 0.99, "min", 500_000), (1_000, 0.99, "min", 1_000_000)),
+        ("relocate-cloned", (30_000, 0.99, "min", 500_000), (10_000, 0.99, "min", 1_000_000)),
+        ("relocate-human", (10_000, 0.99, "min", 500_000), (10_000, 0.99, "min", 500_000)),
+    ],
+)
+def test_runs_that_go_online_have_rows_of_their_own(task: str, offline: tuple, online: tuple) -> None:
+    for flags, wanted in (([], offline), (["--online-steps", "5"], online)):
+        config = run.parse(["--env", task, "--agent", "fql", "--preset", "full", *flags])
+        hyper = config.hyper
+        assert (hyper.alpha, hyper.discount, hyper.q_aggregation, config.steps) == wanted
+    row = published.row_of(task, "fql", online=True)
+    line = published.describe(task, "fql", online=True)
+    assert f"alpha {float(online[0])}" in line
+    assert line.endswith(", offline to online)" if row is not None and row.online else ", offline)")
 
 
 def test_other_presets_do_not_change_and_flags_win() -> None:

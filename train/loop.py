@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from train.agents import AGENTS
-from train.agents.base import Agent, Learner, Parts
+from train.agents.base import ALL_PARTS, Agent, Learner, Parts
 from train.agents.seeds import SeedGroup
 from train.capture import CapturedUpdate
 from train.data.replay import Replay
@@ -60,9 +60,10 @@ class Run:
             reward_std = dataset.rewards.std()
             dataset = dataclasses.replace(dataset, rewards=dataset.rewards / reward_std)
         self.dataset = dataset.to(device)
+        discount = config.hyper.discount
         self.warmup_dataset = self.dataset
         if config.critic_warmup and config.critic_warmup_n_step > 1:
-            self.warmup_dataset = self.dataset.n_step(config.critic_warmup_n_step, config.hyper.discount)
+            self.warmup_dataset = self.dataset.n_step(config.critic_warmup_n_step, discount)
         configs = config.of_each_seed()
         agents = [self._make_agent(single.seed, mean, std).to(device) for single in configs]
         self.generators = [torch.Generator(device).manual_seed(single.seed) for single in configs]
@@ -78,12 +79,15 @@ class Run:
             Member(Result(single, spec, self.dataset), agent, optimizer, generator)
             for single, agent, optimizer, generator in zip(configs, agents, optimizers, self.generators)
         ]
-        self.source: OfflineDataset | Replay = self.dataset
+        source = self.dataset.n_step(config.n_step, discount) if config.n_step > 1 else self.dataset
+        self.source: OfflineDataset | Replay = source
         """What updates sample from, except in the critics' warm-up."""
         if config.online_steps:
             (member,) = self.members
-            replay = Replay(self.dataset, config.online_steps, config.replay)
-            member.explorer = Explorer(spec.env_id, member.agent, member.generator, replay, reward_std, config.seed)
+            replay = Replay(source, config.online_steps, config.replay, config.n_step, discount)
+            member.explorer = Explorer(
+                spec.env_id, member.agent, config.acts_online, member.generator, replay, reward_std, config.seed
+            )
         self.captured: CapturedUpdate[tuple[Batch, dict[str, Tensor]]] | None = None
         self.update = self._make_update()
         self.step = 0
@@ -209,13 +213,10 @@ class Run:
             return ("flow",)
         if stage is critic_warmup:
             return ("data_critic",)
-        parts = self.learner.agent_parts(self.step - agent.start)
-        if stage is online and "critic" not in parts:
-            parts = ("critic", *parts)  # nothing else learns from what is seen online
-        if stage is online and self.config.freeze_flow_online:
+        if stage is online:  # whatever was frozen offline learns from what is seen
             # not even as frozen_flow, because Adam's momentum would still move it
-            parts = tuple(part for part in parts if part not in ("flow", "frozen_flow"))
-        return parts
+            return ("critic", "actor") if self.config.freeze_flow_online else ALL_PARTS
+        return self.learner.agent_parts(self.step - agent.start)
 
     def set_learning_rate(self, stage: Stage) -> None:
         """Anneal it in each warm-up, whose last iterate would otherwise be noisy, and for the agent if ``anneal``."""

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from train.acting import Acting
 from train.agents.base import Agent
 from train.data.replay import Replay
 from train.data.transitions import ACTION_BOUND
@@ -20,7 +21,7 @@ ONLINE_METRICS = {
 
 
 class Explorer:
-    """An agent that plays whole training episodes, one step at a time, with one sample of its policy for each action.
+    """An agent that plays whole training episodes, one step at a time.
 
     Each episode begins from a seed made of the run's seed and the episode's number. Seed and actions determine an
     episode, so a resumed run plays the one under way again up to where its checkpoint was made.
@@ -28,17 +29,25 @@ class Explorer:
     Args:
         env_id: gymnasium environment id.
         agent: the agent, whose mean and standard deviation also standardise what it sees here.
-        generator: source of the policy's noise, on the agent's device.
+        acting: how it chooses its actions.
+        generator: source of the noise for that, on the agent's device.
         replay: gets the transitions.
         reward_std: number that the offline rewards were divided by, ().
         seed: the run's seed.
     """
 
     def __init__(
-        self, env_id: str, agent: Agent, generator: torch.Generator, replay: Replay, reward_std: Tensor, seed: int
+        self,
+        env_id: str,
+        agent: Agent,
+        acting: Acting,
+        generator: torch.Generator,
+        replay: Replay,
+        reward_std: Tensor,
+        seed: int,
     ) -> None:
         self.env = gym.make(env_id, disable_env_checker=True)
-        self.agent, self.generator, self.replay = agent, generator, replay
+        self.agent, self.acting, self.generator, self.replay = agent, acting, generator, replay
         self.reward_std, self.seed = reward_std, seed
         self.episodes = 0
         """Number of episodes begun."""
@@ -51,9 +60,8 @@ class Explorer:
         if self.steps == 0:
             self.episodes += 1
             self.replay.begin(self._reset())
-        mean = self.agent.obs_mean
-        noise = torch.randn(1, self.agent.action_dim, generator=self.generator, device=mean.device, dtype=mean.dtype)
-        action = self.agent.act(self.replay.state.unsqueeze(0), noise)[0].clamp(-ACTION_BOUND, ACTION_BOUND)
+        noise = self.acting.draw(self.agent, 1, self.generator)
+        action = self.acting(self.agent, self.replay.state.unsqueeze(0), noise)[0].clamp(-ACTION_BOUND, ACTION_BOUND)
         state, reward, terminated, truncated = self._play(action)
         self.replay.add(action, reward, float(not terminated), state)
         if terminated or truncated:

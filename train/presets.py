@@ -62,12 +62,15 @@ def choose_preset(name: str, device: str) -> str:
     return "full" if on_gpu else "quick"
 
 
-def preset_config(name: str, agent: str, env: str | None) -> RunConfig:
-    """The settings of ``--preset quick``, ``standard`` and ``full``; unknown names change nothing."""
+def preset_config(name: str, agent: str, env: str | None, *, online: bool = False) -> RunConfig:
+    """The settings of ``--preset quick``, ``standard`` and ``full``; unknown names change nothing.
+
+    ``online``: for a run that goes online.
+    """
     kind = AGENTS.get(agent, Agent)
     settings = {**PRESETS.get(name, {}), **kind.presets.get(name, {})}
     if env in ENVIRONMENTS:
-        settings |= ENVIRONMENTS[env].preset_changes(name, agent)
+        settings |= ENVIRONMENTS[env].preset_changes(name, agent, online)
     of_run = {field.name for field in dataclasses.fields(RunConfig)} & settings.keys()
     hyper = kind.published_config(**{name: value for name, value in settings.items() if name not in of_run})
     return RunConfig(env=tyro.MISSING, hyper=hyper, **{name: settings[name] for name in of_run})

@@ -29,9 +29,11 @@ def parse(argv: Sequence[str]) -> RunConfig:
     first.add_argument("--preset", default="auto")
     first.add_argument("--agent", default="fidec")
     first.add_argument("--device", default="auto")
+    first.add_argument("--online-steps", default="0")
     known, _ = first.parse_known_args(argv)
     # misspelt names pass through: tyro reports presets and agents with the choices, `resolve` reports environments
-    default = preset_config(choose_preset(known.preset, known.device), known.agent, known.env)
+    preset, online = choose_preset(known.preset, known.device), known.online_steps != "0"
+    default = preset_config(preset, known.agent, known.env, online=online)
     return tyro.cli(RunConfig, args=argv, default=default, config=(tyro.conf.OmitArgPrefixes,))
 
 
@@ -67,8 +69,8 @@ def update_line(config: RunConfig, device: torch.device) -> str:
 
 
 def online_line(config: RunConfig) -> str:
-    flow = ", the flow stays as it is" if config.freeze_flow_online else ""
-    return f"{config.online_steps:,} environment steps, one update each, replay {config.replay}{flow}"
+    line = f"{config.online_steps:,} environment steps, one update each, acting {config.acts_online}"
+    return f"{line}, replay {config.replay}" + (", the flow stays as it is" if config.freeze_flow_online else "")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -91,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"run        {config.agent} on {config.env} ({spec.env_id}), {seeds}, {device}")
         print(f"preset     {preset_line(config)}")
         if choose_preset(config.preset, config.device) == "full":
-            print(f"published  {published.describe(config.env, config.agent)}")
+            print(f"published  {published.describe(config.env, config.agent, config.online_steps > 0)}")
         print(f"update     {how}")
         if config.online_steps:
             print(f"online     {online_line(config)}")

@@ -22,7 +22,7 @@ MAY_CHANGE_ON_RESUME = {
     *("steps", "preset", "device", "out", "resume", "overwrite", "num_seeds", "capture", "profile"),
     *("eval_every", "eval_episodes", "interim_episodes", "log_every", "checkpoint_every", "online_steps"),
 }
-OF_ONLINE: dict[str, Any] = {"replay": "all", "online_lr": None, "freeze_flow_online": False}
+OF_ONLINE: dict[str, Any] = {"online_acting": None, "replay": "all", "online_lr": None, "freeze_flow_online": False}
 """Settings of the online updates with their defaults. They may change on resume until the first of these updates."""
 
 
@@ -43,8 +43,10 @@ class RunConfig:
     steps: int = 1_000_000
     """Updates of the agent, after the warm-ups."""
     online_steps: int = 0
-    """Then steps in the environment with one sample of the policy each, and one update after each step. A finished run
-    goes online with --resume --online-steps N, which may be raised again."""
+    """Then steps in the environment, and one update after each. A finished run goes online with --resume --online-steps
+    N, which may be raised again."""
+    online_acting: RuleName | None = None
+    """How the agent acts there. None: by --acting."""
     replay: Mixture = "all"
     """What online updates learn from. all: the offline data and all that was seen online, as one (FQL). balanced: half
     of each batch from the offline data, half from what was seen online (RLPD)."""
@@ -52,8 +54,8 @@ class RunConfig:
     """Learning rate of the online updates. None: --lr. It stays constant, also where --anneal had lowered that of the
     agent's updates to a twentieth: what is new keeps coming, and there is no end to anneal towards."""
     freeze_flow_online: bool = False
-    """Leave the behaviour flow exactly as the offline updates left it. Without this it goes on learning, from the
-    replay, unless --freeze-flow-after stops it."""
+    """Leave the behaviour flow exactly as the offline updates left it. Without this it learns from the replay, and the
+    trust region moves along with what the agent does."""
     flow_warmup: int = 0
     """Updates at the start in which the flow alone learns. Not in the published schedule."""
     critic_warmup: int = 0
@@ -61,6 +63,9 @@ class RunConfig:
     critic_warmup_n_step: int = 1
     """Rewards that a target sums before it bootstraps, in the critics' warm-up. The data's own actions earned them, so
     they need no off-policy correction."""
+    n_step: int = 1
+    """The same in the agent's and the online updates. With more than one, the data's actions stand in for the policy's
+    in all steps but the first, uncorrected."""
     warmup_lr: float = 1e-3
     """Learning rate at the start of each warm-up; it falls along half a cosine to a twentieth of this."""
     anneal: bool = False
@@ -127,6 +132,7 @@ class RunConfig:
         require("seed", self.seed, self.seed >= 0, "zero or more")
         counts = (
             "critic_warmup_n_step",
+            "n_step",
             "num_seeds",
             "steps",
             "batch_size",
@@ -138,8 +144,9 @@ class RunConfig:
             require(name, getattr(self, name), (value := getattr(self, name)) is None or value > 0, "positive")
         size = self.dataset_size
         require("dataset_size", size, isinstance(size, str) or size > 0, "default, full or a positive number")
-        allowed = self.acting not in FOR_REFINING_AGENTS or AGENTS[self.agent].refines
-        require("acting", self.acting, allowed, f"a rule without refinement for {self.agent}")
+        for name in ("acting", "online_acting"):
+            allowed = getattr(self, name) not in FOR_REFINING_AGENTS or AGENTS[self.agent].refines
+            require(name, getattr(self, name), allowed, f"a rule without refinement for {self.agent}")
         require("discount", self.hyper.discount, self.hyper.discount < 1 or not self.center_critics, "below 1 here")
         for name in ("warmup_lr", "acting_temperature"):
             require(name, getattr(self, name), getattr(self, name) > 0, "positive")
@@ -156,14 +163,14 @@ class RunConfig:
         require("online_lr", self.online_lr, self.online_lr is None or self.online_lr > 0, "positive")
         even = self.replay != "balanced" or self.batch_size % 2 == 0
         require("batch_size", self.batch_size, even, "even with --replay balanced")
-        learning = not self.freeze_flow_online or self.hyper.freeze_flow_after != 0
-        require(
-            "freeze_flow_online", True, learning, "False with --freeze-flow-after 0, which leaves nothing to freeze"
-        )
 
     @property
     def acts(self) -> Acting:
         return Acting(self.acting, self.acting_samples, self.acting_temperature)
+
+    @property
+    def acts_online(self) -> Acting:
+        return dataclasses.replace(self.acts, rule=self.online_acting or self.acting)
 
     @property
     def offline_steps(self) -> int:

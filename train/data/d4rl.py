@@ -215,8 +215,8 @@ def _registered(env_id: str, make: str, steps: int, **options: str) -> str:
     return env_id
 
 
-def antmaze_changes(name: str, preset: str, agent: str) -> Mapping[str, Any]:
-    return {**goals.changes(preset), **published.changes(name, preset, agent)}
+def antmaze_changes(name: str, preset: str, agent: str, online: bool) -> Mapping[str, Any]:
+    return {**goals.changes(preset, online), **published.changes(name, preset, agent, online)}
 
 
 def _antmazes() -> Iterator[EnvSpec]:

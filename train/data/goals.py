@@ -13,8 +13,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-ON_CPUS = {"scale_rewards": False, "critic_warmup_n_step": 50, "discount": 0.995, "freeze_critic_after": 0}
+ON_CPUS = {
+    "scale_rewards": False,
+    "critic_warmup_n_step": 50,
+    "n_step": 50,
+    "discount": 0.995,
+    "freeze_critic_after": 0,
+}
+ONLINE_ON_CPUS = {"replay": "balanced", "online_lr": 3e-4}
 
 
-def changes(preset: str) -> Mapping[str, Any]:
-    return ON_CPUS if preset in ("quick", "standard") else {}
+def changes(preset: str, online: bool) -> Mapping[str, Any]:
+    if preset not in ("quick", "standard"):
+        return {}
+    return {**ON_CPUS, **(ONLINE_ON_CPUS if online else {})}

@@ -277,8 +277,8 @@ def _rewards(columns: dict[str, np.ndarray], task: str) -> tuple[np.ndarray, np.
     return relabelled["rewards"], relabelled["masks"].astype(bool)
 
 
-def preset_changes(name: str, preset: str, agent: str) -> Mapping[str, Any]:
-    settings = {**goals.changes(preset), **published.changes(name, preset, agent)}
+def preset_changes(name: str, preset: str, agent: str, online: bool) -> Mapping[str, Any]:
+    settings = {**goals.changes(preset, online), **published.changes(name, preset, agent, online)}
     if not name.startswith(VISUAL):
         return settings
     return {**published.PIXELS, **SMALL_ON_IMAGES.get(preset, {}), "standardize_observations": False, **settings}

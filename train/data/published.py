@@ -1,6 +1,7 @@
 """The published settings of tasks: what ``--preset full`` picks, each with its source.
 
-A row holds for the tasks that its pattern matches from the start of their names, and for one agent.
+A row holds for the tasks that its pattern matches from the start of their names, and for one agent. Runs that go online
+have rows of their own where other settings are published for them, and otherwise the same.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ class Row(NamedTuple):
     settings: Mapping[str, Any]
     """Settings and hyper-parameters; all others have the agent's published values."""
     source: str
+    online: bool = False
+    """For runs that go online."""
 
 
 FIDEC = "the authors' scripts for arXiv 2604.17919"
@@ -31,6 +34,16 @@ PIXELS = {"encoder": "impala-small", "augment": 0.5, "frame_stack": 3}
 
 # A million updates, evaluated every 100,000 of them with 50 episodes, are the defaults of a run.
 TABLE = (
+    # offline to online; a million updates first, on D4RL too
+    Row("fql", "humanoidmaze-medium-navigate-", {**LONG, "alpha": 100.0}, FQL, online=True),
+    Row("fql", "antsoccer-arena-navigate-", {**LONG, "alpha": 30.0}, FQL, online=True),
+    Row("fql", "(cube-double|scene)-play-", {"alpha": 300.0}, FQL, online=True),
+    Row("fql", "puzzle-4x4-play-", {"alpha": 1_000.0}, FQL, online=True),
+    Row("fql", "antmaze-(umaze|umaze-diverse|medium-play|medium-diverse)$", {"alpha": 10.0}, FQL, online=True),
+    Row("fql", "antmaze-large-(play|diverse)$", {"alpha": 3.0}, FQL, online=True),
+    Row("fql", "(pen|door|hammer)-cloned", {**MINIMUM, "alpha": 1_000.0}, FQL, online=True),
+    Row("fql", "relocate-cloned", {**MINIMUM, "alpha": 10_000.0}, FQL, online=True),
+    # OGBench
     Row("fidec", "antmaze-large-.*-singletask", {**NORMALIZED, **MINIMUM, "target_divergence": 0.01}, FIDEC),
     Row("fidec", "antmaze-giant-.*-singletask", {**NORMALIZED, **MINIMUM, **LONG, "target_divergence": 0.01}, FIDEC),
     Row("fidec", "humanoidmaze-(medium|large)-", {**NORMALIZED, **LONG, "target_divergence": 0.001}, FIDEC),
@@ -57,20 +70,22 @@ TABLE = (
 )
 
 
-def row_of(task: str, agent: str) -> Row | None:
+def row_of(task: str, agent: str, online: bool = False) -> Row | None:
     """The first row that holds for the task."""
-    return next((row for row in TABLE if row.agent == agent and re.match(row.tasks, task)), None)
+    rows = (row for row in TABLE if row.agent == agent and row.online <= online and re.match(row.tasks, task))
+    return next(rows, None)
 
 
-def changes(task: str, preset: str, agent: str) -> Mapping[str, Any]:
+def changes(task: str, preset: str, agent: str, online: bool = False) -> Mapping[str, Any]:
     """What the preset changes for the task: the published row if it is ``full``."""
-    row = row_of(task, agent)
+    row = row_of(task, agent, online)
     return row.settings if preset == "full" and row is not None else {}
 
 
-def describe(task: str, agent: str) -> str:
+def describe(task: str, agent: str, online: bool = False) -> str:
     """The row and its source, or that there is none."""
-    row = row_of(task, agent)
+    row = row_of(task, agent, online)
     if row is None:
         return f"no published settings of {agent} for {task}: its defaults"
-    return f"{', '.join(f'{name} {value}' for name, value in row.settings.items())} (from {row.source})"
+    source = f"{row.source}, {'offline to online' if row.online else 'offline'}" if online else row.source
+    return f"{', '.join(f'{name} {value}' for name, value in row.settings.items())} (from {source})"

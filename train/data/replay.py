@@ -25,13 +25,17 @@ class Replay:
         capacity: the most transitions that will be added.
         mixture: all draws from offline and online transitions alike (FQL, arXiv 2502.02538); balanced draws half of
             each batch, rounded down, from the online ones once there are any (RLPD, arXiv 2302.02948).
+        n_step, discount: online transitions span up to ``n_step`` steps, as those of `OfflineDataset.n_step` do. The
+            offline data are taken as they are.
     """
 
-    def __init__(self, offline: OfflineDataset, capacity: int, mixture: Mixture = "all") -> None:
+    def __init__(
+        self, offline: OfflineDataset, capacity: int, mixture: Mixture = "all", n_step: int = 1, discount: float = 1.0
+    ) -> None:
         def room(rows: int, like: Tensor) -> Tensor:
             return like.new_zeros(rows, *like.shape[1:])
 
-        self.offline, self.mixture = offline, mixture
+        self.offline, self.mixture, self.n_step = offline, mixture, n_step
         self.online = OfflineDataset(
             states=room(2 * capacity, offline.states),  # episodes may be one transition long, which has two states
             rows=room(capacity, offline.rows),
@@ -45,9 +49,11 @@ class Replay:
         self.added = 0
         """Number of online transitions."""
         self._states = 0
-        self._episodes = 0
+        self._first = 0
+        device = offline.rows.device
+        self._powers = torch.tensor([discount**i for i in range(n_step)], device=device).flip(0)
         # Once more on the device: a CUDA graph of `draw` reads it there, and would never see Python's number change.
-        self._size = torch.zeros((), dtype=torch.int64, device=offline.rows.device)
+        self._size = torch.zeros((), dtype=torch.int64, device=device)
 
     def __len__(self) -> int:
         return len(self.offline) + self.added
@@ -58,18 +64,22 @@ class Replay:
         """Begin an episode in this state, (obs_dim,)."""
         self.online.states[self._states] = state
         self._states += 1
+        self._first = self.added
 
     def add(self, action: Tensor, reward: Tensor, mask: float, state: Tensor) -> None:
-        """Add the transition from the newest state, which led to ``state``."""
+        """Add the transition from the newest state, which led to ``state``; an episode ends where the mask is 0."""
         i, row, tables = self.added, self._states, self.online
         tables.states[row] = state
-        tables.rows[i], tables.next_rows[i] = row - 1, row
-        tables.actions[i], tables.rewards[i], tables.masks[i] = action, reward, mask
-        tables.next_steps[i] = i
-        episodes = row - i  # each has one state more than transitions
-        if episodes == self._episodes:
-            tables.next_steps[i - 1] = i
-        self._states, self.added, self._episodes = row + 1, i + 1, episodes
+        tables.rows[i], tables.actions[i], tables.rewards[i] = row - 1, action, 0.0
+        # the steps back from which this is at most the n-th: this reward is theirs too, and they now lead here
+        steps = slice(max(i + 1 - self.n_step, self._first), i + 1)
+        powers = self._powers[steps.start - steps.stop :]
+        tables.rewards[steps] += powers * reward
+        tables.masks[steps] = powers * mask
+        tables.next_rows[steps] = row
+        # those that lead to the newest state have its action as the next one only when it is taken
+        tables.next_steps[max(i - self.n_step, self._first) : i + 1] = i
+        self._states, self.added = row + 1, i + 1
         self._size.fill_(self.added)
 
     @property
@@ -127,5 +137,6 @@ class Replay:
         for name, tensor in tensors.items():
             getattr(self.online, name)[: len(tensor)] = tensor
         self.added, self._states = len(tensors["rows"]), len(tensors["states"])
-        self._episodes = self._states - self.added
+        earlier = self._states - self.added - 1  # each episode has one state more than transitions
+        self._first = int((tensors["rows"].cpu() - torch.arange(self.added) < earlier).sum())
         self._size.fill_(self.added)

@@ -14,10 +14,10 @@ import numpy as np
 from train.data.episode import Episode, Outcomes
 
 Size = Literal["default", "full"] | int
-PresetChanges: TypeAlias = Callable[[str, str], Mapping[str, Any]]
+PresetChanges: TypeAlias = Callable[[str, str, bool], Mapping[str, Any]]
 
 
-def no_changes(preset: str, agent: str) -> Mapping[str, Any]:
+def no_changes(preset: str, agent: str, online: bool) -> Mapping[str, Any]:
     """Leave the presets as they are."""
     return {}
 
@@ -66,7 +66,8 @@ class EnvSpec:
     scoring: NormalizedReturn | SuccessRate
     """Maps the `Outcomes` of episodes to their scores."""
     preset_changes: PresetChanges = no_changes
-    """Maps names of a preset and an agent to the settings and hyper-parameters that this environment changes."""
+    """Maps names of a preset and an agent, and whether the run goes online, to the settings and hyper-parameters that
+    this environment changes."""
     camera: str | None = None
     """MuJoCo camera for films; None: the environment's own camera and size."""
     needs: tuple[str, str] | None = None
