@@ -622,7 +622,7 @@ def test_settings_of_the_online_updates_may_change_until_the_first(
     capsys.readouterr()
     refused = [
         (["--online-steps", "3"], "was started with --replay balanced, --online-lr 0.0001, --freeze-flow-online True"),
-        (["--online-steps", "0", "--steps", "8"], "was started with --replay balanced"),
+        (["--online-steps", "0", "--steps", "8"], "--online-steps must be at least 3 to --resume"),
     ]
     for flags, message in refused:
         assert main([*TINY, "--out", str(out), "--resume", *flags]) == 2
@@ -696,9 +696,10 @@ def test_a_frozen_flow_does_not_change_by_a_bit(
 @pytest.mark.parametrize(
     ("flags", "offline_end", "online"),
     [
-        (("--anneal", "--lr", "1e-3"), 5e-5 + 9.5e-4 * 0.5 * (1 + np.cos(np.pi * 7 / 8)), 1e-3),
-        (("--anneal", "--lr", "1e-3", "--online-lr", "3e-4"), 5e-5 + 9.5e-4 * 0.5 * (1 + np.cos(np.pi * 7 / 8)), 3e-4),
-        (("--no-anneal", "--lr", "2e-4"), 2e-4, 2e-4),
+        (("--lr", "1e-3"), 5e-5 + 9.5e-4 * 0.5 * (1 + np.cos(np.pi * 7 / 8)), 3e-4),
+        (("--lr", "1e-3", "--online-lr", "None"), 5e-5 + 9.5e-4 * 0.5 * (1 + np.cos(np.pi * 7 / 8)), 1e-3),
+        (("--lr", "1e-3", "--online-lr", "2e-4"), 5e-5 + 9.5e-4 * 0.5 * (1 + np.cos(np.pi * 7 / 8)), 2e-4),
+        (("--no-anneal", "--lr", "2e-4", "--online-lr", "None"), 2e-4, 2e-4),
     ],
 )
 def test_the_learning_rate_online_is_constant(

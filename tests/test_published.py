@@ -117,6 +117,25 @@ def test_other_presets_do_not_change_and_flags_win() -> None:
     assert (config.hyper.discount, config.hyper.q_aggregation) == (0.9, "min")
 
 
+@pytest.mark.parametrize("preset", ["quick", "standard"])
+def test_presets_for_cpus_suit_tasks_that_pay_at_a_goal(preset: str) -> None:
+    cube, maze = "cube-single-play-singletask-v0", "pointmaze-medium-navigate-singletask-v0"
+    for task in (cube, maze, "antmaze-umaze"):
+        config = preset_config(preset, "fidec", task)
+        assert (config.n_step, config.critic_warmup_n_step, config.hyper.freeze_critic_after) == (50, 50, 0)
+        assert (config.online_lr, config.replay) == (None, "all"), "refused without online steps"
+        online = preset_config(preset, "fidec", task, 7)
+        assert (online.online_steps, online.n_step, online.online_lr, online.replay) == (7, 50, 3e-4, "balanced")
+    targets = {(agent, task): preset_config(preset, agent, task).hyper for agent in AGENTS for task in (cube, maze)}
+    for (agent, task), hyper in targets.items():
+        wide = agent != "fql" and task == maze
+        assert (hyper.alpha, hyper.target_divergence) == ((3e-3, 1.0) if wide else (1.0, 1e-3))
+    full = preset_config("full", "fidec", maze, 7)
+    assert (full.n_step, full.online_lr, full.replay, full.hyper.alpha) == (1, None, "all", 10.0)
+    hopper = preset_config(preset, "fidec", "hopper-medium", 7)
+    assert (hopper.n_step, hopper.online_lr, hopper.replay) == (1, 3e-4, "all")
+
+
 def test_the_row_is_printed_with_its_source() -> None:
     line = published.describe("antmaze-giant-navigate-singletask-v0", "fidec")
     for part in ("q_aggregation min", "discount 0.995", "target_divergence 0.01", "2604.17919"):

@@ -49,6 +49,7 @@ QUICK: Mapping[str, Any] = {
     "alpha": 1.0,
     "target_divergence": 1e-3,
 }
+ONLINE = {"online_lr": 3e-4}
 LONGER = {"steps": 10_000, "flow_warmup": 60_000, "critic_warmup": 10_000, "eval_every": 2_500}
 PRESETS: dict[str, Mapping[str, Any]] = {"quick": QUICK, "standard": {**QUICK, **LONGER}, "full": {}}
 """The run settings and hyper-parameters of each preset; those not listed have their published values."""
@@ -62,15 +63,19 @@ def choose_preset(name: str, device: str) -> str:
     return "full" if on_gpu else "quick"
 
 
-def preset_config(name: str, agent: str, env: str | None, *, online: bool = False) -> RunConfig:
+def preset_config(name: str, agent: str, env: str | None, online_steps: int = 0) -> RunConfig:
     """The settings of ``--preset quick``, ``standard`` and ``full``; unknown names change nothing.
 
-    ``online``: for a run that goes online.
+    Runs with ``online_steps`` have some settings that others refuse.
     """
     kind = AGENTS.get(agent, Agent)
     settings = {**PRESETS.get(name, {}), **kind.presets.get(name, {})}
+    online = online_steps > 0
+    if online and name in ("quick", "standard"):
+        settings |= ONLINE
     if env in ENVIRONMENTS:
         settings |= ENVIRONMENTS[env].preset_changes(name, agent, online)
+    settings["online_steps"] = online_steps
     of_run = {field.name for field in dataclasses.fields(RunConfig)} & settings.keys()
     hyper = kind.published_config(**{name: value for name, value in settings.items() if name not in of_run})
     return RunConfig(env=tyro.MISSING, hyper=hyper, **{name: settings[name] for name in of_run})

@@ -29,11 +29,11 @@ def parse(argv: Sequence[str]) -> RunConfig:
     first.add_argument("--preset", default="auto")
     first.add_argument("--agent", default="fidec")
     first.add_argument("--device", default="auto")
-    first.add_argument("--online-steps", default="0")
+    first.add_argument("--online-steps", default="")
     known, _ = first.parse_known_args(argv)
-    # misspelt names pass through: tyro reports presets and agents with the choices, `resolve` reports environments
-    preset, online = choose_preset(known.preset, known.device), known.online_steps != "0"
-    default = preset_config(preset, known.agent, known.env, online=online)
+    # what is misspelt passes through: tyro reports it with the choices, and `resolve` unknown environments
+    online_steps = int(known.online_steps) if known.online_steps.isdecimal() else 0
+    default = preset_config(choose_preset(known.preset, known.device), known.agent, known.env, online_steps)
     return tyro.cli(RunConfig, args=argv, default=default, config=(tyro.conf.OmitArgPrefixes,))
 
 

@@ -216,7 +216,7 @@ def _registered(env_id: str, make: str, steps: int, **options: str) -> str:
 
 
 def antmaze_changes(name: str, preset: str, agent: str, online: bool) -> Mapping[str, Any]:
-    return {**goals.changes(preset, online), **published.changes(name, preset, agent, online)}
+    return {**goals.changes(name, preset, agent, online), **published.changes(name, preset, agent, online)}
 
 
 def _antmazes() -> Iterator[EnvSpec]:

@@ -278,7 +278,7 @@ def _rewards(columns: dict[str, np.ndarray], task: str) -> tuple[np.ndarray, np.
 
 
 def preset_changes(name: str, preset: str, agent: str, online: bool) -> Mapping[str, Any]:
-    settings = {**goals.changes(preset, online), **published.changes(name, preset, agent, online)}
+    settings = {**goals.changes(name, preset, agent, online), **published.changes(name, preset, agent, online)}
     if not name.startswith(VISUAL):
         return settings
     return {**published.PIXELS, **SMALL_ON_IMAGES.get(preset, {}), "standardize_observations": False, **settings}

@@ -38,16 +38,16 @@ def check_folder(folder: Path, config: RunConfig) -> None:
         step = newest_step(folder / "checkpoints")
         online = step - before["flow_warmup"] - before["critic_warmup"] - before["steps"]
         is_online = before["online_steps"] > 0 and online > 0
+        if is_online and config.online_steps < online:
+            raise RunError(
+                f"--online-steps must be at least {online:,} to --resume the run in {folder}: it did as many"
+            )
         may_change = MAY_CHANGE_ON_RESUME | (set() if is_online else OF_ONLINE.keys())
         may_change -= {"steps"} if config.anneal or is_online else set()
         changed = [name for name in now if name not in may_change and now[name] != before.get(name)]
         if changed:
             was = ", ".join(f"--{name.replace('_', '-')} {before.get(name)}" for name in changed)
             raise RunError(f"--resume: the run in {folder} was started with {was}")
-        if is_online and config.online_steps < online:
-            raise RunError(
-                f"--online-steps must be at least {online:,} to --resume the run in {folder}: it did as many"
-            )
         least = step - config.flow_warmup - config.critic_warmup
         if config.online_steps and not is_online and config.steps < least:
             raise RunError(
