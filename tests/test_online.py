@@ -225,6 +225,7 @@ def test_a_recorded_draw_sees_the_replay_grow(mixture: Mixture) -> None:
     replay = filled([2], mixture=mixture)
     recorded = make_fx(lambda: replay.sample(2000))()
     assert recorded()[1][:, 0].max() == 101
+    replay.begin(torch.full((5,), 500.0))
     for row in rows_of(3, 500.0):
         replay.add(*row)
     actions = recorded()[1][:, 0]
@@ -256,13 +257,16 @@ def test_returns_of_several_steps_are_those_of_offline_data(n_step: int) -> None
 
 @pytest.mark.parametrize("n_step", [1, 4])
 def test_a_replay_goes_on_from_its_tensors(n_step: int) -> None:
-    straight = filled([3, 2], n_step=n_step)
+    straight, (*before, last, end) = filled([3, 2], n_step=n_step), rows_of(5, 700.0)
+    straight.begin(torch.full((5,), 700.0))
+    for row in before:
+        straight.add(*row)
     resumed = Replay(random_dataset(40, 5, 3), 60, "all", n_step, discount=0.5)
     resumed.restore({name: tensor.clone() for name, tensor in straight.tensors().items()})
     for replay in (straight, resumed):
-        for row in rows_of(2, 700.0):  # the episode goes on
+        for row in (last, end):  # the episode goes on
             replay.add(*row)
-    for ours, theirs in zip(resumed.take(torch.arange(47)), straight.take(torch.arange(47))):
+    for ours, theirs in zip(resumed.take(torch.arange(50)), straight.take(torch.arange(50))):
         assert torch.equal(ours, theirs)
     assert torch.equal(*(replay.draw(100, torch.Generator().manual_seed(1)) for replay in (resumed, straight)))
 
@@ -716,6 +720,21 @@ def test_the_learning_rate_online_is_constant(
     made(tmp_path, *flags, online=6)
     assert rates[OFFLINE - 1] == pytest.approx(offline_end)
     assert rates[OFFLINE:] == [online] * 6
+
+
+def test_settings_reach_the_replay_and_the_explorer(tmp_path: Path) -> None:
+    run = made(tmp_path, "--n-step", "3", "--online-acting", "best-flow-of-n", "--acting-samples", "5", online=6)
+    explorer, discount = run.members[0].explorer, run.config.hyper.discount
+    assert (explorer.acting.rule, explorer.acting.num_samples) == ("best-flow-of-n", 5)
+    assert run.config.acts.rule == "mean-flow-of-n"
+    offline, online = run.dataset.n_step(3, discount), explorer.replay.online
+    for name in ("rewards", "masks", "next_rows", "next_steps"):
+        assert torch.equal(getattr(explorer.replay.offline, name), getattr(offline, name)), name
+    ends = FALL if explorer.replay.online.masks[3] == 0 else LIMIT
+    paid = [sum(discount**i * (step + i + 1) for i in range(min(3, ends - step))) for step in range(4)]
+    scale = load_dataset(SPEC).rewards.std().item()
+    assert online.rewards[:4].tolist() == pytest.approx([reward / scale for reward in paid], rel=1e-6)
+    assert online.next_rows[:4].tolist() == [min(step + 3, ends) for step in range(4)]
 
 
 def test_updates_learn_from_the_replay_only_online(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,6 +107,13 @@ def test_runs_that_go_online_have_rows_of_their_own(task: str, offline: tuple, o
     assert line.endswith(", offline to online)" if row is not None and row.online else ", offline)")
 
 
+@pytest.mark.parametrize("spelling", ["--online-steps=5000", "--online_steps 5000", "--online-steps 5_000"])
+def test_a_run_that_goes_online_is_known_however_it_is_typed(spelling: str) -> None:
+    task = ["--env", "pointmaze-medium-navigate-singletask-v0", "--preset", "quick"]
+    config = run.parse([*task, *spelling.split()])
+    assert (config.online_steps, config.replay, config.online_lr) == (5000, "balanced", 3e-4)
+
+
 def test_other_presets_do_not_change_and_flags_win() -> None:
     task = "antmaze-giant-navigate-singletask-v0"
     assert published.changes(task, "quick", "fidec") == {}

@@ -460,7 +460,7 @@ def test_an_agent_may_have_flags_of_its_own(
 
 
 def test_an_environment_may_change_a_preset(monkeypatch: pytest.MonkeyPatch) -> None:
-    def changes(preset: str, agent: str) -> dict[str, object]:
+    def changes(preset: str, agent: str, online: bool) -> dict[str, object]:
         return {"eval_every": 123, "alpha": 7.0} if (preset, agent) == ("standard", "fql") else {}
 
     spec = dataclasses.replace(ENVIRONMENTS["halfcheetah-medium"], preset_changes=changes)

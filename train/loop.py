@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import signal
 import sys
@@ -60,10 +61,6 @@ class Run:
             reward_std = dataset.rewards.std()
             dataset = dataclasses.replace(dataset, rewards=dataset.rewards / reward_std)
         self.dataset = dataset.to(device)
-        discount = config.hyper.discount
-        self.warmup_dataset = self.dataset
-        if config.critic_warmup and config.critic_warmup_n_step > 1:
-            self.warmup_dataset = self.dataset.n_step(config.critic_warmup_n_step, discount)
         configs = config.of_each_seed()
         agents = [self._make_agent(single.seed, mean, std).to(device) for single in configs]
         self.generators = [torch.Generator(device).manual_seed(single.seed) for single in configs]
@@ -79,12 +76,18 @@ class Run:
             Member(Result(single, spec, self.dataset), agent, optimizer, generator)
             for single, agent, optimizer, generator in zip(configs, agents, optimizers, self.generators)
         ]
-        source = self.dataset.n_step(config.n_step, discount) if config.n_step > 1 else self.dataset
+
+        @functools.cache
+        def over(steps: int) -> OfflineDataset:
+            return self.dataset.n_step(steps, config.hyper.discount) if steps > 1 else self.dataset
+
+        self.warmup_dataset = over(config.critic_warmup_n_step) if config.critic_warmup else self.dataset
+        source = over(config.n_step)
         self.source: OfflineDataset | Replay = source
         """What updates sample from, except in the critics' warm-up."""
         if config.online_steps:
             (member,) = self.members
-            replay = Replay(source, config.online_steps, config.replay, config.n_step, discount)
+            replay = Replay(source, config.online_steps, config.replay, config.n_step, config.hyper.discount)
             member.explorer = Explorer(
                 spec.env_id, member.agent, config.acts_online, member.generator, replay, reward_std, config.seed
             )
@@ -213,8 +216,9 @@ class Run:
             return ("flow",)
         if stage is critic_warmup:
             return ("data_critic",)
-        if stage is online:  # whatever was frozen offline learns from what is seen
-            # not even as frozen_flow, because Adam's momentum would still move it
+        if stage is online:
+            # What was frozen offline learns from what is seen. A flow that does not is not even here as frozen_flow,
+            # because Adam's momentum would still move it.
             return ("critic", "actor") if self.config.freeze_flow_online else ALL_PARTS
         return self.learner.agent_parts(self.step - agent.start)
 

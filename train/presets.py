@@ -1,7 +1,7 @@
 """The presets of ``--preset``: settings that were measured to work together.
 
-A preset's settings are those in `PRESETS`, then the agent's changes (`Agent.presets`), then the environment's
-(`EnvSpec.preset_changes`).
+A preset's settings are those in `PRESETS`, with `ONLINE` if the run goes online, then the agent's changes
+(`Agent.presets`), then the environment's (`EnvSpec.preset_changes`).
 """
 
 from __future__ import annotations
@@ -49,10 +49,11 @@ QUICK: Mapping[str, Any] = {
     "alpha": 1.0,
     "target_divergence": 1e-3,
 }
-ONLINE = {"online_lr": 3e-4}
 LONGER = {"steps": 10_000, "flow_warmup": 60_000, "critic_warmup": 10_000, "eval_every": 2_500}
 PRESETS: dict[str, Mapping[str, Any]] = {"quick": QUICK, "standard": {**QUICK, **LONGER}, "full": {}}
 """The run settings and hyper-parameters of each preset; those not listed have their published values."""
+ONLINE: dict[str, Mapping[str, Any]] = {"quick": {"online_lr": 3e-4}, "standard": {"online_lr": 3e-4}}
+"""What a run that goes online has besides."""
 
 
 def choose_preset(name: str, device: str) -> str:
@@ -69,10 +70,8 @@ def preset_config(name: str, agent: str, env: str | None, online_steps: int = 0)
     Runs with ``online_steps`` have some settings that others refuse.
     """
     kind = AGENTS.get(agent, Agent)
-    settings = {**PRESETS.get(name, {}), **kind.presets.get(name, {})}
     online = online_steps > 0
-    if online and name in ("quick", "standard"):
-        settings |= ONLINE
+    settings = {**PRESETS.get(name, {}), **(ONLINE.get(name, {}) if online else {}), **kind.presets.get(name, {})}
     if env in ENVIRONMENTS:
         settings |= ENVIRONMENTS[env].preset_changes(name, agent, online)
     settings["online_steps"] = online_steps

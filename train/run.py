@@ -29,10 +29,13 @@ def parse(argv: Sequence[str]) -> RunConfig:
     first.add_argument("--preset", default="auto")
     first.add_argument("--agent", default="fidec")
     first.add_argument("--device", default="auto")
-    first.add_argument("--online-steps", default="")
+    first.add_argument("--online-steps", "--online_steps", default="")
     known, _ = first.parse_known_args(argv)
     # what is misspelt passes through: tyro reports it with the choices, and `resolve` unknown environments
-    online_steps = int(known.online_steps) if known.online_steps.isdecimal() else 0
+    try:
+        online_steps = max(0, int(known.online_steps))
+    except ValueError:
+        online_steps = 0
     default = preset_config(choose_preset(known.preset, known.device), known.agent, known.env, online_steps)
     return tyro.cli(RunConfig, args=argv, default=default, config=(tyro.conf.OmitArgPrefixes,))
 

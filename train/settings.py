@@ -44,15 +44,16 @@ class RunConfig:
     """Updates of the agent, after the warm-ups."""
     online_steps: int = 0
     """Then steps in the environment, and one update after each. A finished run goes online with --resume --online-steps
-    N, which may be raised again."""
+    N and the settings that it began with; N may be raised again."""
     online_acting: RuleName | None = None
     """How the agent acts there. None: by --acting."""
     replay: Mixture = "all"
     """What online updates learn from. all: the offline data and all that was seen online, as one (FQL). balanced: half
     of each batch from the offline data, half from what was seen online (RLPD)."""
     online_lr: float | None = None
-    """Learning rate of the online updates. None: --lr. It stays constant, also where --anneal had lowered that of the
-    agent's updates to a twentieth: what is new keeps coming, and there is no end to anneal towards."""
+    """Learning rate of the online updates. None: --lr; quick and standard set it, whatever --lr is. It stays constant,
+    also where --anneal had lowered that of the agent's updates to a twentieth: what is new keeps coming, and there is
+    no end to anneal towards."""
     freeze_flow_online: bool = False
     """Leave the behaviour flow exactly as the offline updates left it. Without this it learns from the replay, and the
     trust region moves along with what the agent does."""
@@ -65,7 +66,7 @@ class RunConfig:
     they need no off-policy correction."""
     n_step: int = 1
     """The same in the agent's and the online updates. With more than one, the data's actions stand in for the policy's
-    in all steps but the first, uncorrected."""
+    in all steps but the first, uncorrected. Fixed when the run begins."""
     warmup_lr: float = 1e-3
     """Learning rate at the start of each warm-up; it falls along half a cosine to a twentieth of this."""
     anneal: bool = False
@@ -95,9 +96,9 @@ class RunConfig:
     overwrite: bool = False
     """Delete the files of an earlier run in the folder."""
     acting: RuleName = "sample"
-    """How the agent acts when it is evaluated. sample: one action of the policy. best-of-n: the flow action with the
-    highest Q of N, refined. iterated: one flow action, refined five times; the best of these. best-flow-of-n: the best
-    of N flow actions, not refined. best-refined-of-n: the best of N refined actions. mean-flow-of-n,
+    """How the agent acts when it is evaluated, and online. sample: one action of the policy. best-of-n: the flow action
+    with the highest Q of N, refined. iterated: one flow action, refined five times; the best of these. best-flow-of-n:
+    the best of N flow actions, not refined. best-refined-of-n: the best of N refined actions. mean-flow-of-n,
     mean-refined-of-n: the mean of N instead of the best, weighted by exp(Q / (temperature · mean |Q|))."""
     acting_samples: int = 10
     """N of the acting rule."""

@@ -15,7 +15,7 @@ from tests.kernels.device import DEVICE, on_gpu
 from tests.published import Path as UpdatePath
 from tests.published import Replay, mismatches
 from train.agents import AGENTS
-from train.agents.base import Agent, Learner, Parts
+from train.agents.base import ALL_PARTS, Agent, Learner, Parts
 from train.agents.seeds import SeedGroup
 from train.capture import PLAIN_UPDATES, CapturedUpdate
 from train.data.replay import Mixture
@@ -134,7 +134,7 @@ def go_online(training: Training, mixture: Mixture) -> None:
     """Updates offline, then one after each transition, whose number the rewards tell."""
     for _ in range(6):
         training.call(("critic", "actor"), False)
-    training.data = replay = OnlineReplay(random_dataset(500, 5, 3).to(DEVICE), 30, mixture)
+    training.data = replay = OnlineReplay(random_dataset(500, 5, 3).to(DEVICE), 30, mixture, 3, 0.99)
     if isinstance(training.call, CapturedUpdate):
         training.call.forget()
     generator = training.generators[0]
@@ -144,7 +144,7 @@ def go_online(training: Training, mixture: Mixture) -> None:
         noise = torch.randn(1, 3, generator=generator, device=DEVICE)
         action = training.agents[0].act(replay.state.unsqueeze(0), noise)[0]
         replay.add(action, torch.tensor(float(i)), 1.0, torch.full((5,), 0.1 * i, device=DEVICE))
-        training.call(("critic", "actor"), False)
+        training.call(ALL_PARTS, False)
 
 
 @pytest.mark.parametrize("mixture", ["all", "balanced"])

@@ -58,7 +58,8 @@ class AgentConfig:
     else. bf16: bfloat16 with float32 sums, faster on hardware with bfloat16 units."""
     freeze_flow_after: int | None = None
     """Stop the flow-matching loss after this many updates of the agent; Adam's momentum still moves the flow for a
-    while. 0 leaves the flow exactly as its warm-up left it. Online updates train it all the same."""
+    while. 0 leaves the flow exactly as its warm-up left it. Online updates train it all the same, unless
+    --freeze-flow-online."""
     freeze_critic_after: int | None = None
     """Stop the critics' loss after this many updates of the agent. 0 keeps the warm-up's critics of the behaviour: one
     step of policy improvement, with critics that do not follow the policy (arXiv 2106.08909). Online updates train them

@@ -49,9 +49,9 @@ class Replay:
         self.added = 0
         """Number of online transitions."""
         self._states = 0
-        self._first = 0
+        self._first = 0  # the first transition of the episode under way
         device = offline.rows.device
-        self._powers = torch.tensor([discount**i for i in range(n_step)], device=device).flip(0)
+        self._powers = torch.tensor([discount**i for i in reversed(range(n_step))], device=device)
         # Once more on the device: a CUDA graph of `draw` reads it there, and would never see Python's number change.
         self._size = torch.zeros((), dtype=torch.int64, device=device)
 
@@ -71,7 +71,7 @@ class Replay:
         i, row, tables = self.added, self._states, self.online
         tables.states[row] = state
         tables.rows[i], tables.actions[i], tables.rewards[i] = row - 1, action, 0.0
-        # the steps back from which this is at most the n-th: this reward is theirs too, and they now lead here
+        # this reward also belongs to transitions that began at most n − 1 steps ago, and they now lead here
         steps = slice(max(i + 1 - self.n_step, self._first), i + 1)
         powers = self._powers[steps.start - steps.stop :]
         tables.rewards[steps] += powers * reward

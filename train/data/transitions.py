@@ -50,7 +50,8 @@ class OfflineDataset:
     rewards: Tensor
     """(N,) float32; sums of several with `n_step`"""
     masks: Tensor
-    """(N,) float32: 0 where the environment terminated or the goal was reached, else 1"""
+    """(N,) float32: 0 where the environment terminated or the goal was reached, else 1. With `n_step`
+    weights of the value that follows"""
     next_rows: Tensor
     """(N,) int64: the row of ``states`` that transition i leads to"""
     next_steps: Tensor
@@ -143,7 +144,7 @@ class OfflineDataset:
         stops = np.union1d(np.cumsum(self.episode_lengths) - 1, np.flatnonzero(self.masks.cpu().numpy() == 0))
         end = np.minimum(start + n - 1, stops[np.searchsorted(stops, start)])
         rewards, device = torch.zeros_like(self.rewards), self.rewards.device
-        for i in range(n):
+        for i in range(min(n, int(self.episode_lengths.max(initial=0)))):
             at = np.minimum(start + i, end)
             rewards += torch.where(torch.from_numpy(start + i <= end).to(device), discount**i * self.rewards[at], 0.0)
         weights = torch.from_numpy(discount ** (end - start)).to(self.masks)

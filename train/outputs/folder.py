@@ -44,6 +44,11 @@ def check_folder(folder: Path, config: RunConfig) -> None:
             )
         may_change = MAY_CHANGE_ON_RESUME | (set() if is_online else OF_ONLINE.keys())
         may_change -= {"steps"} if config.anneal or is_online else set()
+        if config.online_steps and not before["online_steps"] and online == 0 and config.steps > before["steps"]:
+            raise RunError(
+                f"--resume: the run in {folder} finished its --steps {before['steps']}; go online with that, or first "
+                f"--resume with --steps {config.steps} alone"
+            )
         changed = [name for name in now if name not in may_change and now[name] != before.get(name)]
         if changed:
             was = ", ".join(f"--{name.replace('_', '-')} {before.get(name)}" for name in changed)
