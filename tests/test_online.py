@@ -640,6 +640,9 @@ def test_settings_of_the_online_updates_may_change_until_the_first(
         assert main([*TINY, "--out", str(straight), "--resume", *flags]) == 2
         assert message in capsys.readouterr().err
     assert (straight / "config.json").read_text() == before
+    # a preset may ask for more steps where a run goes online, which nobody would notice
+    assert main([*TINY, "--no-anneal", "--steps", "9", "--out", str(offline), "--resume", "--online-steps", "3"]) == 2
+    assert "finished its --steps 8; go online with that" in capsys.readouterr().err
     unannealed = tmp_path / "unannealed"
     go(unannealed, "--no-anneal", online=0)
     capsys.readouterr()
