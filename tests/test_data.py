@@ -147,6 +147,8 @@ def test_targets_over_several_steps() -> None:
     torch.testing.assert_close(three.next_actions[:1], dataset.next_actions[2:3])
     assert torch.equal(three.observations, dataset.observations)
     assert torch.equal(three.actions, dataset.actions)
+    whole, endless = dataset.n_step(4, discount=0.5), dataset.n_step(10**12, discount=0.5)
+    assert all(torch.equal(getattr(endless, name), getattr(whole, name)) for name in Batch._fields)
     one = dataset.n_step(1, discount=0.5)
     assert all(torch.equal(getattr(one, name), getattr(dataset, name)) for name in Batch._fields)
     moved = dataclasses.replace(dataset.to("meta"), masks=dataset.masks)  # which steps there are depends on the masks

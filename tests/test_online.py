@@ -232,7 +232,7 @@ def test_a_recorded_draw_sees_the_replay_grow(mixture: Mixture) -> None:
     assert set(actions[actions >= 100].tolist()) == {100.0, 101, 500, 501, 502}
 
 
-@pytest.mark.parametrize("n_step", [1, 2, 3, 7])
+@pytest.mark.parametrize("n_step", [1, 2, 3, 7, 10**12])
 def test_returns_of_several_steps_are_those_of_offline_data(n_step: int) -> None:
     """After every step, the one that has just been made included."""
     rng = np.random.default_rng(2)

@@ -35,7 +35,7 @@ class Replay:
         def room(rows: int, like: Tensor) -> Tensor:
             return like.new_zeros(rows, *like.shape[1:])
 
-        self.offline, self.mixture, self.n_step = offline, mixture, n_step
+        self.offline, self.mixture, self.n_step = offline, mixture, min(n_step, capacity)
         self.online = OfflineDataset(
             states=room(2 * capacity, offline.states),  # episodes may be one transition long, which has two states
             rows=room(capacity, offline.rows),
@@ -51,7 +51,7 @@ class Replay:
         self._states = 0
         self._first = 0  # the first transition of the episode under way
         device = offline.rows.device
-        self._powers = torch.tensor([discount**i for i in reversed(range(n_step))], device=device)
+        self._powers = torch.tensor([discount**i for i in reversed(range(self.n_step))], device=device)
         # Once more on the device: a CUDA graph of `draw` reads it there, and would never see Python's number change.
         self._size = torch.zeros((), dtype=torch.int64, device=device)
 
