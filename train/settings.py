@@ -65,8 +65,8 @@ class RunConfig:
     """Rewards that a target sums before it bootstraps, in the critics' warm-up. The data's own actions earned them, so
     they need no off-policy correction."""
     n_step: int = 1
-    """The same in the agent's and the online updates. With more than one, the data's actions stand in for the policy's
-    in all steps but the first, uncorrected. Fixed when the run begins."""
+    """Rewards that a target sums in the agent's and the online updates. With more than one, the data's actions stand in
+    for the policy's until it bootstraps, uncorrected. Fixed when the run begins."""
     warmup_lr: float = 1e-3
     """Learning rate at the start of each warm-up; it falls along half a cosine to a twentieth of this."""
     anneal: bool = False

@@ -50,8 +50,8 @@ class OfflineDataset:
     rewards: Tensor
     """(N,) float32; sums of several with `n_step`"""
     masks: Tensor
-    """(N,) float32: 0 where the environment terminated or the goal was reached, else 1. With `n_step`
-    weights of the value that follows"""
+    """(N,) float32: 0 where the environment terminated or the goal was reached, else 1. After `n_step`
+    the weight of the value that follows"""
     next_rows: Tensor
     """(N,) int64: the row of ``states`` that transition i leads to"""
     next_steps: Tensor
