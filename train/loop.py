@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
 import signal
 import sys
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from train import processes
 from train.agents import AGENTS
 from train.agents.base import ALL_PARTS, Agent, Learner, Parts
 from train.agents.seeds import SeedGroup
@@ -45,7 +47,7 @@ class Run:
     """Data, agents and optimiser of one run, and its training loop. Each seed is a member."""
 
     def __init__(self, config: RunConfig, spec: EnvSpec, dataset: OfflineDataset, device: torch.device) -> None:
-        self.config, self.spec = config, spec
+        self.config, self.spec, self.place = config, spec, processes.place()
         check_data(config, dataset)
         if config.hyper.encoder != "none":
             dataset = dataset.stack_frames(config.hyper.frame_stack)
@@ -97,6 +99,8 @@ class Run:
         self.seconds = 0.0
         self.learning_rate = config.hyper.lr
         self.stop_requested = False
+        self.stopped = False
+        """Whether it ended early, by a signal to any of its processes."""
 
         flow_end, offline_end = config.flow_warmup, config.offline_steps
         critic_end = flow_end + config.critic_warmup
@@ -125,7 +129,7 @@ class Run:
         update: Update = self._update
         if captures(self.config, self.generators[0].device):
             self.captured = update = CapturedUpdate(update, self.generators)
-        if self.config.profile:
+        if self.config.profile and self.place.leads:
             update = ProfiledUpdate(update, self.members[0].config.folder / "trace.json")
         return update
 
@@ -139,19 +143,21 @@ class Run:
 
     def train(self) -> None:
         """Train through the remaining stages. At the end, a checkpoint holds the result."""
-        for member in self.members:
+        self._check_agreement()
+        for member in self.members if self.place.leads else ():
             member.open_record(self.step)
         self.clock = time.perf_counter() - self.seconds
         handlers = {signum: signal.signal(signum, self.request_stop) for signum in (signal.SIGINT, signal.SIGTERM)}
         try:
             for stage in self.stages:
-                if stage.start <= self.step < stage.end and not self.stop_requested:
+                if stage.start <= self.step < stage.end and not self._stops():
                     self._train(stage)
         finally:
             if isinstance(self.update, ProfiledUpdate):
                 self.update.close()
             for member in self.members:
-                member.record.close()
+                if member.record is not None:
+                    member.record.close()
             for signum, handler in handlers.items():
                 signal.signal(signum, handler)
 
@@ -170,10 +176,11 @@ class Run:
             unit="update",
             mininterval=0.5 if sys.stderr.isatty() else 20,
             dynamic_ncols=True,
+            disable=not self.place.leads,
         )
         with bar:
             logged_step, logged_at = self.step, time.perf_counter()
-            while self.step < stage.end and not self.stop_requested:
+            while self.step < stage.end and not self._stops():
                 done = self.step - stage.start + 1
                 log = done % config.log_every == 0 or self.step + 1 == stage.end
                 self.set_learning_rate(stage)
@@ -183,7 +190,8 @@ class Run:
                 self.step += 1
                 bar.update()
                 if log:
-                    figures = self.learner.figures(batch, seen)
+                    figures = [self._of_whole_batch(of_member) for of_member in self.learner.figures(batch, seen)]
+                    self._check_agreement()
                     rate = (self.step - logged_step) / (time.perf_counter() - logged_at)
                     numbers = [
                         member.log(self.step, stage.name, rate, of_member)
@@ -197,8 +205,36 @@ class Run:
                     logged_at = time.perf_counter()
                 if self.step % config.checkpoint_every == 0 or self.step == stage.end:
                     self.save()
-        if self.stop_requested:
+        if self.stopped:
             self.save()
+
+    def _stops(self) -> bool:
+        """Whether to stop now: a signal reaches one process earlier than another, and they must do so together."""
+        self.stopped = self.stopped or processes.any_of(self.stop_requested)
+        return self.stopped
+
+    def _of_whole_batch(self, figures: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The figures of this process's rows, averaged over all processes."""
+        rows = len(range(self.config.batch_size)[processes.own_rows(self.config.batch_size)])
+        return dict(zip(figures, processes.batch_means(list(figures.values()), rows)))
+
+    def _check_agreement(self) -> None:
+        """Refuse to go on if the processes have different data, settings, parameters or random numbers."""
+        if self.place.total == 1:
+            return
+        config = self.config.as_json()
+        asked = {name: config[name] for name in config if name not in ("device", "out")}
+        told = [asked, self.step, [member.result.data_identity for member in self.members]]
+        if not processes.agree(json.dumps(told).encode()):
+            raise RunError(
+                f"the processes of this run have different settings or data; process {self.place.rank} has {told}"
+            )
+        states = [*self.learner.state_dict().values(), *(generator.get_state() for generator in self.generators)]
+        if not processes.agree(b"".join(state.cpu().numpy().tobytes() for state in states)):
+            raise RunError(
+                f"at step {self.step} the processes have different parameters or random numbers; they must run on "
+                "processors, or GPUs, of one kind"
+            )
 
     def _go_online(self) -> Explorer:
         """From here on updates sample from the replay."""
@@ -251,28 +287,33 @@ class Run:
     def evaluate(self) -> None:
         interim = self.step not in (self.online.start, self.online.end)
         for member in self.members:
+            if not self.place.leads:
+                member.result.evaluations += processes.from_leader([])
+                continue
             rows = member.evaluate(self.step, interim=interim)
+            processes.from_leader(list(rows.values()))
             seed = f"seed {member.config.seed:<4}" if len(self.members) > 1 else ""
             self.seconds = time.perf_counter() - self.clock
             tqdm.write(evaluation_line(self.step, seed, rows, member.config, self.seconds / 60))
-        if len(self.members) > 1:
+        if len(self.members) > 1 and self.place.leads:
             results = [member.result for member in self.members]
             evaluations = [result.evaluations for result in results]
             draw_group_curve(self.config, evaluations, results[0].dataset_score, self.spec.score_label)
 
     def save(self) -> None:
         self.seconds = time.perf_counter() - self.clock
-        for member in self.members:
+        for member in self.members if self.place.leads else ():
             member.save(self.step, self.seconds)
 
     def resume(self) -> None:
         """Continue from the newest intact checkpoint that all members share; start anew if there is none at all."""
         folders = [member.config.folder / "checkpoints" for member in self.members]
-        checkpoints, problems = newest_checkpoints(folders)
+        found = newest_checkpoints(folders) if self.place.leads else ([], [])
+        checkpoints, problems = processes.from_leader(found)
         for problem in problems:
             print(f"refused    {problem}")
         if not checkpoints:
-            lonely = [str(folder) for folder in folders if any(folder.glob("step-*.safetensors"))]
+            lonely = [str(folder) for folder in folders if self.place.leads and any(folder.glob("step-*.safetensors"))]
             if lonely:
                 raise RunError(
                     f"--resume: the seeds have no checkpoint of the same step; there are some in {', '.join(lonely)}. "
@@ -287,6 +328,8 @@ class Run:
 
     def finish(self) -> None:
         """Write weights and summary, and print the final table."""
+        if not self.place.leads:
+            return
         for member in self.members:
             member.finish(self.seconds)
         minutes, results = self.seconds / 60, [member.result for member in self.members]
@@ -310,7 +353,10 @@ def captures(config: RunConfig, device: torch.device) -> bool:
     """Whether updates are to be replayed as CUDA graphs."""
     if config.capture == "on" and device.type != "cuda":
         raise RunError(f"--capture on: CUDA graphs need a CUDA device, and this run is on {device}")
-    return config.capture != "off" and device.type == "cuda"
+    several = processes.as_started().total > 1
+    if config.capture == "on" and several:
+        raise RunError("--capture on: CUDA graphs of an update in several processes have not been tried on GPUs yet")
+    return config.capture != "off" and device.type == "cuda" and not several
 
 
 def postfix(numbers: list[dict[str, float]]) -> str:

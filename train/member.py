@@ -25,6 +25,8 @@ class Member:
 
     explorer: Explorer | None = None
     """Plays its training episodes, if it goes online."""
+    record: Record | None = None
+    """Its open files; None in processes that do not write them."""
 
     def __init__(
         self, result: Result, agent: Agent, optimizer: torch.optim.Optimizer, generator: torch.Generator
@@ -41,7 +43,8 @@ class Member:
         numbers = {name: value.item() for name, value in figures.items()}
         if self.explorer is not None:
             numbers |= self.explorer.report()
-        self.record.add_metrics(step, stage, updates_per_second, numbers)
+        if self.record is not None:
+            self.record.add_metrics(step, stage, updates_per_second, numbers)
         broken = [f"{name} = {value}" for name, value in numbers.items() if not math.isfinite(value)]
         if broken:
             raise RunError(
@@ -52,6 +55,7 @@ class Member:
 
     def evaluate(self, step: int, *, interim: bool) -> dict[str, dict[str, Any]]:
         """Play episodes, write a row for each of the `ROLES`, and redraw the curve."""
+        assert self.record is not None
         config, spec = self.config, self.result.spec
         played = evaluate(
             self.agent,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -10,10 +12,11 @@ from collections.abc import Sequence
 import torch
 import tyro
 
+from train import processes
 from train.capture import CaptureError
 from train.data import published
 from train.data.load import load_dataset
-from train.data.spec import DatasetUnavailable, NotInstalled
+from train.data.spec import DatasetUnavailable, EnvSpec, NotInstalled
 from train.environments import UnknownEnvironment, resolve
 from train.loop import Run, captures, check_data
 from train.memory import keep_freed_memory
@@ -52,7 +55,13 @@ def preset_line(config: RunConfig) -> str:
     )
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: str, place: processes.Place) -> torch.device:
+    if place.total > 1 and name != "cpu" and torch.cuda.is_available():
+        if name not in ("auto", "cuda"):
+            raise RunError(f"--device must be auto, cpu or cuda with several processes, got {name}: each takes a GPU")
+        if place.local_rank >= (gpus := torch.cuda.device_count()):
+            raise RunError(f"torchrun started more processes than there are GPUs on this machine, {gpus}")
+        return torch.device("cuda", place.local_rank)
     if name == "auto":
         return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     try:
@@ -76,50 +85,76 @@ def online_line(config: RunConfig) -> str:
     return f"{line}, replay {config.replay}" + (", the flow stays as it is" if config.freeze_flow_online else "")
 
 
+def processes_line(config: RunConfig, place: processes.Place) -> str:
+    fewest, most = config.batch_size // place.total, -(-config.batch_size // place.total)
+    each = str(fewest) if fewest == most else f"{fewest} or {most}"
+    return f"{place.total}, each with {each} of the batch's {config.batch_size} rows; the first writes and evaluates"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    config = parse(sys.argv[1:] if argv is None else argv)
-    try:
-        spec = resolve(config.env)
-        device = choose_device(config.device)
-        keep_freed_memory()
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-            torch.set_float32_matmul_precision(config.matmul_precision)
-            torch.backends.cudnn.allow_tf32 = config.matmul_precision == "high"  # the encoders' convolutions
-            # some updates run without a graph: the first ones, and all with --capture off
-            warnings.filterwarnings("ignore", message="This instance was constructed with capturable=True")
-        singles = config.of_each_seed()
-        for single in singles:
-            check_folder(single.folder, single)
-        seeds = f"seed {config.seed}" + (f" to {singles[-1].seed}" if len(singles) > 1 else "")
-        how = update_line(config, device)
-        print(f"run        {config.agent} on {config.env} ({spec.env_id}), {seeds}, {device}")
-        print(f"preset     {preset_line(config)}")
-        if choose_preset(config.preset, config.device) == "full":
-            print(f"published  {published.describe(config.env, config.agent, config.online_steps > 0)}")
-        print(f"update     {how}")
-        if config.online_steps:
-            print(f"online     {online_line(config)}")
-        print(f"folder     {' ... '.join(dict.fromkeys(str(s.folder) for s in (singles[0], singles[-1])))}", flush=True)
-        dataset = load_dataset(spec, size=config.dataset_size)
-        for line in dataset.source:
-            print(f"data       {line}")
-        check_data(config, dataset)
-        for single in singles:
-            prepare_folder(single.folder, single)
-        run = Run(config, spec, dataset, device)
-        del dataset  # a run may keep a copy on another scale; together they would take twice the memory
-        if config.resume:
-            run.resume()
-        sys.stdout.flush()
-        run.train()
-    except (UnknownEnvironment, NotInstalled, DatasetUnavailable, RunError, CaptureError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:  # before training, or a second Ctrl-C during it
-        print("stopped", file=sys.stderr)
-        return 130
-    if run.stop_requested:
+    place = processes.as_started()
+    with contextlib.ExitStack() as stack:
+        if not place.leads:  # the leader says it all, but for errors
+            silent = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(silent))
+        config = parse(sys.argv[1:] if argv is None else argv)
+        who = f"error (process {place.rank}):" if place.total > 1 else "error:"
+        try:
+            spec = resolve(config.env)
+            device = choose_device(config.device, place)
+            if config.batch_size < place.total:
+                raise RunError(f"--batch-size {config.batch_size} leaves nothing for some of {place.total} processes")
+            captures(config, device)
+            stack.enter_context(processes.joined(device))
+            return _train(config, spec, device)
+        except (
+            *(UnknownEnvironment, NotInstalled, DatasetUnavailable, RunError, CaptureError, OSError),
+            processes.LostContact,
+        ) as error:
+            print(f"{who} {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:  # before training, or a second Ctrl-C during it
+            print("stopped", file=sys.stderr)
+            return 130
+
+
+def _train(config: RunConfig, spec: EnvSpec, device: torch.device) -> int:
+    place = processes.place()
+    keep_freed_memory()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision(config.matmul_precision)
+        torch.backends.cudnn.allow_tf32 = config.matmul_precision == "high"  # the encoders' convolutions
+        # some updates run without a graph: the first ones, and all with --capture off
+        warnings.filterwarnings("ignore", message="This instance was constructed with capturable=True")
+    singles = config.of_each_seed()
+    for single in singles if place.leads else ():
+        check_folder(single.folder, single)
+    seeds = f"seed {config.seed}" + (f" to {singles[-1].seed}" if len(singles) > 1 else "")
+    how = update_line(config, device)
+    print(f"run        {config.agent} on {config.env} ({spec.env_id}), {seeds}, {device}")
+    print(f"preset     {preset_line(config)}")
+    if choose_preset(config.preset, config.device) == "full":
+        print(f"published  {published.describe(config.env, config.agent, config.online_steps > 0)}")
+    print(f"update     {how}")
+    if place.total > 1:
+        print(f"processes  {processes_line(config, place)}")
+    if config.online_steps:
+        print(f"online     {online_line(config)}")
+    print(f"folder     {' ... '.join(dict.fromkeys(str(s.folder) for s in (singles[0], singles[-1])))}", flush=True)
+    dataset = load_dataset(spec, size=config.dataset_size)
+    for line in dataset.source:
+        print(f"data       {line}")
+    check_data(config, dataset)
+    for single in singles if place.leads else ():
+        prepare_folder(single.folder, single)
+    run = Run(config, spec, dataset, device)
+    del dataset  # a run may keep a copy on another scale; together they would take twice the memory
+    if config.resume:
+        run.resume()
+    sys.stdout.flush()
+    run.train()
+    if run.stopped:
         print(f"stopped at step {run.step:,}; --resume continues from there")
         return 130
     run.finish()

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fdkernels
+from train import processes
 from train.agents.critic import TwinCritic, follow
 from train.agents.encoder import FEATURES, MOST_SHIFT, ImpalaSmall, shifted
 from train.agents.hyperparameters import AgentConfig
@@ -70,6 +71,10 @@ class Draws(NamedTuple):
     """Time t of each Fisher sample, (B, K, 1); None if t is constant."""
     shift: Tensor | None = None
     """Rows and columns by which each image is moved, (B, 2) int64; None without augmentation."""
+
+    def of_rows(self, rows: slice) -> Draws:
+        """Those of some rows of the batch."""
+        return Draws(*(None if column is None else column[rows] for column in self))  # type: ignore[arg-type]
 
 
 Part = Literal["critic", "data_critic", "flow", "frozen_flow", "actor"]
@@ -131,12 +136,20 @@ class Learner(nn.Module, abc.ABC):
         return seen
 
     def backward(self, batch: Batch, draws: Draws, parts: Parts = ALL_PARTS, *, log: bool = False) -> dict[str, Tensor]:
-        """Write the gradients of the summed losses to ``.grad``. Returns the intermediate tensors, detached."""
+        """Write the gradients of the summed losses to ``.grad``. Returns the intermediate tensors, detached.
+
+        If several processes have parts of the batch, the gradients are those of the whole, the tensors this part's.
+        """
         self.zero_grad()
         batch = self.encode(batch, draws, parts)
         flows = self.integrate(batch, draws, parts)
         total_loss, seen = self(batch, draws, flows, parts, log)
-        total_loss.sum().backward()
+        if processes.place().total == 1:
+            total_loss.sum().backward()
+        else:
+            rows = draws.base_noise.shape[-2]
+            (total_loss.sum() * rows).backward()
+            processes.average_gradients([p.grad for p in self.parameters() if p.grad is not None], rows)
         if "frozen_flow" in parts:
             # As in the published code, the loss is gone but Adam's momentum still moves the flow a little.
             for p in (*self.flow.parameters(), *self.encoder_parameters("flow")):
@@ -173,7 +186,10 @@ class Learner(nn.Module, abc.ABC):
     def sample(
         self, dataset: OfflineDataset | Replay, batch_size: int, generators: Sequence[torch.Generator]
     ) -> tuple[Batch, Draws]:
-        """A batch and the random numbers of one update, drawn from one generator per agent."""
+        """A batch and the random numbers of one update, drawn from one generator per agent.
+
+        All are drawn, and those of this process's rows returned.
+        """
 
     @abc.abstractmethod
     def figures(self, batch: Batch, seen: dict[str, Tensor]) -> list[dict[str, Tensor]]:
@@ -280,7 +296,9 @@ class Agent(Learner):
         self, dataset: OfflineDataset | Replay, batch_size: int, generators: Sequence[torch.Generator]
     ) -> tuple[Batch, Draws]:
         (generator,) = generators
-        return dataset.sample(batch_size, generator), self.draw(batch_size, generator)
+        rows = processes.own_rows(batch_size)
+        index, draws = dataset.draw(batch_size, generator), self.draw(batch_size, generator)
+        return dataset.take(index[rows]), draws.of_rows(rows)
 
     def figures(self, batch: Batch, seen: dict[str, Tensor]) -> list[dict[str, Tensor]]:
         return [self.metrics(batch, seen)]
@@ -409,7 +427,7 @@ class Agent(Learner):
         q = qs.mean(0)
         loss = -q.mean()
         if self.config.normalize_q:
-            loss = loss / q.detach().abs().mean().clamp(min=self.q_scale_floor)
+            loss = loss / processes.batch_mean(q.detach().abs()).clamp(min=self.q_scale_floor)
         return loss, {"policy_q": qs, "q_loss": loss}
 
     # -- acting --------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import fdkernels
+from train import processes
 from train.agents.base import Draws, Panel, Parts
 from train.agents.decorator import DecoratorAgent
 from train.agents.hyperparameters import AgentConfig, require
@@ -163,7 +164,7 @@ def cross_penalty(displacement: Tensor, score: Tensor, noise_score: Tensor, conf
 
     b_k = −x0_k/(1 − t) is the score of x_k given its action, and E[b_k | x_k] the true score, so that E[s_k·b_kᵀ] has
     no square of the error of s_k. C is not positive definite for small K. The trace that normalises it is therefore
-    that of the batch, λd at least; under DDP, of the process's own part of it.
+    that of the whole batch, λd at least.
 
     Args:
         displacement: (B, d).
@@ -172,5 +173,5 @@ def cross_penalty(displacement: Tensor, score: Tensor, noise_score: Tensor, conf
     delta, d = displacement.unsqueeze(-1), displacement.shape[-1]
     products = (score @ delta) * (noise_score.to(score.dtype) @ delta)
     size = products.squeeze(-1).mean(-1) + config.fisher_damping * displacement.square().sum(-1)
-    trace_per_dim = (score * noise_score).sum(-1).mean() / d + config.fisher_damping
+    trace_per_dim = processes.batch_mean((score * noise_score).sum(-1)) / d + config.fisher_damping
     return size / d / trace_per_dim.clamp(min=max(config.fisher_damping, config.fisher_trace_eps))

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from fdkernels.cpu import layers as cpu_layers
+from train import processes
 from train.agents.base import Agent, Draws, Learner, Parts
 from train.data.replay import Replay
 from train.data.transitions import Batch, OfflineDataset
@@ -117,9 +118,10 @@ class SeedGroup(Learner):
         self, dataset: OfflineDataset | Replay, batch_size: int, generators: Sequence[torch.Generator]
     ) -> tuple[Batch, Draws]:
         indices, draws = [], []
+        rows = processes.own_rows(batch_size)
         for agent, generator in zip(self.agents, generators, strict=True):
-            indices.append(dataset.draw(batch_size, generator))
-            draws.append(agent.draw(batch_size, generator))
+            indices.append(dataset.draw(batch_size, generator)[rows])
+            draws.append(agent.draw(batch_size, generator).of_rows(rows))
         stacked = (None if column[0] is None else torch.stack(column) for column in zip(*draws))
         return dataset.take(torch.stack(indices)), Draws(*stacked)  # type: ignore[arg-type]
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from train import processes
 from train.data.episode import Outcomes
 from train.data.spec import EnvSpec
 from train.data.transitions import OfflineDataset
@@ -92,6 +93,7 @@ class Result:
             "dataset_return": self.dataset_return,
             "dataset_score": self.dataset_score,
             "seconds": seconds,
+            "processes": processes.place().total,
             "torch": torch.__version__,
             "acting": dataclasses.asdict(config.acts),
             "results": self.last_and_best,
