@@ -125,7 +125,7 @@ def average_gradients(gradients: Sequence[Tensor], rows: int) -> None:
     with _contact():
         dist.all_reduce(flat)
     *parts, size = flat.split([*(gradient.numel() for gradient in gradients), 1])
-    torch._foreach_div_(parts, size)
+    torch._foreach_div_(parts, size.squeeze())
     torch._foreach_copy_(list(gradients), [part.view_as(gradient) for part, gradient in zip(parts, gradients)])
 
 
