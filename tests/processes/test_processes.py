@@ -158,7 +158,7 @@ def test_a_killed_process_ends_all_and_the_run_goes_on(together: tuple[Path, str
     assert process.returncode != 0
     assert f"error (process {1 - victim}): process {1 - victim} has lost contact with the others" in errors
     assert "--resume goes on from the last checkpoint" in errors
-    assert "Traceback" not in errors.split("torch.distributed.elastic")[0]
+    assert "train/loop.py" not in errors, "a traceback of ours, not torchrun's"
     step = max(int(file.stem.removeprefix("step-")) for file in out.glob("checkpoints/step-*.safetensors"))
     printed = finished([*torchrun(1 if victim else 3), *training("--out", str(out), *LONGER, "--resume")])
     assert f"step-{step:09}.safetensors, step {step}" in printed
@@ -185,7 +185,7 @@ def test_sigterm_stops_all_after_the_same_update(tmp_path: Path) -> None:
     assert process.returncode != 0
     (step,) = re.findall(r"stopped at step (\d+); --resume continues from there", printed)
     assert (out / "checkpoints" / f"step-{int(step):09}.safetensors").exists()
-    assert "error" not in errors.split("torch.distributed.elastic")[0]
+    assert "error (process" not in errors
 
 
 @pytest.mark.long("two runs in two processes")
