@@ -3,8 +3,8 @@
     python tests/faults/soak.py --minutes 60
 
 The run is real but hurried: it logs, evaluates, draws its curve and writes checkpoints hundreds of times as often as
-usual, so that an hour has as many of each as weeks have. After ten minutes, or a third of a shorter run, it must be flat.
-Linux only.
+usual, so that an hour has as many of each as weeks have. After ten minutes, or a third of a shorter run, it must be
+flat. Linux only.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from typing import NamedTuple
 
 REPOSITORY = Path(__file__).parents[2]
 RUN = (  # noqa: SIM905 (reads as typed)
-    "--env hopper-medium --preset quick --device cpu --steps 100000000 --actor-hidden 64 64 --critic-hidden 64 64 "
-    "--flow-warmup 20 --critic-warmup 20 --no-anneal --log-every 20 --eval-every 200 --eval-episodes 2 "
-    "--acting sample --checkpoint-every 50"
+    "--env hopper-medium --dataset-size 10 --preset quick --device cpu --steps 100000000 --actor-hidden 64 64 "
+    "--critic-hidden 64 64 --flow-warmup 20 --critic-warmup 20 --no-anneal --log-every 20 --eval-every 200 "
+    "--eval-episodes 2 --acting sample --checkpoint-every 50"
 ).split()
 
 

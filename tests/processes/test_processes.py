@@ -20,12 +20,14 @@ import torch
 from safetensors.torch import load_file
 
 from tests.processes.updates import CASES, states
-from tests.test_run import GROUP, REPOSITORY, TINY, read
+from tests.test_run import REPOSITORY, TINY, read
 from train import processes
 from train.run import choose_device, main
 from train.settings import RunError
 
 pytestmark = pytest.mark.usefixtures("datasets")
+HOPPER = [*TINY, "--env", "hopper-medium", "--dataset-size", "5"]
+"""Little data, and short episodes, because an untrained Hopper falls."""
 
 
 def torchrun(count: int, *options: str) -> list[str]:
@@ -34,7 +36,7 @@ def torchrun(count: int, *options: str) -> list[str]:
 
 
 def training(*arguments: str) -> list[str]:
-    return [str(REPOSITORY / "train" / "run.py"), *TINY, *arguments]
+    return [str(REPOSITORY / "train" / "run.py"), *HOPPER, *arguments]
 
 
 def started(command: Sequence[str]) -> subprocess.Popen[str]:
@@ -86,7 +88,7 @@ def test_rows_of_all_processes_are_the_batch(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("alone") / "run"
-    assert main([*TINY, "--out", str(out)]) == 0
+    assert main([*HOPPER, "--out", str(out)]) == 0
     return out
 
 
@@ -105,7 +107,7 @@ def test_one_run_with_one_writer(together: tuple[Path, str], alone: Path) -> Non
     out, printed = together
     assert json.loads((out / "result.json").read_text())["processes"] == 2
     assert json.loads((alone / "result.json").read_text())["processes"] == 1
-    assert printed.count("run        fidec on halfcheetah-medium") == 1
+    assert printed.count("run        fidec on hopper-medium") == 1
     assert "processes  2, each with 16 of the batch's 32 rows" in printed
     assert printed.count("D4RL-normalised score") == 1
     assert sorted(p.name for p in out.iterdir()) == sorted(p.name for p in alone.iterdir())
@@ -190,7 +192,7 @@ def test_sigterm_stops_all_after_the_same_update(tmp_path: Path) -> None:
 
 @pytest.mark.long("two runs in two processes")
 def test_several_seeds_in_several_processes(tmp_path: Path) -> None:
-    assert main([*GROUP, "--out", str(tmp_path / "alone")]) == 0
+    assert main([*HOPPER, "--num-seeds", "2", "--out", str(tmp_path / "alone")]) == 0
     finished([*torchrun(2), *training("--num-seeds", "2", "--out", str(tmp_path / "together"))])
     for seed in (0, 1):
         ours, theirs = (weights(tmp_path / name / f"fidec-seed{seed}") for name in ("together", "alone"))
@@ -201,7 +203,7 @@ def test_several_seeds_in_several_processes(tmp_path: Path) -> None:
 
 @pytest.mark.long("three runs")
 def test_online_all_processes_see_the_same(tmp_path: Path) -> None:
-    online = ["--online-steps", "20", "--env", "hopper-medium"]
+    online = ["--online-steps", "20"]
     finished([*torchrun(2), *training(*online, "--out", str(tmp_path / "straight"))])
     finished([*torchrun(2), *training(*online, "--online-steps", "9", "--out", str(tmp_path / "resumed"))])
     finished([*torchrun(2), *training(*online, "--out", str(tmp_path / "resumed"), "--resume")])
