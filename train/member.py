@@ -18,6 +18,7 @@ from train.outputs.notes import check_notes
 from train.outputs.policy import save_policy
 from train.outputs.record import Record
 from train.outputs.result import Result
+from train.reading import shown
 from train.settings import RunError
 
 
@@ -89,7 +90,7 @@ class Member:
             raise RunError(f"--resume: {checkpoint.path} has notes of no run ({error})") from error
         if checkpoint.notes["data"] != self.result.data_identity:
             raise RunError(
-                f"--resume: {checkpoint.path} was trained on other data: {checkpoint.notes['data']}, "
+                f"--resume: {checkpoint.path} was trained on other data: {shown(checkpoint.notes['data'])}, "
                 f"and now there is {self.result.data_identity}"
             )
         problem = None

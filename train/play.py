@@ -122,13 +122,13 @@ def check_fits(policy: Policy, spec: EnvSpec, config: PlayConfig) -> None:
         )
 
 
-def finite(act: Callable[[np.ndarray], np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
+def finite(act: Callable[[np.ndarray], np.ndarray], run: Path) -> Callable[[np.ndarray], np.ndarray]:
     """The same function, which refuses to act by NaN or infinity: the simulator would go on with them."""
 
     def checked(obs: np.ndarray) -> np.ndarray:
         actions = act(obs)
         if not np.isfinite(actions).all():
-            raise PlayError("the policy's actions are NaN or infinite")
+            raise PlayError(f"the policy in {run} acts by NaN or infinity")
         return actions
 
     return checked
@@ -138,7 +138,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = tyro.cli(PlayConfig, args=argv)
     try:
         policy = load_policy(config.run)
-        spec = resolve(policy.env)
+        try:
+            spec = resolve(policy.env)
+        except UnknownEnvironment as error:
+            raise PlayError(f"the policy in {config.run} is for an {error}") from error
         spec.check_installed()
         acting = config.acts(policy.acting)
         if acting.rule in FOR_REFINING_AGENTS and not policy.agent.refines:
@@ -147,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_fits(policy, spec, config)
 
         def act() -> Callable[[np.ndarray], np.ndarray]:
-            return finite(player(policy.agent, acting, config.seed))
+            return finite(player(policy.agent, acting, config.seed), config.run)
 
         outcomes = run_episodes(spec.env_id, act(), episodes=config.episodes, seed=config.seed)
         score = spec.scoring(outcomes)

@@ -17,6 +17,9 @@ import typeguard
 LARGEST_JSON = 16 << 20
 """Bytes of JSON text that are parsed; objects in memory take up to thirty times as many."""
 DEEPEST_JSON = 20
+LONGEST_LIST = 1_000
+"""Items of a list among settings."""
+LONGEST_SHOWN = 300
 LARGEST_HEADER = 32 << 20
 """Bytes of a safetensors header, which names every tensor and holds the notes."""
 
@@ -77,6 +80,9 @@ def record_from_json(kind: type[Record], values: Any) -> Record:
     """
     if not isinstance(values, Mapping):
         raise TypeError(f"{kind.__name__} is a {type(values).__name__}")
+    for name, value in values.items():
+        if isinstance(value, list) and len(value) > LONGEST_LIST:
+            raise Refused(f"{name} has {len(value):,} items")
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     for name, wanted in typing.get_type_hints(kind).items():
         if name in given:
@@ -94,6 +100,12 @@ def require_type(name: str, value: Any, wanted: Any) -> None:
         typeguard.check_type(value, wanted, collection_check_strategy=typeguard.CollectionCheckStrategy.ALL_ITEMS)
     except typeguard.TypeCheckError as error:
         raise TypeError(f"{name}: {error}") from error
+
+
+def shown(value: object) -> str:
+    """A value from a file, for display: without what would move a terminal's cursor, and no longer than a few lines."""
+    text = str(value)
+    return text if text.isprintable() and len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]!r}..."
 
 
 def check_safetensors(path: Path) -> None:

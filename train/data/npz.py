@@ -39,12 +39,13 @@ class Header(NamedTuple):
 
 
 class _Bounded(io.BufferedReader):
-    """A file that refuses to be read at once: the archive says how large its directory is."""
+    """A file that is not read all at once: the archive itself says how large its directory is."""
 
     def read(self, size: int | None = -1, /) -> bytes:
-        if size is None or not 0 <= size <= LARGEST_READ:
+        content = super().read(LARGEST_READ + 1 if size is None or size < 0 else min(size, LARGEST_READ + 1))
+        if len(content) > LARGEST_READ:
             raise Refused("the archive's directory is too large")
-        return super().read(size)
+        return content
 
 
 @contextlib.contextmanager
@@ -93,8 +94,8 @@ def header_of(file: IO[bytes], name: str) -> Header:
         raise Refused(f"{name} has a header of {length:,} bytes")
     try:
         shape, _, dtype = READERS[version](io.BytesIO(field + file.read(length)))
-    except (RecursionError, MemoryError, SyntaxError, TypeError) as error:  # from the parser of Python's literals
-        raise Refused(f"{name} has no header of an array ({type(error).__name__})") from error
+    except Exception as error:  # from the parsers of Python's literals and tokens
+        raise Refused(f"{name} has no header of an array ({type(error).__name__}: {error!s:.200})") from error
     if dtype.kind not in "biuf":
         raise Refused(f"{name} has {dtype}, not numbers; nothing is unpickled (allow_pickle=False)")
     if any(side < 0 for side in shape):

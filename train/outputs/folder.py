@@ -10,7 +10,7 @@ from typing import Any
 
 from train.outputs.checkpoint import newest_step
 from train.outputs.files import write_whole
-from train.reading import read_json, require_type
+from train.reading import read_json, require_type, shown
 from train.settings import MAY_CHANGE_ON_RESUME, OF_ONLINE, RunConfig, RunError
 
 LEFT_BY_A_RUN = (
@@ -64,12 +64,6 @@ def check_folder(folder: Path, config: RunConfig) -> None:
             raise RunError(
                 f"--steps must be at least {least:,} to --resume the run in {folder}: it did as many offline"
             )
-
-
-def shown(value: object) -> str:
-    """A setting from a file, for display: without what would move a terminal's cursor, and not longer than a line."""
-    text = str(value)
-    return text if text.isprintable() and len(text) <= 100 else f"{text[:100]!r}..."
 
 
 def defaults(config: RunConfig) -> dict[str, Any]:

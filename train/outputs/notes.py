@@ -51,7 +51,7 @@ def check_notes(notes: Mapping[str, Any], step: int) -> None:
     for i, row in enumerate(evaluations):
         if not 0 <= row["step"] <= step or row["role"] != ROLES[i % len(ROLES)] or row["episodes"] < 1:
             raise ValueError(
-                f"its evaluation {i} is of {row['role']:.20}, step {row['step']}, {row['episodes']} episodes"
+                f"its evaluation {i} is of {row['role'][:20]!r}, step {row['step']}, {row['episodes']} episodes"
             )
     if len(evaluations) % len(ROLES):
         raise ValueError(f"it has {len(evaluations)} evaluations, not one for each of {', '.join(ROLES)}")
