@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import fdkernels
+from train.reading import read_json
 
 PACKAGES = (
     "torch",
@@ -83,7 +84,7 @@ def _commit() -> tuple[str | None, bool | None]:
 
 def load(path: Path) -> Results:
     try:
-        results = json.loads(path.read_text())
+        results = read_json(path)
         devices = {row["device"] for row in results["rows"]} | {run["device"] for run in results["runs"].values()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ResultError(f"{path} is not a file of results ({type(error).__name__}: {error})") from error
@@ -125,7 +126,9 @@ def write(path: Path, results: Results) -> None:
     """Write the file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(results, indent=1) + "\n")
+    partial.unlink(missing_ok=True)  # of a process that was killed; or a link, which must not be followed
+    with partial.open("x") as file:
+        file.write(json.dumps(results, indent=1) + "\n")
     partial.replace(path)
 
 

@@ -152,7 +152,7 @@ def test_a_missing_simulator_is_reported_before_any_download(monkeypatch, name: 
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda what: None if "robotics" in what else find(what))
     monkeypatch.setattr(minari, "download_dataset", fail)
-    monkeypatch.setattr(minari, "load_dataset", fail)
+    monkeypatch.setattr(hosted.minari_cache, "read", fail)
     monkeypatch.setattr(hosted, "_hub_problem", fail)
     monkeypatch.setattr(hosted.minari_cache, "is_cached", lambda dataset_id: cached)
     with pytest.raises(NotInstalled, match=rf"{name} needs gymnasium_robotics: pip install -e '\.\[d4rl\]'"):

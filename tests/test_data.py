@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import gymnasium as gym
+import h5py
 import huggingface_hub
 import minari
 import numpy as np
@@ -483,15 +484,14 @@ def test_a_bad_dataset_is_refused_by_name(policies, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize(("flags", "message"), [("none", "has no end"), ("middle", "goes on after it terminated")])
-def test_episodes_without_an_end_are_refused(policies, monkeypatch, flags: str, message: str) -> None:
+def test_episodes_without_an_end_are_refused(cache, policies, flags: str, message: str) -> None:
     dataset = load_dataset(HOPPER, policies=policies, download=False)
-    made = minari.load_dataset(dataset.dataset_ids[0])
-    stored = [e for e in made]
-    terminations = np.zeros(len(stored[2].rewards), bool)
-    terminations[1 if flags == "middle" else []] = True
-    truncations = np.arange(len(terminations)) == (len(terminations) - 1 if flags == "middle" else -1)
-    stored[2] = dataclasses.replace(stored[2], terminations=terminations, truncations=truncations)
-    monkeypatch.setattr(minari, "load_dataset", lambda dataset_id: stored)
+    with h5py.File(cache / dataset.dataset_ids[0] / "data" / "main_data.hdf5", "a") as file:
+        stored = file["episode_2"]
+        stored["terminations"][:] = False
+        stored["truncations"][:] = False
+        if flags == "middle":
+            stored["terminations"][1] = stored["truncations"][-1] = True
     with pytest.raises(minari_cache.Unreadable, match=f"episode 2 {message}"):
         minari_cache.read(dataset.dataset_ids[0])
 

@@ -27,6 +27,8 @@ RuleName = Literal[
 Policy: TypeAlias = Callable[[Agent, Tensor, Tensor], Tensor]
 
 REFINEMENTS = 5
+MOST_SAMPLES = 10_000
+"""The largest N: the critics' hidden layers take 2 kB for each sample of each state."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,10 +44,12 @@ class Acting:
     def __post_init__(self) -> None:
         if self.rule not in RULES:
             raise ValueError(f"Acting: rule must be one of {', '.join(map(repr, RULES))}, got {self.rule!r}")
-        if self.num_samples < 1 or self.temperature <= 0:
+        if self.num_samples < 1 or not self.temperature > 0:
             raise ValueError(
                 f"Acting: num_samples and temperature must be positive, got {self.num_samples} and {self.temperature}"
             )
+        if self.num_samples > MOST_SAMPLES:
+            raise ValueError(f"Acting: num_samples must be at most {MOST_SAMPLES:,}, got {self.num_samples:,}")
 
     def __str__(self) -> str:
         return self.rule.replace("-n", f"-{self.num_samples}")

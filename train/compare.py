@@ -11,7 +11,6 @@ and evaluates. The table and the picture (compare.md, compare.png) are redrawn a
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from train.agents import AGENTS, AgentName
 from train.environments import resolve
 from train.outputs.curve import draw_comparison, interquartile_mean
 from train.outputs.files import write_whole
+from train.reading import read_json
 from train.settings import PresetName
 
 
@@ -128,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\n== {agent}, seed {seed}", flush=True)
         if code := run.main(options):
             return code
-        summary = json.loads((config.folder / f"{agent}-seed{seed}" / "result.json").read_text())
+        summary = read_json(config.folder / f"{agent}-seed{seed}" / "result.json")
         results.setdefault(agent, []).append(summary)
         lines = lines_of(results)
         write_whole(config.folder / "compare.md", table(lines, results, config.env) + "\n")

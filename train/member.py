@@ -14,9 +14,11 @@ from train.evaluate import evaluate
 from train.online import ONLINE_METRICS, Explorer
 from train.outputs.checkpoint import Checkpoint, save_checkpoint
 from train.outputs.curve import draw_curve
+from train.outputs.notes import check_notes
 from train.outputs.policy import save_policy
 from train.outputs.record import Record
 from train.outputs.result import Result
+from train.reading import shown
 from train.settings import RunError
 
 
@@ -81,17 +83,30 @@ class Member:
         save_checkpoint(folder, step, self.agent, self.optimizer, self.generator, notes, seen)
 
     def restore(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            RunError: it is of other data, or not of such a run.
+        """
+        try:
+            check_notes(checkpoint.notes, checkpoint.step)
+        except (TypeError, ValueError) as error:
+            raise RunError(f"--resume: {checkpoint.path} has notes of no run ({error})") from error
         if checkpoint.notes["data"] != self.result.data_identity:
             raise RunError(
-                f"--resume: {checkpoint.path} was trained on other data: {checkpoint.notes['data']}, "
+                f"--resume: {checkpoint.path} was trained on other data: {shown(checkpoint.notes['data'])}, "
                 f"and now there is {self.result.data_identity}"
             )
-        checkpoint.restore(self.agent, self.optimizer, self.generator)
+        problem = None
+        try:
+            checkpoint.restore(self.agent, self.optimizer, self.generator)
+            if self.explorer is not None and "online" in checkpoint.notes:
+                problem = self.explorer.restore(checkpoint.part("replay"), checkpoint.notes["online"])
+        except ValueError as error:
+            raise RunError(f"--resume: {checkpoint.path} is not of this run: {error}") from error
         self.result.evaluations = checkpoint.notes["evaluations"]
-        if self.explorer is not None and "online" in checkpoint.notes:
-            problem = self.explorer.restore(checkpoint.part("replay"), checkpoint.notes["online"])
-            if problem is not None:
-                print(f"online     {problem}")
+        if problem is not None:
+            print(f"online     {problem}")
 
     def finish(self, seconds: float) -> None:
         """Write the policy and the summary."""

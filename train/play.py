@@ -15,13 +15,14 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from train.acting import FOR_REFINING_AGENTS, Acting, RuleName
+from train.acting import FOR_REFINING_AGENTS, MOST_SAMPLES, Acting, RuleName
 from train.agents.hyperparameters import require
 from train.data.spec import EnvSpec, NotInstalled
 from train.environments import UnknownEnvironment, resolve
 from train.evaluate import player, run_episodes
-from train.outputs.policy import PolicyError, load_policy
+from train.outputs.policy import Policy, PolicyError, load_policy
 from train.rendering import render_off_screen
+from train.simulator import kept_vector_env
 
 WIDTH, HEIGHT = 480, 320
 
@@ -59,6 +60,8 @@ class PlayConfig:
         require("seed", self.seed, self.seed >= 0, "zero or more")
         for name in ("acting_samples", "acting_temperature", "episodes", "seconds"):
             require(name, getattr(self, name), (value := getattr(self, name)) is None or value > 0, "positive")
+        few = (self.acting_samples or 1) <= MOST_SAMPLES
+        require("acting_samples", self.acting_samples, few, f"at most {MOST_SAMPLES:,}")
 
     def acts(self, judged_by: Acting) -> Acting:
         """The acting rule asked for; settings that were not given are the run's own."""
@@ -102,18 +105,52 @@ def film(spec: EnvSpec, act: Callable[[np.ndarray], np.ndarray], path: Path, see
     return f"{path}: {len(frames) / fps:.1f} s"
 
 
+def check_fits(policy: Policy, spec: EnvSpec, config: PlayConfig) -> None:
+    """Refuse a policy whose weights are for other observations or actions than its environment's.
+
+    Raises:
+        PlayError: they are.
+    """
+    envs = kept_vector_env(spec.env_id, config.episodes)
+    *shape, last = envs.single_observation_space.shape or ()
+    seen, acts = (*shape, last * policy.agent.config.frame_stack), envs.single_action_space.shape
+    wanted = tuple(policy.agent.obs_mean.shape), (policy.agent.action_dim,)
+    if (seen, acts) != wanted:
+        raise PlayError(
+            f"the policy in {config.run} is for observations {wanted[0]} and actions {wanted[1]}, and {policy.env} has "
+            f"{seen} and {acts}"
+        )
+
+
+def finite(act: Callable[[np.ndarray], np.ndarray], run: Path) -> Callable[[np.ndarray], np.ndarray]:
+    """The same function, which refuses to act by NaN or infinity: the simulator would go on with them."""
+
+    def checked(obs: np.ndarray) -> np.ndarray:
+        actions = act(obs)
+        if not np.isfinite(actions).all():
+            raise PlayError(f"the policy in {run} acts by NaN or infinity")
+        return actions
+
+    return checked
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     config = tyro.cli(PlayConfig, args=argv)
     try:
         policy = load_policy(config.run)
-        spec = resolve(policy.env)
+        try:
+            spec = resolve(policy.env)
+        except UnknownEnvironment as error:
+            raise PlayError(f"the policy in {config.run} is for an {error}") from error
         spec.check_installed()
         acting = config.acts(policy.acting)
         if acting.rule in FOR_REFINING_AGENTS and not policy.agent.refines:
             raise PlayError(f"--acting {acting.rule} refines an action, and this agent has nothing that does")
 
+        check_fits(policy, spec, config)
+
         def act() -> Callable[[np.ndarray], np.ndarray]:
-            return player(policy.agent, acting, config.seed)
+            return finite(player(policy.agent, acting, config.seed), config.run)
 
         outcomes = run_episodes(spec.env_id, act(), episodes=config.episodes, seed=config.seed)
         score = spec.scoring(outcomes)

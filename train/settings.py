@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from train.acting import FOR_REFINING_AGENTS, Acting, RuleName
+from train.acting import FOR_REFINING_AGENTS, MOST_SAMPLES, Acting, RuleName
 from train.agents import AGENTS, AgentName
 from train.agents.hyperparameters import AgentConfig, require, require_finite
 from train.data.replay import Mixture
@@ -143,6 +143,8 @@ class RunConfig:
         )
         for name in (*counts, "eval_every", "log_every", "checkpoint_every"):
             require(name, getattr(self, name), (value := getattr(self, name)) is None or value > 0, "positive")
+        few = self.acting_samples <= MOST_SAMPLES
+        require("acting_samples", self.acting_samples, few, f"at most {MOST_SAMPLES:,}")
         size = self.dataset_size
         require("dataset_size", size, isinstance(size, str) or size > 0, "default, full or a positive number")
         for name in ("acting", "online_acting"):

@@ -21,7 +21,7 @@ def flow_of(name: str, updates: int, seed: int, folder: Path) -> fdkernels.Veloc
     flow = fdkernels.VelocityMLP(cond_dim=2, action_dim=density.d, hidden=(128,) * 3)
     path = folder / "flows" / f"{name}-{updates}-seed{seed}.pt"
     if path.exists():
-        flow.load_state_dict(torch.load(path))
+        flow.load_state_dict(torch.load(path, weights_only=True))
         return flow.requires_grad_(False)
     optimizer = torch.optim.Adam(flow.parameters(), lr=1e-3, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)

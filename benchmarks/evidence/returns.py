@@ -79,7 +79,7 @@ def warmed_up(env: str, seed: int, folder: Path, quick: bool) -> dict[str, Tenso
             advance(run, run.stages[1].end)
             torch.save(run.learner.state_dict(), path.with_suffix(".partial"))
             path.with_suffix(".partial").rename(path)
-    return torch.load(path)
+    return torch.load(path, weights_only=True)
 
 
 def flow_answer(env: str, seed: int, folder: Path, quick: bool) -> dict[str, Any]:

@@ -8,6 +8,9 @@ from typing import Literal
 
 from train.agents.encoder import EncoderName
 
+MOST_STEPS = 10_000
+"""Steps of a flow; with more, an action takes minutes."""
+
 
 def require_finite(config: object) -> None:
     for field in dataclasses.fields(config):  # type: ignore[arg-type]
@@ -99,6 +102,7 @@ class AgentConfig:
             require(name, getattr(self, name), getattr(self, name) >= 0, "zero or more")
         for name in ("discount", "tau", "augment"):
             require(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "between 0 and 1")
+        require("flow_steps", self.flow_steps, self.flow_steps <= MOST_STEPS, f"at most {MOST_STEPS:,}")
         require("fisher_t", self.fisher_t, 0 <= self.fisher_t < 1, "at least 0 and below 1")
         for name in ("actor_hidden", "critic_hidden"):
             require(name, getattr(self, name), all(width > 0 for width in getattr(self, name)), "positive widths")

@@ -15,7 +15,7 @@ from minari.data_collector import EpisodeBuffer
 from minari.dataset.minari_storage import MinariStorage
 from tqdm import tqdm
 
-from train.behaviour.policy import BehaviourPolicy, policy_note
+from train.behaviour.policy import BadPolicy, BehaviourPolicy, policy_note
 from train.data.spec import EnvSpec, NormalizedReturn
 from train.simulator import make_vector_env
 
@@ -92,6 +92,9 @@ def store_rollouts(folder: Path, dataset_id: str, spec: EnvSpec, policy_file: Pa
     seed = zlib.crc32(dataset_id.encode())  # no two datasets share their initial states
     env = gym.make(spec.env_id)
     obs_shape = env.observation_space.shape
+    policy = BehaviourPolicy.load(policy_file)
+    if policy.widths != (obs_shape, env.action_space.shape):
+        raise BadPolicy(f"{policy_file} is for observations and actions of {policy.widths}, not those of {spec.env_id}")
     folder.mkdir()
     storage = MinariStorage.new(
         folder / "data",
@@ -113,5 +116,5 @@ def store_rollouts(folder: Path, dataset_id: str, spec: EnvSpec, policy_file: Pa
             "policy": policy_note(policy_file),
         }
     )
-    rollouts = collect(spec.env_id, BehaviourPolicy.load(policy_file), episodes=episodes, seed=seed)
+    rollouts = collect(spec.env_id, policy, episodes=episodes, seed=seed)
     storage.update_episodes(tqdm(rollouts, f"generating {dataset_id}", episodes, unit="episode", disable=None))

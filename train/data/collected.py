@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from train.behaviour import scripted
 from train.behaviour.scripted import DTYPES, Episode
+from train.data import npz
 
 PART_EPISODES = 10
 VERSION = "v0"  # raise it when the controllers or the way they are played change
@@ -114,7 +115,11 @@ def read(name: str, episodes: int, folder: Path | None = None) -> Episode:
         Unreadable: a part is missing or damaged; ``collect`` generates it again.
     """
     rows = scripted.recipe_of(name).rows
-    read = [_read(part, rows) for part in parts(name, episodes, folder)]
+    files = parts(name, episodes, folder)
+    read = [_read(part, rows) for part in files]
+    for file, part in zip(files, read):
+        if {c: part[c].shape for c in part} != {c: read[0][c].shape for c in read[0]}:
+            raise Unreadable(f"{file} has columns of other shapes than {files[0].name}")
     return {column: np.concatenate([part[column] for part in read])[: episodes * rows] for column in read[0]}
 
 
@@ -125,9 +130,8 @@ def seed_of(name: str, index: int) -> int:
 
 def _read(part: Path, rows: int) -> Episode:
     try:
-        with np.load(part, allow_pickle=False) as file:
-            columns = {column: file[column] for column in file.files}
-        if not {"observations", "actions", "terminals", "qpos"} <= set(columns) <= set(DTYPES):
+        columns = npz.read(part, DTYPES)
+        if not {"observations", "actions", "terminals", "qpos"} <= set(columns):
             raise ValueError(f"its columns are {', '.join(columns)}")
         for column, values in columns.items():
             if values.dtype != DTYPES[column] or len(values) != PART_EPISODES * rows:

@@ -10,9 +10,10 @@ from pathlib import Path
 from filelock import FileLock
 from minari.storage import get_dataset_path
 
+from train.behaviour.policy import BadPolicy
 from train.behaviour.rollout import store_rollouts
 from train.data import minari_cache
-from train.data.spec import EnvSpec, NotHere, Part, Size, Source, Wanted
+from train.data.spec import DatasetUnavailable, EnvSpec, NotHere, Part, Size, Source, Wanted
 
 EPISODES = {"default": 100, "full": 1000}
 """Episodes that each behaviour policy plays."""
@@ -47,7 +48,10 @@ class Rollouts(Source):
             reason = f"{wanted.policies} lacks a behaviour policy for it"
             raise NotHere(reason, tried=[f"generate: {reason}, has them for {', '.join(generable) or 'none'}"])
         named = zip(self.dataset_ids(wanted), self._files(wanted))
-        return [_read_or_generate(dataset_id, spec, file, episodes_of(wanted.size)) for dataset_id, file in named]
+        try:
+            return [_read_or_generate(dataset_id, spec, file, episodes_of(wanted.size)) for dataset_id, file in named]
+        except BadPolicy as error:
+            raise DatasetUnavailable(str(error)) from error
 
     def dataset_ids(self, wanted: Wanted) -> list[str]:
         # raise -v0 when the policies or the way they are played change

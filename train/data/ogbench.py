@@ -15,6 +15,7 @@ import functools
 import itertools
 import warnings
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ import numpy as np
 from filelock import FileLock
 from huggingface_hub import constants
 
-from train.data import collected, goals, published
+from train.data import collected, goals, npz, published
 from train.data.episode import Episode
 from train.data.generated import episodes_of
 from train.data.minari_cache import brief
@@ -141,14 +142,13 @@ class Files(Source):
             origin = "OGBench, downloaded now"
         try:
             columns = {"observations": images(self.path)} if self.dataset.startswith(VISUAL) else {}
-            with np.load(self.path, allow_pickle=False) as file:
-                columns |= {name: file[name] for name in COLUMNS if name in file.files and name not in columns}
+            columns |= npz.read(self.path, [name for name in COLUMNS if name not in columns])
             episodes = of_task(columns, self.task)
         except OSError as error:
             if error.errno is None:  # NumPy's, about what the file holds
                 raise self._damaged(error) from error
             raise DatasetUnavailable(f"{self.path} cannot be read or unpacked beside itself: {error}") from error
-        except (ValueError, zipfile.BadZipFile, EOFError) as error:
+        except (ValueError, IndexError, zipfile.BadZipFile, zlib.error, EOFError) as error:
             raise self._damaged(error) from error
         return [Part(self.dataset, origin, episodes)]
 
@@ -214,7 +214,12 @@ class Collected(Source):
             columns = collected.read(self.name, episodes)
         except (ChildProcessError, collected.Unreadable) as error:
             raise DatasetUnavailable(f"{self.name} cannot be generated: {error}") from error
-        return [Part(f"fdkernels/{self.name}-{episodes}ep-v0", origin, of_task(columns, self.task))]
+        try:
+            found = of_task(columns, self.task)
+        except (ValueError, IndexError) as error:
+            folder = collected.parts(self.name, 1)[0].parent
+            raise DatasetUnavailable(f"the files in {folder} are not {self} ({brief(error)}): delete them") from error
+        return [Part(f"fdkernels/{self.name}-{episodes}ep-v0", origin, found)]
 
 
 def images(path: Path) -> np.ndarray:
@@ -239,11 +244,15 @@ def of_task(columns: dict[str, np.ndarray], task: str) -> list[Episode]:
         task: OGBench's id of the environment.
 
     Raises:
-        ValueError: a column is missing or too short, or the last episode has no end.
+        ValueError: a column is missing, too short or no table, or the last episode has no end.
+        IndexError: a row of qpos is not a state of the environment.
     """
     needed = COLUMNS if "scene" in task or "puzzle" in task else COLUMNS[:-1]
     if missing := [name for name in needed if name not in columns]:
         raise ValueError(f"it lacks {', '.join(missing)}")
+    for name in needed:
+        if columns[name].ndim not in ({1} if name == "terminals" else {2, 4} if name == "observations" else {2}):
+            raise ValueError(f"its {name} have the shape {columns[name].shape}")
     lengths = {name: len(columns[name]) for name in needed}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"its columns have different lengths: {lengths}")

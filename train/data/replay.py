@@ -88,7 +88,13 @@ class Replay:
         return self.online.states[self._states - 1]
 
     def last(self, steps: int) -> tuple[Tensor, Tensor]:
-        """The states (steps + 1, obs_dim) and actions (steps, d) of the last transitions, if one episode has them."""
+        """The states (steps + 1, obs_dim) and actions (steps, d) of the last transitions.
+
+        Raises:
+            ValueError: the episode under way has fewer.
+        """
+        if steps > self.added - self._first:
+            raise ValueError(f"the episode under way has {self.added - self._first} steps, not {steps}")
         states, actions = self.online.states, self.online.actions
         return states[self._states - steps - 1 : self._states], actions[self.added - steps : self.added]
 
@@ -133,10 +139,37 @@ class Replay:
         return {name: getattr(self.online, name)[:rows] for name, rows in filled.items()}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Take over what `tensors` returned."""
+        """Take over what `tensors` returned.
+
+        Raises:
+            ValueError: it did not return these.
+        """
+        self._check(tensors)
         for name, tensor in tensors.items():
             getattr(self.online, name)[: len(tensor)] = tensor
         self.added, self._states = len(tensors["rows"]), len(tensors["states"])
         earlier = self._states - self.added - 1  # each episode has one state more than transitions
         self._first = int((tensors["rows"].cpu() - torch.arange(self.added) < earlier).sum())
         self._size.fill_(self.added)
+
+    def _check(self, tensors: dict[str, Tensor]) -> None:
+        """Refuse tables that do not fit into these, or have numbers of rows that are not there."""
+        if odd := sorted(tensors.keys() ^ set(TABLES)):
+            raise ValueError(f"its replay {'lacks' if odd[0] in TABLES else 'should not have'} {odd[0]:.100}")
+        (states,), (added,) = (tensors[name].shape[:1] or (0,) for name in ("states", "rows"))
+        for name, found in tensors.items():
+            table, rows = getattr(self.online, name), states if name == "states" else added
+            if found.shape != (rows, *table.shape[1:]) or found.dtype != table.dtype or rows > len(table):
+                like = f"{(rows, *table.shape[1:])} {table.dtype}"
+                raise ValueError(
+                    f"its replay has {name} {tuple(found.shape)} {found.dtype}; {like} would fit, at most {len(table)}"
+                )
+            if found.dtype.is_floating_point and not found.isfinite().all():
+                raise ValueError(f"its replay has NaN or infinity in {name}")
+        for name, least, below in (("rows", 0, states), ("next_rows", 1, states), ("next_steps", 0, added)):
+            if added and not least <= int(tensors[name].min()) <= int(tensors[name].max()) < below:
+                raise ValueError(f"its replay has {name} outside {least} to {below - 1}")
+        # an episode has one state more than transitions, so that from one to the next two rows are passed
+        follow = tensors["rows"].cpu().diff(prepend=torch.tensor([-1]), append=torch.tensor([states - 1]))
+        if added and not set(follow.tolist()) <= {1, 2}:
+            raise ValueError("its replay has rows that are not one episode after the other")

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from train.agents.base import Agent
 from train.outputs.files import write_safetensors
+from train.reading import check_safetensors, parse_json
 
 KEPT = 2
 """Number of checkpoints kept on disk: more than one, because the newest could be damaged."""
@@ -67,18 +68,44 @@ class Checkpoint(NamedTuple):
     tensors: dict[str, Tensor]
 
     def restore(self, agent: Agent, optimizer: torch.optim.Optimizer, generator: torch.Generator) -> None:
-        """Restore everything in place, because the tensors may be views of others."""
-        agent.load_state_dict(self.part("agent"))
+        """Restore everything in place, because the tensors may be views of others.
+
+        Raises:
+            ValueError: the tensors are not those of such an agent, optimiser and generator. Nothing was restored.
+        """
         (learning,) = (group["params"] for group in optimizer.param_groups)
+        moments = {f"{i}/{name}": t for i, p in enumerate(learning) for name, t in optimizer.state[p].items()}
+        require_alike(self.part("agent"), agent.state_dict())
+        require_alike(self.part("adam"), moments)
+        state = self.tensors.get("generator")
+        require_alike({} if state is None else {"generator": state}, {"generator": generator.get_state()})
+        try:
+            generator.set_state(self.tensors["generator"])
+        except RuntimeError as error:
+            raise ValueError(f"its random generator cannot be restored: {error}") from error
+        agent.load_state_dict(self.part("agent"))
         for name, tensor in self.part("adam").items():
-            index, _, field = name.partition("/")
-            optimizer.state[learning[int(index)]][field].copy_(tensor)
-        generator.set_state(self.tensors["generator"])
+            moments[name].copy_(tensor)
 
     def part(self, group: str) -> dict[str, Tensor]:
         """The tensors of a part: ``agent``, ``adam`` or ``replay``."""
         prefix = f"{group}/"
         return {name.removeprefix(prefix): tensor for name, tensor in self.tensors.items() if name.startswith(prefix)}
+
+
+def require_alike(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """Refuse tensors with other names, shapes or types than those that they are to replace.
+
+    Raises:
+        ValueError: one is missing, too many or different.
+    """
+    if odd := sorted(found.keys() ^ wanted.keys()):
+        raise ValueError(f"it {'lacks' if odd[0] in wanted else 'should not have'} {odd[0]:.100}")
+    for name, tensor in found.items():
+        ours = wanted[name]
+        if tensor.shape != ours.shape or tensor.dtype != ours.dtype:
+            theirs = f"{tuple(tensor.shape)} {tensor.dtype}"
+            raise ValueError(f"{name} is {theirs}, and {tuple(ours.shape)} {ours.dtype} would fit")
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -88,12 +115,16 @@ def read_checkpoint(path: Path) -> Checkpoint:
         DamagedCheckpoint: the file is cut short or altered.
     """
     try:
+        check_safetensors(path)
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
         tensors = load_file(path)
         if header.pop("checksum", None) != _checksum(tensors, header):
             raise ValueError("its checksum does not match")
-        return Checkpoint(path, int(header["step"]), json.loads(header["notes"]), tensors)
+        step, notes = int(header["step"]), parse_json(header["notes"])
+        if step < 0 or not isinstance(notes, dict):
+            raise ValueError(f"it is of step {step}, with notes in a {type(notes).__name__}")
+        return Checkpoint(path, step, notes, tensors)
     except Exception as error:  # safetensors, the operating system, or a header that is no longer text
         raise DamagedCheckpoint(f"checkpoint {path} is damaged ({type(error).__name__}: {error})") from error
 

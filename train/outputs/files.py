@@ -16,7 +16,8 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], header: dict[str, 
 def write_whole(path: Path, content: bytes | str) -> None:
     """Write a file that appears under its name only once it is safely on disk."""
     partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
+    partial.unlink(missing_ok=True)  # of a process that was killed; or a link, which must not be followed
+    with partial.open("xb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
         os.fsync(file.fileno())
     partial.replace(path)

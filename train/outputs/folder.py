@@ -10,6 +10,7 @@ from typing import Any
 
 from train.outputs.checkpoint import newest_step
 from train.outputs.files import write_whole
+from train.reading import read_json, require_type, shown
 from train.settings import MAY_CHANGE_ON_RESUME, OF_ONLINE, RunConfig, RunError
 
 LEFT_BY_A_RUN = (
@@ -23,15 +24,20 @@ def check_folder(folder: Path, config: RunConfig) -> None:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     try:
-        before = json.loads((folder / "config.json").read_text())
+        before = read_json(folder / "config.json")
         before |= before.pop("hyper")
         before = defaults(config) | before  # a setting that is newer than the run had its default
+        for name in ("flow_warmup", "critic_warmup", "steps", "online_steps"):
+            require_type(name, before[name], int)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{folder} is there and no run made it (no config.json of ours): use another --out") from error
     if not config.resume and not config.overwrite:
         raise RunError(
             f"{folder} already holds a run: --resume continues it, --overwrite deletes it, --out DIR avoids it"
         )
+    for name in LEFT_BY_A_RUN:
+        if (folder / name).is_symlink():  # what is written or deleted there would be elsewhere
+            raise RunError(f"{folder / name} is a symbolic link, which no run makes: put what it leads to in its place")
     if config.resume:
         now = config.as_json()
         now |= now.pop("hyper")
@@ -51,7 +57,7 @@ def check_folder(folder: Path, config: RunConfig) -> None:
             )
         changed = [name for name in now if name not in may_change and now[name] != before.get(name)]
         if changed:
-            was = ", ".join(f"--{name.replace('_', '-')} {before.get(name)}" for name in changed)
+            was = ", ".join(f"--{name.replace('_', '-')} {shown(before.get(name))}" for name in changed)
             raise RunError(f"--resume: the run in {folder} was started with {was}")
         least = step - config.flow_warmup - config.critic_warmup
         if config.online_steps and not is_online and config.steps < least:

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from train.acting import Acting
 from train.agents import AGENTS
 from train.agents.base import Agent
 from train.agents.encoder import FEATURES
+from train.outputs.checkpoint import require_alike
 from train.outputs.files import write_safetensors
+from train.reading import check_safetensors, parse_json, record_from_json
 from train.settings import RunConfig
 
 FILE = "policy.safetensors"
+LONGEST_NAME = 200
+ERRORS = (SafetensorError, KeyError, IndexError, TypeError, ValueError, OverflowError, RuntimeError)
+"""Raised by what makes an agent of a file that is no policy."""
 
 
 class PolicyError(RuntimeError):
@@ -48,15 +56,30 @@ def load_policy(folder: Path) -> Policy:
     if not path.exists():
         raise PolicyError(f"{path} is not there: a run writes it when it has finished")
     try:
+        check_safetensors(path)
         with safe_open(path, framework="pt") as file:
             header, weights = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        hyper = json.loads(header["hyper"])
-        hyper |= {name: tuple(value) for name, value in hyper.items() if isinstance(value, list)}
-        kind, observation = AGENTS[header["agent"]], tuple(weights["obs_mean"].shape)
-        config = kind.hyperparameters(**hyper)
-        obs_dim = observation[0] if config.encoder == "none" else FEATURES
-        agent = kind(config, observation, weights["critic.weights.0"].shape[1] - obs_dim)
-        agent.load_state_dict(weights)
-        return Policy(agent, header["env"], Acting(**json.loads(header["acting"])))
-    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        return _policy(header, weights)
+    except ERRORS as error:
         raise PolicyError(f"{path} is no policy of this version ({type(error).__name__}: {error})") from error
+
+
+def _policy(header: Mapping[str, str], weights: Mapping[str, Tensor]) -> Policy:
+    kind, observation = AGENTS[header["agent"]], tuple(weights["obs_mean"].shape)
+    config = record_from_json(kind.hyperparameters, parse_json(header["hyper"]))
+    acting = record_from_json(Acting, parse_json(header["acting"]))
+    if len(header["env"]) > LONGEST_NAME:
+        raise ValueError(f"its environment has a name of {len(header['env']):,} letters")
+    if len(config.actor_hidden) + len(config.critic_hidden) > len(weights):
+        raise ValueError("its networks have more layers than there are weights")
+    if (observation[-1] % config.frame_stack) if config.encoder != "none" else config.frame_stack > 1:
+        raise ValueError(f"it stacks {config.frame_stack} frames in observations of shape {observation}")
+    obs_dim = observation[0] if config.encoder == "none" else FEATURES
+    with torch.device("meta"):  # without memory: the file decides how large the agent is, and may lie
+        agent = kind(config, observation, weights["critic.weights.0"].shape[1] - obs_dim)
+    require_alike(weights, agent.state_dict())
+    for name, tensor in weights.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} has NaN or infinity")
+    agent.load_state_dict(weights, assign=True)
+    return Policy(agent, header["env"], acting)

@@ -10,7 +10,11 @@ from pathlib import Path
 from torch.utils.tensorboard import SummaryWriter
 
 from train.outputs.files import write_whole
+from train.reading import require_file
+from train.settings import RunError
 
+LARGEST_TABLE = 256 << 20
+"""Bytes of a table that a resumed run goes on with."""
 EVALUATION_COLUMNS = ("step", "role", "return_mean", "return_sem", "score_mean", "score_sem", "episodes")
 
 
@@ -44,6 +48,31 @@ def read_table(path: Path) -> list[dict[str, str]]:
         return [row for row in csv.DictReader(file) if None not in row.values()]
 
 
+def earlier_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+    """The rows of a table of metrics that another process has left.
+
+    Raises:
+        RunError: it is not one.
+    """
+    try:
+        if (size := require_file(path)) > LARGEST_TABLE:
+            raise ValueError(f"it has {size:,} bytes")
+        rows = read_table(path)
+        for i, row in enumerate(rows):
+            if unknown := [name for name in row if name not in columns]:
+                raise ValueError(f"row {i} has a column {unknown[0]!r:.100}")
+            int(row["step"])
+            for name in columns:
+                if name != "stage":
+                    float(row.get(name) or 0)
+    except (csv.Error, ValueError, KeyError) as error:
+        raise RunError(
+            f"{path} is no table of a run's metrics ({type(error).__name__}: {error}); without it, --resume begins a "
+            "new one"
+        ) from error
+    return rows
+
+
 class Record:
     """The tables and TensorBoard events of one run, from ``step`` on.
 
@@ -57,9 +86,9 @@ class Record:
     def __init__(
         self, folder: Path, step: int, evaluations: Sequence[Mapping[str, object]], metrics: tuple[str, ...]
     ) -> None:
-        path = folder / "metrics.csv"
-        before = [row for row in read_table(path) if int(row["step"]) <= step] if path.exists() else []
-        self.metrics = Table(path, ("step", "stage", "updates_per_second", *metrics), before)
+        path, columns = folder / "metrics.csv", ("step", "stage", "updates_per_second", *metrics)
+        before = [row for row in earlier_rows(path, columns) if int(row["step"]) <= step] if path.exists() else []
+        self.metrics = Table(path, columns, before)
         self.evaluations = Table(folder / "evaluations.csv", EVALUATION_COLUMNS, evaluations)
         self.events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 

@@ -19,6 +19,11 @@ import torch
 
 Entry = dict[str, Any]
 SHIPPED_FILE = Path(__file__).with_name("shipped.json")
+LARGEST = 16 << 20
+"""Bytes of a table."""
+LARGEST_NUMBER = 1 << 40
+NAMES = ("implementation", "precision", "source")
+"""The fields of an entry that are text; all others are whole numbers."""
 PROBLEM = ("row_bytes", "precision", "problem_rows", "width")
 """The fields of an entry that describe its problem."""
 
@@ -50,14 +55,33 @@ def user_file() -> Path:
 def read(file: Path) -> dict[str, dict[str, list[Entry]]]:
     """The table in a file; empty if there is no file or this process cannot read it."""
     try:
+        if not file.is_file():  # a pipe would be waited for
+            return {}
+        if file.stat().st_size > LARGEST:
+            raise ValueError(f"it has more than {LARGEST:,} bytes")
         table = json.loads(file.read_text())
-        if not isinstance(table, dict):
-            raise ValueError(f"it holds a {type(table).__name__}")
+        _check(table)
     except OSError:
         return {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RuntimeError(f"{file} is no table of fdkernels ({error}): delete it") from error
     return table
+
+
+def _check(table: Any) -> None:
+    """Refuse what is no table, and numbers that no kernel could be compiled with."""
+    if not isinstance(table, dict) or not all(isinstance(kernels, dict) for kernels in table.values()):
+        raise ValueError("it maps no GPUs to kernels")
+    for entries in (entries for kernels in table.values() for entries in kernels.values()):
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise ValueError("a kernel has no list of entries")
+        for name, value in ((name, value) for entry in entries for name, value in entry.items()):
+            if name in NAMES:
+                fits = isinstance(value, str)
+            else:
+                fits = type(value) is int and (0 if name == "block_n" else 1) <= value <= LARGEST_NUMBER
+            if not fits:
+                raise ValueError(f"{name:.40} is {value!r:.40}")
 
 
 TABLE = read(SHIPPED_FILE) | read(user_file())
@@ -111,7 +135,9 @@ def write(file: Path, key: str, found: dict[str, list[Entry]]) -> None:
         kernels[kernel] = [entry for entry in kernels.get(kernel, []) if _problem(entry) not in problems] + new
     file.parent.mkdir(parents=True, exist_ok=True)
     whole = file.with_suffix(".new")
-    whole.write_text(json.dumps(table, indent=2) + "\n")
+    whole.unlink(missing_ok=True)  # of a process that was killed; or a link, which must not be followed
+    with whole.open("x") as target:
+        target.write(json.dumps(table, indent=2) + "\n")
     whole.replace(file)
 
 

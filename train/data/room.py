@@ -1,0 +1,39 @@
+"""Whether what a file says it holds fits into memory; asked before it is read."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from train.reading import Refused
+
+MOST_PACKED = 1032
+"""The most bytes that one byte of deflated data can hold; a file that claims more lies."""
+
+
+def available() -> int | None:
+    """Bytes that can be allocated, swap included; None where the system does not say."""
+    try:
+        found = dict(re.findall(r"^(\w+): +(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE))
+        return 1024 * (int(found["MemAvailable"]) + int(found["SwapFree"]))
+    except (OSError, KeyError):
+        return None
+
+
+class Room:
+    """The memory that is left for the arrays of one file."""
+
+    def __init__(self) -> None:
+        self._left = available()
+
+    def take(self, name: str, nbytes: int) -> None:
+        """Set aside memory for an array.
+
+        Raises:
+            Refused: there is not as much.
+        """
+        if self._left is None:
+            return
+        if nbytes > self._left:
+            raise Refused(f"{name} takes {nbytes:,} bytes of memory, and {self._left:,} are left")
+        self._left -= nbytes
