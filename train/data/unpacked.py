@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock
 
+from train.outputs.files import sync_folder
+
 CHUNK = 1 << 20
 
 
@@ -45,6 +47,7 @@ def _unpack(file: zipfile.ZipFile, member: zipfile.ZipInfo, unpacked: Path) -> N
             target.flush()
             os.fsync(target.fileno())
         partial.replace(unpacked)
+        sync_folder(unpacked.parent)
     finally:
         partial.unlink(missing_ok=True)
 
