@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ from scipy.stats import bootstrap, trim_mean
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from train.agents import AGENTS
+from train.outputs.files import write_whole
 from train.outputs.record import read_table
 from train.settings import RunConfig, role_names
 
@@ -63,9 +66,15 @@ def draw_curve(folder: Path, config: RunConfig, dataset_score: float, label: str
             ax.set_xlabel("updates of the agent")
             if ax.lines:
                 ax.legend(frameon=False, fontsize=9)
-        path = folder / "curve.png"
-        figure.savefig(path, dpi=150)
-        plt.close(figure)
+        return _save(figure, folder / "curve.png")
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    """Write the picture whole, where a killed run would leave the upper part of one."""
+    content = io.BytesIO()
+    figure.savefig(content, dpi=150, format=path.suffix[1:])
+    plt.close(figure)
+    write_whole(path, content.getvalue())
     return path
 
 
@@ -160,8 +169,7 @@ def draw_comparison(
         ax.set_xlabel(label)
         ax.set_title(title, loc="left", fontsize=14, pad=20)
         ax.grid(axis="x", alpha=0.25)
-        figure.savefig(path, dpi=150)
-        plt.close(figure)
+        _save(figure, path)
 
 
 def group_curve_path(config: RunConfig) -> Path:
@@ -197,7 +205,4 @@ def draw_group_curve(
         seeds = f"seeds {config.seed} to {config.seed + config.num_seeds - 1}"
         title = f"{config.agent} on {config.env}, {seeds}: interquartile mean, 95 % interval, each seed"
         _finish_score(ax, title, config, dataset_score, label)
-        path = group_curve_path(config)
-        figure.savefig(path, dpi=150)
-        plt.close(figure)
-    return path
+        return _save(figure, group_curve_path(config))
