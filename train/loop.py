@@ -267,7 +267,7 @@ class Run:
 
     def resume(self) -> None:
         """Continue from the newest intact checkpoint that all members share; start anew if there is none at all."""
-        folders = [member.config.folder / "checkpoints" for member in self.members]
+        folders = [member.config.checkpoints for member in self.members]
         checkpoints, problems = newest_checkpoints(folders)
         for problem in problems:
             print(f"refused    {problem}")

@@ -20,6 +20,7 @@ from train.agents.hyperparameters import require
 from train.data.spec import EnvSpec, NotInstalled
 from train.environments import UnknownEnvironment, resolve
 from train.evaluate import player, run_episodes
+from train.outputs.best import best_file
 from train.outputs.policy import PolicyError, load_policy
 from train.rendering import render_off_screen
 
@@ -39,13 +40,15 @@ class PlayConfig:
     """Play a finished run, print its scores, and film it if asked to."""
 
     run: Annotated[Path, tyro.conf.Positional]
-    """Folder of the run, with policy.safetensors."""
+    """Folder of the run, with policy.safetensors, or checkpoints/best-*.safetensors for --best."""
     acting: RuleName | None = None
     """Acting rule, see `train/run.py --help`; by default the run's own."""
     acting_samples: int | None = None
     """N, for rules that draw several actions; by default the run's own."""
     acting_temperature: float | None = None
     """Temperature of the weighted means; by default the run's own."""
+    best: bool = False
+    """Play the policy of the run's best evaluation so far, not that of its last update. It may still be training."""
     episodes: int = 10
     """Episodes to play, side by side."""
     seed: int = 0
@@ -105,7 +108,8 @@ def film(spec: EnvSpec, act: Callable[[np.ndarray], np.ndarray], path: Path, see
 def main(argv: Sequence[str] | None = None) -> int:
     config = tyro.cli(PlayConfig, args=argv)
     try:
-        policy = load_policy(config.run)
+        file = best_file(config.run) if config.best else None
+        policy = load_policy(config.run, file)
         spec = resolve(policy.env)
         spec.check_installed()
         acting = config.acts(policy.acting)
@@ -121,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for i, row in enumerate(zip(outcomes.returns, score)):
             print("{:>8}{:>10,.0f}{:>8.1f}".format(i, *row))
         sem = score.std(ddof=1) / len(score) ** 0.5 if len(score) > 1 else 0.0
-        print(f"{acting} in {spec.env_id}: score {score.mean():.1f} ± {sem:.1f}")
+        print(f"{acting} in {spec.env_id}: score {score.mean():.1f} ± {sem:.1f}{f' ({file.name})' if file else ''}")
         if config.record is not None:
             print(film(spec, act(), config.record, config.seed, config.seconds))
     except REFUSALS as error:
