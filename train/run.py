@@ -17,6 +17,7 @@ from train.data.spec import DatasetUnavailable, NotInstalled
 from train.environments import UnknownEnvironment, resolve
 from train.loop import Run, captures, check_data
 from train.memory import keep_freed_memory
+from train.outputs.disk import explain
 from train.outputs.folder import check_folder, prepare_folder
 from train.presets import choose_preset, preset_config
 from train.settings import RunConfig, RunError
@@ -113,8 +114,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             run.resume()
         sys.stdout.flush()
         run.train()
+        if not run.stop_requested:
+            run.finish()
     except (UnknownEnvironment, NotInstalled, DatasetUnavailable, RunError, CaptureError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {explain(error, 'then --resume goes on from the newest checkpoint')}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:  # before training, or a second Ctrl-C during it
         print("stopped", file=sys.stderr)
@@ -122,7 +125,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if run.stop_requested:
         print(f"stopped at step {run.step:,}; --resume continues from there")
         return 130
-    run.finish()
     return 0
 
 
