@@ -94,11 +94,11 @@ def test_a_damaged_checkpoint_is_refused_for_the_one_before(tmp_path: Path, how:
     assert before.exists()
 
 
-def test_only_the_newest_two_stay(tmp_path: Path) -> None:
+def test_only_the_newest_three_stay(tmp_path: Path) -> None:
     trainer = Trainer()
-    for step in (1, 5, 10, 20):
+    for step in (1, 5, 10, 20, 30):
         save_checkpoint(tmp_path, step, *trainer.parts, {})
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000000010.safetensors", "step-000000020.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"step-0000000{step}.safetensors" for step in (10, 20, 30)]
 
 
 def test_a_half_written_checkpoint_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

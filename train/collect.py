@@ -21,6 +21,7 @@ import tyro
 from train.behaviour import scripted
 from train.behaviour.scripted import CannotPlay
 from train.data import collected
+from train.outputs.disk import explain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         seconds = time.perf_counter() - started
         stats = [part.stat() for part in parts]
     except (CannotPlay, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {explain(error, 'then the same command goes on after the last whole part')}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; the same command goes on after the last whole part", file=sys.stderr)

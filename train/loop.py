@@ -307,7 +307,7 @@ class Run:
 
     def resume(self) -> None:
         """Continue from the newest intact checkpoint that all members share; start anew if there is none at all."""
-        folders = [member.config.folder / "checkpoints" for member in self.members]
+        folders = [member.config.checkpoints for member in self.members]
         found = newest_checkpoints(folders) if self.place.leads else ([], [])
         checkpoints, problems = processes.from_leader(found)
         for problem in problems:

@@ -12,6 +12,7 @@ from torch import Tensor
 from train.agents.base import Agent
 from train.evaluate import evaluate
 from train.online import ONLINE_METRICS, Explorer
+from train.outputs.best import keep_best, prune_best, save_best
 from train.outputs.checkpoint import Checkpoint, save_checkpoint
 from train.outputs.curve import draw_curve
 from train.outputs.notes import check_notes
@@ -37,6 +38,8 @@ class Member:
         self.agent, self.optimizer, self.generator = agent, optimizer, generator
 
     def open_record(self, step: int) -> None:
+        evaluated = {row["step"] for row in self.result.evaluations}
+        keep_best(self.config.checkpoints, evaluated)
         metrics = (*self.agent.metric_names, *ONLINE_METRICS)
         self.record = Record(self.config.folder, step, self.result.evaluations, metrics)
 
@@ -68,6 +71,8 @@ class Member:
             seed=1_000_000 * (config.seed + 1),
         )
         rows = self.result.add(step, played)
+        if self.result.last_and_best["policy"]["best"] is rows["policy"]:
+            save_best(config, self.agent, step)
         for row in rows.values():
             self.record.add_evaluation(row)
         draw_curve(config.folder, config, self.result.dataset_score, spec.score_label)
@@ -79,8 +84,11 @@ class Member:
         seen = None
         if self.explorer is not None and self.explorer.episodes:
             notes["online"], seen = self.explorer.notes(), self.explorer.replay.tensors()
-        folder = self.config.folder / "checkpoints"
+        assert self.record is not None
+        self.record.sync()
+        folder = self.config.checkpoints
         save_checkpoint(folder, step, self.agent, self.optimizer, self.generator, notes, seen)
+        prune_best(folder)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint.

@@ -20,6 +20,7 @@ from train.agents.hyperparameters import require
 from train.data.spec import EnvSpec, NotInstalled
 from train.environments import UnknownEnvironment, resolve
 from train.evaluate import player, run_episodes
+from train.outputs.best import best_file
 from train.outputs.policy import Policy, PolicyError, load_policy
 from train.rendering import render_off_screen
 from train.simulator import kept_vector_env
@@ -40,13 +41,15 @@ class PlayConfig:
     """Play a finished run, print its scores, and film it if asked to."""
 
     run: Annotated[Path, tyro.conf.Positional]
-    """Folder of the run, with policy.safetensors."""
+    """Folder of the run, with policy.safetensors, or checkpoints/best-*.safetensors for --best."""
     acting: RuleName | None = None
     """Acting rule, see `train/run.py --help`; by default the run's own."""
     acting_samples: int | None = None
     """N, for rules that draw several actions; by default the run's own."""
     acting_temperature: float | None = None
     """Temperature of the weighted means; by default the run's own."""
+    best: bool = False
+    """Play the policy of the run's best evaluation so far, not that of its last update. It may still be training."""
     episodes: int = 10
     """Episodes to play, side by side."""
     seed: int = 0
@@ -137,7 +140,8 @@ def finite(act: Callable[[np.ndarray], np.ndarray], run: Path) -> Callable[[np.n
 def main(argv: Sequence[str] | None = None) -> int:
     config = tyro.cli(PlayConfig, args=argv)
     try:
-        policy = load_policy(config.run)
+        file = best_file(config.run) if config.best else None
+        policy = load_policy(config.run, file)
         try:
             spec = resolve(policy.env)
         except UnknownEnvironment as error:
@@ -158,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for i, row in enumerate(zip(outcomes.returns, score)):
             print("{:>8}{:>10,.0f}{:>8.1f}".format(i, *row))
         sem = score.std(ddof=1) / len(score) ** 0.5 if len(score) > 1 else 0.0
-        print(f"{acting} in {spec.env_id}: score {score.mean():.1f} ± {sem:.1f}")
+        print(f"{acting} in {spec.env_id}: score {score.mean():.1f} ± {sem:.1f}{f' ({file.name})' if file else ''}")
         if config.record is not None:
             print(film(spec, act(), config.record, config.seed, config.seconds))
     except REFUSALS as error:

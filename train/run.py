@@ -20,6 +20,7 @@ from train.data.spec import DatasetUnavailable, EnvSpec, NotInstalled
 from train.environments import UnknownEnvironment, resolve
 from train.loop import Run, captures, check_data
 from train.memory import keep_freed_memory
+from train.outputs.disk import explain
 from train.outputs.folder import check_folder, prepare_folder
 from train.presets import choose_preset, preset_config
 from train.settings import RunConfig, RunError
@@ -111,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             *(UnknownEnvironment, NotInstalled, DatasetUnavailable, RunError, CaptureError, OSError),
             processes.LostContact,
         ) as error:
-            print(f"{who} {error}", file=sys.stderr)
+            print(f"{who} {explain(error, 'then --resume goes on from the newest checkpoint')}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:  # before training, or a second Ctrl-C during it
             print("stopped", file=sys.stderr)

@@ -185,6 +185,10 @@ class RunConfig:
         return self.out or self.group_folder / f"{self.agent}-seed{self.seed}"
 
     @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
     def group_folder(self) -> Path:
         """The parent of the folders of several seeds."""
         return self.out or Path("runs") / self.env

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import gymnasium as gym
+import h5py
 import minari
 import mujoco
 import numpy as np
@@ -116,5 +118,26 @@ def store_rollouts(folder: Path, dataset_id: str, spec: EnvSpec, policy_file: Pa
             "policy": policy_note(policy_file),
         }
     )
+    numbers = np.prod(obs_shape or ()) + np.prod(env.action_space.shape or ())
+    row = 4 * numbers + 10  # also a reward in float64 and two flags
+    horizon = gym.spec(spec.env_id).max_episode_steps or 0
+    _reserve(folder / "data" / "main_data.hdf5", episodes * int(1.5 * row * horizon + 32_768))
     rollouts = collect(spec.env_id, policy, episodes=episodes, seed=seed)
     storage.update_episodes(tqdm(rollouts, f"generating {dataset_id}", episodes, unit="episode", disable=None))
+
+
+def _reserve(path: Path, size: int) -> None:
+    """Turn an empty file into an HDF5 file with this much room, of which HDF5 gives back what it does not need.
+
+    A disk that is full is found out here, because HDF5 does not recover: it fails again on closing, and at exit.
+    """
+    _allocate(path, size)
+    with h5py.File(path, "w", track_order=True):  # as Minari opens it
+        pass
+    _allocate(path, size)
+
+
+def _allocate(path: Path, size: int) -> None:
+    if hasattr(os, "posix_fallocate"):  # not on macOS
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, size)

@@ -14,6 +14,7 @@ from train.behaviour.policy import BadPolicy
 from train.behaviour.rollout import store_rollouts
 from train.data import minari_cache
 from train.data.spec import DatasetUnavailable, EnvSpec, NotHere, Part, Size, Source, Wanted
+from train.outputs.files import naming, sync_files, sync_folder
 
 EPISODES = {"default": 100, "full": 1000}
 """Episodes that each behaviour policy plays."""
@@ -79,9 +80,12 @@ def _read_or_generate(dataset_id: str, spec: EnvSpec, policy_file: Path, episode
         damaged = folder.exists()
         shutil.rmtree(staging, ignore_errors=True)
         try:
-            store_rollouts(staging, dataset_id, spec, policy_file, episodes)
-            shutil.rmtree(folder, ignore_errors=True)
-            staging.rename(folder)
+            with naming(folder):
+                store_rollouts(staging, dataset_id, spec, policy_file, episodes)
+                sync_files(staging)  # HDF5 has no checksums that would find out about a part lost in a power cut
+                shutil.rmtree(folder, ignore_errors=True)
+                staging.rename(folder)
+                sync_folder(folder.parent)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
     origin += ", generated again because the copy in the cache was damaged" if damaged else ", generated now"

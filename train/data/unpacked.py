@@ -12,6 +12,7 @@ import numpy as np
 from filelock import FileLock
 
 from train.data import npz
+from train.outputs.files import sync_folder
 from train.reading import Refused
 
 CHUNK = 1 << 20
@@ -54,6 +55,7 @@ def _unpack(file: zipfile.ZipFile, member: zipfile.ZipInfo, unpacked: Path) -> N
             target.flush()
             os.fsync(target.fileno())
         partial.replace(unpacked)
+        sync_folder(unpacked.parent)
     finally:
         partial.unlink(missing_ok=True)
 

@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from train.agents.base import Agent
-from train.outputs.files import write_safetensors
+from train.outputs.files import create_folder, write_safetensors
 from train.reading import check_safetensors, parse_json
 
-KEPT = 2
+KEPT = 3
 """Number of checkpoints kept on disk: more than one, because the newest could be damaged."""
 
 
@@ -43,7 +43,7 @@ def save_checkpoint(
 
     A process that is killed at any moment leaves either the whole new file or none of it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    create_folder(folder, parents=False)  # a run's folder that was deleted must not come back without its other files
     tensors = {f"agent/{name}": tensor for name, tensor in agent.state_dict().items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"adam/{index}/{name}": tensor for name, tensor in state.items()}
@@ -155,7 +155,12 @@ def newest_checkpoints(folders: Sequence[Path]) -> tuple[list[Checkpoint], list[
 
 def newest_step(folder: Path) -> int:
     """The step of the newest checkpoint, intact or not; 0 if there is none."""
-    return next((step for step, _ in _newest_first(folder)), 0)
+    return next(iter(steps_in(folder)), 0)
+
+
+def steps_in(folder: Path) -> list[int]:
+    """The steps of the checkpoints in a folder, intact or not, the newest first."""
+    return [step for step, _ in _newest_first(folder)]
 
 
 def _newest_first(folder: Path) -> Iterator[tuple[int, Path]]:

@@ -66,16 +66,16 @@ def draw_curve(folder: Path, config: RunConfig, dataset_score: float, label: str
             ax.set_xlabel("updates of the agent")
             if ax.lines:
                 ax.legend(frameon=False, fontsize=9)
-        path = folder / "curve.png"
-        _save(figure, path)
-    return path
+        return _save(figure, folder / "curve.png")
 
 
-def _save(figure: Figure, path: Path) -> None:
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=150)
+def _save(figure: Figure, path: Path) -> Path:
+    """Write the picture whole, where a killed run would leave the upper part of one."""
+    content = io.BytesIO()
+    figure.savefig(content, dpi=150, format=path.suffix[1:])
     plt.close(figure)
-    write_whole(path, picture.getvalue())
+    write_whole(path, content.getvalue())
+    return path
 
 
 def _draw_score(
@@ -205,6 +205,4 @@ def draw_group_curve(
         seeds = f"seeds {config.seed} to {config.seed + config.num_seeds - 1}"
         title = f"{config.agent} on {config.env}, {seeds}: interquartile mean, 95 % interval, each seed"
         _finish_score(ax, title, config, dataset_score, label)
-        path = group_curve_path(config)
-        _save(figure, path)
-    return path
+        return _save(figure, group_curve_path(config))

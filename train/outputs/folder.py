@@ -9,19 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from train.outputs.checkpoint import newest_step
-from train.outputs.files import write_whole
+from train.outputs.files import create_folder, remove_partial, sync_folder, write_whole
 from train.reading import read_json, require_type, shown
 from train.settings import MAY_CHANGE_ON_RESUME, OF_ONLINE, RunConfig, RunError
 
 LEFT_BY_A_RUN = (
-    *("config.json", "metrics.csv", "evaluations.csv", "curve.png", "policy.safetensors", "result.json"),
-    *("trace.json", "trace.txt", "checkpoints", "tensorboard"),
+    *("result.json", "policy.safetensors", "metrics.csv", "evaluations.csv", "curve.png", "trace.json", "trace.txt"),
+    "tensorboard",
 )
+"""Besides config.json, which is replaced, and the checkpoints."""
 
 
 def check_folder(folder: Path, config: RunConfig) -> None:
     """Raise RunError rather than mix two runs in one folder, lose a run, or touch a folder that no run made."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    # a run that was killed while it wrote its first file left a part of it
+    if not folder.exists() or (folder.is_dir() and all(p.name == "config.json.partial" for p in folder.iterdir())):
         return
     try:
         before = read_json(folder / "config.json")
@@ -75,9 +77,17 @@ def defaults(config: RunConfig) -> dict[str, Any]:
 
 def prepare_folder(folder: Path, config: RunConfig) -> None:
     """Create the run's folder and write its settings there."""
+    create_folder(folder)
+    remove_partial(folder, *LEFT_BY_A_RUN, "config.json", "checkpoints")  # other files may be somebody else's
+    for name in ("checkpoints", "tensorboard"):
+        remove_partial(folder / name, "*")
     if config.overwrite and not config.resume:
+        # The checkpoints go at once: if this is killed, --resume must not go on from some of them.
+        if (folder / "checkpoints").exists():
+            (folder / "checkpoints").rename(folder / "checkpoints.partial")
+            sync_folder(folder)
+            remove_partial(folder, "checkpoints")
         for name in LEFT_BY_A_RUN:
             path = folder / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "config.json", json.dumps(config.as_json(), indent=2) + "\n")

@@ -37,22 +37,22 @@ class Policy(NamedTuple):
     acting: Acting
 
 
-def save_policy(config: RunConfig, agent: Agent) -> None:
-    """Write the agent into the folder of its run, with its environment and acting rule."""
+def save_policy(config: RunConfig, agent: Agent, path: Path | None = None) -> None:
+    """Write the agent with its environment and acting rule, by default into the folder of its run."""
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in agent.state_dict().items()}
     hyper = json.dumps(config.as_json()["hyper"])
     header = {"env": config.env, "agent": config.agent, "hyper": hyper}
     header |= {"acting": json.dumps(dataclasses.asdict(config.acts))}
-    write_safetensors(config.folder / FILE, weights, header)
+    write_safetensors(path or config.folder / FILE, weights, header)
 
 
-def load_policy(folder: Path) -> Policy:
-    """Read what `save_policy` wrote.
+def load_policy(folder: Path, path: Path | None = None) -> Policy:
+    """Read what `save_policy` wrote, by default into the folder of its run.
 
     Raises:
         PolicyError: the policy is missing or cannot be read.
     """
-    path = folder / FILE
+    path = path or folder / FILE
     if not path.exists():
         raise PolicyError(f"{path} is not there: a run writes it when it has finished")
     try:

@@ -6,10 +6,10 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
-
-from train.outputs.files import write_whole
+from train.outputs.events import Events
+from train.outputs.files import GrowingFile
 from train.reading import require_file
 from train.settings import RunError
 
@@ -22,20 +22,23 @@ class Table:
     """A CSV file that starts with ``rows``; each further row is written to disk at once."""
 
     def __init__(self, path: Path, columns: tuple[str, ...], rows: Sequence[Mapping[str, object]]) -> None:
-        beginning = io.StringIO(newline="")
-        writer = csv.DictWriter(beginning, columns, restval="")
-        writer.writeheader()
-        writer.writerows(map(_formatted, rows))
-        write_whole(path, beginning.getvalue())
-        self._file = path.open("a", newline="")
-        self._writer = csv.DictWriter(self._file, columns, restval="")
+        self._columns = columns
+        header = dict(zip(columns, columns))
+        self._file = GrowingFile(path, b"".join(map(self._line, (header, *rows))))
 
     def add(self, row: Mapping[str, object]) -> None:
-        self._writer.writerow(_formatted(row))
-        self._file.flush()
+        self._file.add(self._line(row))
+
+    def sync(self) -> None:
+        self._file.sync()
 
     def close(self) -> None:
         self._file.close()
+
+    def _line(self, row: Mapping[str, object]) -> bytes:
+        line = io.StringIO(newline="")
+        csv.DictWriter(line, self._columns, restval="").writerow(_formatted(row))
+        return line.getvalue().encode()
 
 
 def _formatted(row: Mapping[str, object]) -> dict[str, object]:
@@ -44,8 +47,9 @@ def _formatted(row: Mapping[str, object]) -> dict[str, object]:
 
 def read_table(path: Path) -> list[dict[str, str]]:
     """The rows of a `Table`, without a last row that a killed process left incomplete."""
-    with path.open(newline="") as file:
-        return [row for row in csv.DictReader(file) if None not in row.values()]
+    # zeros are what a power cut may leave of rows that were not yet on the disk
+    whole, _, _ = path.read_bytes().partition(b"\0")[0].rpartition(b"\n")
+    return [row for row in csv.DictReader(whole.decode().splitlines()) if None not in row.values()]
 
 
 def earlier_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
@@ -90,20 +94,33 @@ class Record:
         before = [row for row in earlier_rows(path, columns) if int(row["step"]) <= step] if path.exists() else []
         self.metrics = Table(path, columns, before)
         self.evaluations = Table(folder / "evaluations.csv", EVALUATION_COLUMNS, evaluations)
-        self.events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        logged = {int(row["step"]) for row in before}
+        evaluated = {(tag, row["step"]) for row in evaluations for tag in _evaluation_scalars(row)}
+
+        def is_in_a_table(tag: str, at: int) -> bool:
+            return (tag.startswith("train/") and at in logged) or (tag, at) in evaluated
+
+        self.events = Events(folder / "tensorboard", keep=is_in_a_table)
+        self._files = (self.metrics, self.evaluations, self.events)
 
     def add_metrics(self, step: int, stage: str, updates_per_second: float, figures: Mapping[str, float]) -> None:
-        self.metrics.add({"step": step, "stage": stage, "updates_per_second": updates_per_second, **figures})
-        for name, value in {**figures, "updates_per_second": updates_per_second}.items():
-            self.events.add_scalar(f"train/{name}", value, step)
+        row = {"updates_per_second": updates_per_second, **figures}
+        self.metrics.add({"step": step, "stage": stage, **row})
+        self.events.add(step, {f"train/{name}": value for name, value in row.items()})
 
-    def add_evaluation(self, row: Mapping[str, object]) -> None:
+    def add_evaluation(self, row: Mapping[str, Any]) -> None:
         self.evaluations.add(row)
-        for name in ("return_mean", "score_mean"):
-            self.events.add_scalar(f"evaluation/{row['role']}_{name}", row[name], row["step"])
-        self.events.flush()
+        self.events.add(row["step"], _evaluation_scalars(row))
+
+    def sync(self) -> None:
+        """Put everything safely on disk. What a checkpoint accounts for must be there before it."""
+        for file in self._files:
+            file.sync()
 
     def close(self) -> None:
-        self.metrics.close()
-        self.evaluations.close()
-        self.events.close()
+        for file in self._files:
+            file.close()
+
+
+def _evaluation_scalars(row: Mapping[str, Any]) -> dict[str, float]:
+    return {f"evaluation/{row['role']}_{name}": row[name] for name in ("return_mean", "score_mean")}
