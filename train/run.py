@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import warnings
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from train.data.spec import DatasetUnavailable, NotInstalled
 from train.environments import UnknownEnvironment, resolve
 from train.loop import Run, captures, check_data
 from train.memory import keep_freed_memory
-from train.outputs.folder import check_folder, prepare_folder
+from train.outputs.folder import check_folder, lock_folders, prepare_folder
 from train.presets import choose_preset, preset_config
 from train.settings import RunConfig, RunError
 
@@ -76,8 +77,19 @@ def online_line(config: RunConfig) -> str:
     return f"{line}, replay {config.replay}" + (", the flow stays as it is" if config.freeze_flow_online else "")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, patience: float = 0.0) -> int:
+    """Train as the command line says; returns the exit code.
+
+    Args:
+        argv: the command line's options; None: those of this process.
+        patience: seconds to wait for another process that trains in the same folder.
+    """
     config = parse(sys.argv[1:] if argv is None else argv)
+    with contextlib.ExitStack() as locks:
+        return _train(config, locks, patience)
+
+
+def _train(config: RunConfig, locks: contextlib.ExitStack, patience: float) -> int:
     try:
         spec = resolve(config.env)
         device = choose_device(config.device)
@@ -105,6 +117,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for line in dataset.source:
             print(f"data       {line}")
         check_data(config, dataset)
+        locks.enter_context(lock_folders([single.folder for single in singles], patience))
+        for single in singles:
+            check_folder(single.folder, single)  # again: another run may have begun and ended since
         for single in singles:
             prepare_folder(single.folder, single)
         run = Run(config, spec, dataset, device)
