@@ -11,6 +11,7 @@ and evaluates. The table and the picture (compare.md, compare.png) are redrawn a
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,8 +24,10 @@ from train.agents import AGENTS, AgentName
 from train.environments import resolve
 from train.outputs.curve import draw_comparison, interquartile_mean
 from train.outputs.files import write_whole
+from train.outputs.report import cloning_title, with_interval
+from train.plan import check_choices, options_behind, plan
 from train.reading import read_json
-from train.settings import PresetName
+from train.settings import PresetName, RunError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,10 +44,7 @@ class CompareConfig:
     """Folder of the comparison; runs/compare-ENV by default."""
 
     def __post_init__(self) -> None:
-        for name in ("agents", "seeds"):
-            value = getattr(self, name)
-            if not value or len(set(value)) < len(value):
-                raise ValueError(f"--{name} must be one or more, each once, got {' '.join(map(str, value)) or 'none'}")
+        check_choices(self, "agents", "seeds")
 
     @property
     def folder(self) -> Path:
@@ -59,9 +59,7 @@ class Line(NamedTuple):
 
     @property
     def middle(self) -> tuple[float, tuple[float, float]]:
-        """The interquartile mean over seeds and its interval, which has no width for a single seed."""
-        if len(self.scores) == 1:
-            return self.scores[0], (self.scores[0], self.scores[0])
+        """The interquartile mean over seeds and its interval."""
         return interquartile_mean(self.scores)
 
 
@@ -77,7 +75,7 @@ def lines_of(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Line]:
             if role != "flow":
                 lines.append(Line(name.replace(agent, AGENTS[agent].title, 1), scores(summaries, role)))
     agent = max(results, key=lambda agent: len(results[agent]))
-    return [*lines, Line(f"behaviour cloning ({AGENTS[agent].title}'s flow alone)", scores(results[agent], "flow"))]
+    return [*lines, Line(cloning_title(agent), scores(results[agent], "flow"))]
 
 
 def table(lines: Sequence[Line], results: Mapping[str, Sequence[Mapping[str, Any]]], env: str) -> str:
@@ -86,9 +84,8 @@ def table(lines: Sequence[Line], results: Mapping[str, Sequence[Mapping[str, Any
     seeds = [str(summary["config"]["seed"]) for summary in max(results.values(), key=len)]
     rows = [f"| {env} | {' | '.join(f'seed {seed}' for seed in seeds)} | all |", "|---" * (len(seeds) + 2) + "|"]
     for line in lines:
-        middle, (low, high) = line.middle
         cells = [f"{score:.1f}" for score in line.scores] + [""] * (len(seeds) - len(line.scores))
-        rows.append(f"| {line.name} | {' | '.join(cells)} | {middle:.1f} ({low:.1f} to {high:.1f}) |")
+        rows.append(f"| {line.name} | {' | '.join(cells)} | {with_interval(*line.middle)} |")
     minutes = ", ".join(
         f"{AGENTS[agent].title} {max(summary['seconds'] for summary in summaries) / 60:.0f}"
         for agent, summaries in results.items()
@@ -105,30 +102,29 @@ def table(lines: Sequence[Line], results: Mapping[str, Sequence[Mapping[str, Any
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    split = arguments.index("--") if "--" in arguments else len(arguments)
-    config, extra = tyro.cli(CompareConfig, args=arguments[:split]), arguments[split + 1 :]
-    plan = {
-        (agent, seed): [
-            *("--env", config.env, "--agent", agent, "--preset", config.preset, "--seed", str(seed)),
-            *("--out", str(config.folder / f"{agent}-seed{seed}"), "--resume", *extra),
-        ]
-        for seed in config.seeds
-        for agent in config.agents
-    }
-    for (agent, seed), options in plan.items():  # check all of them before any runs
-        parsed = run.parse(options)
-        asked = parsed.env, parsed.agent, parsed.seed, parsed.num_seeds, parsed.out
-        if asked != (config.env, agent, seed, 1, config.folder / f"{agent}-seed{seed}"):
-            print("error: behind -- there can be no --env, --agent, --seed, --num-seeds or --out", file=sys.stderr)
-            return 2
+    arguments, extra = options_behind(sys.argv[1:] if argv is None else argv)
+    config = tyro.cli(CompareConfig, args=arguments)
+    try:  # check all of them before any runs
+        plans = {
+            agent: plan(
+                {"env": config.env, "agent": agent},
+                {seed: config.folder / f"{agent}-seed{seed}" for seed in config.seeds},
+                config.preset,
+                extra,
+            )
+            for agent in config.agents
+        }
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     results: dict[str, list[dict[str, Any]]] = {}
     # seed by seed, so that there is soon something to compare
-    for (agent, seed), options in plan.items():
-        print(f"\n== {agent}, seed {seed}", flush=True)
-        if code := run.main(options):
+    for planned in itertools.chain.from_iterable(zip(*plans.values())):
+        agent, folder = planned.config.agent, planned.config.folder
+        print(f"\n== {agent}, seed {planned.config.seed}", flush=True)
+        if code := run.main(planned.options):
             return code
-        summary = read_json(config.folder / f"{agent}-seed{seed}" / "result.json")
+        summary = read_json(folder / "result.json")
         results.setdefault(agent, []).append(summary)
         lines = lines_of(results)
         write_whole(config.folder / "compare.md", table(lines, results, config.env) + "\n")

@@ -21,7 +21,7 @@ from train.environments import UnknownEnvironment, resolve
 from train.loop import Run, captures, check_data
 from train.memory import keep_freed_memory
 from train.outputs.disk import explain
-from train.outputs.folder import check_folder, prepare_folder
+from train.outputs.folder import check_folder, lock_folders, prepare_folder
 from train.presets import choose_preset, preset_config
 from train.settings import RunConfig, RunError
 
@@ -92,7 +92,13 @@ def processes_line(config: RunConfig, place: processes.Place) -> str:
     return f"{place.total}, each with {each} of the batch's {config.batch_size} rows; the first writes and evaluates"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, patience: float = 0.0) -> int:
+    """Train as the command line says; returns the exit code.
+
+    Args:
+        argv: the command line's options; None: those of this process.
+        patience: seconds to wait for another process that trains in the same folder.
+    """
     place = processes.as_started()
     with contextlib.ExitStack() as stack:
         if not place.leads:  # the leader says it all, but for errors
@@ -106,8 +112,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if config.batch_size < place.total:
                 raise RunError(f"--batch-size {config.batch_size} leaves nothing for some of {place.total} processes")
             captures(config, device)
-            stack.enter_context(processes.joined(device))
-            return _train(config, spec, device)
+            with processes.joined(device), contextlib.ExitStack() as locks:
+                return _train(config, spec, device, locks, patience)
         except (
             *(UnknownEnvironment, NotInstalled, DatasetUnavailable, RunError, CaptureError, OSError),
             processes.LostContact,
@@ -119,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 130
 
 
-def _train(config: RunConfig, spec: EnvSpec, device: torch.device) -> int:
+def _train(config: RunConfig, spec: EnvSpec, device: torch.device, locks: contextlib.ExitStack, patience: float) -> int:
     place = processes.place()
     keep_freed_memory()
     if device.type == "cuda":
@@ -147,8 +153,12 @@ def _train(config: RunConfig, spec: EnvSpec, device: torch.device) -> int:
     for line in dataset.source:
         print(f"data       {line}")
     check_data(config, dataset)
-    for single in singles if place.leads else ():
-        prepare_folder(single.folder, single)
+    if place.leads:
+        locks.enter_context(lock_folders([single.folder for single in singles], patience))
+        for single in singles:
+            check_folder(single.folder, single)  # again: another run may have begun and ended since
+        for single in singles:
+            prepare_folder(single.folder, single)
     run = Run(config, spec, dataset, device)
     del dataset  # a run may keep a copy on another scale; together they would take twice the memory
     if config.resume:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import matplotlib as mpl
 import numpy as np
@@ -122,19 +123,38 @@ def _finish_score(ax: Axes, title: str, config: RunConfig, dataset_score: float,
     ax.legend(frameon=False, loc="best")
 
 
-def interquartile_mean(scores: Sequence[float]) -> tuple[float, tuple[float, float]]:
-    """Mean of the middle half of two or more scores, with its 95 % percentile-bootstrap interval over seeds.
+Middle: TypeAlias = tuple[float, tuple[float, float]]
+"""An interquartile mean and its interval."""
 
-    This is what rliable reports for one task (arXiv 2108.13264, 2,000 resamples). Two or three scores are all kept.
+
+def interquartile_mean(scores: Sequence[float]) -> Middle:
+    """Mean of the middle half of one or more scores, with its 95 % percentile-bootstrap interval over seeds.
+
+    This is what rliable reports for one task (arXiv 2108.13264, 2,000 resamples). Two or three scores are all kept, and
+    the interval of a single one has no width.
     """
-    found = bootstrap(
-        (np.asarray(scores),),
-        lambda values, axis: trim_mean(values, 0.25, axis=axis),
-        n_resamples=2000,
-        method="percentile",
-        rng=np.random.default_rng(0),
-    ).confidence_interval
-    return float(trim_mean(scores, 0.25)), (float(found.low), float(found.high))
+    return mean_of_tasks([scores])
+
+
+def mean_of_tasks(scores: Sequence[Sequence[float]]) -> Middle:
+    """The mean of several tasks' interquartile means; its interval comes from resampling the seeds of each task."""
+    return _mean_of_tasks(tuple(map(tuple, scores)))
+
+
+@functools.lru_cache(maxsize=4096)  # a sweep asks again for each cell of its table, of which few have changed
+def _mean_of_tasks(scores: tuple[tuple[float, ...], ...]) -> Middle:
+    single = [of_task[0] for of_task in scores if len(of_task) == 1]
+    several = [of_task for of_task in scores if len(of_task) > 1]
+
+    def mean(*samples: Any, axis: int = -1) -> Any:
+        return (sum(single) + sum(trim_mean(sample, 0.25, axis=axis) for sample in samples)) / len(scores)
+
+    middle = float(mean(*several))
+    if not several:
+        return middle, (middle, middle)
+    rng = np.random.default_rng(0)
+    found = bootstrap(several, mean, n_resamples=2000, method="percentile", rng=rng).confidence_interval
+    return middle, (float(found.low), float(found.high))
 
 
 def draw_comparison(

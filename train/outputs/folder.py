@@ -1,12 +1,17 @@
-"""The folder of a run: check that it may be used, and write its config.json."""
+"""The folder of a run: check that it may be used, lock it, and write its config.json."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shutil
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from train.outputs.checkpoint import newest_step
 from train.outputs.files import create_folder, remove_partial, sync_folder, write_whole
@@ -18,12 +23,16 @@ LEFT_BY_A_RUN = (
     "tensorboard",
 )
 """Besides config.json, which is replaced, and the checkpoints."""
+LOCK = ".lock"
+LOG = "log.txt"
+"""What a trial of a sweep prints."""
+BEFORE_A_RUN = {LOCK, LOG, "config.json.partial"}
+"""What may be in a folder before its run begins; the last is of one that was killed while it wrote its first file."""
 
 
 def check_folder(folder: Path, config: RunConfig) -> None:
     """Raise RunError rather than mix two runs in one folder, lose a run, or touch a folder that no run made."""
-    # a run that was killed while it wrote its first file left a part of it
-    if not folder.exists() or (folder.is_dir() and all(p.name == "config.json.partial" for p in folder.iterdir())):
+    if not folder.exists() or (folder.is_dir() and {path.name for path in folder.iterdir()} <= BEFORE_A_RUN):
         return
     try:
         before = read_json(folder / "config.json")
@@ -37,7 +46,7 @@ def check_folder(folder: Path, config: RunConfig) -> None:
         raise RunError(
             f"{folder} already holds a run: --resume continues it, --overwrite deletes it, --out DIR avoids it"
         )
-    for name in LEFT_BY_A_RUN:
+    for name in (*LEFT_BY_A_RUN, "checkpoints"):
         if (folder / name).is_symlink():  # what is written or deleted there would be elsewhere
             raise RunError(f"{folder / name} is a symbolic link, which no run makes: put what it leads to in its place")
     if config.resume:
@@ -73,6 +82,31 @@ def defaults(config: RunConfig) -> dict[str, Any]:
     fields = (*dataclasses.fields(config), *dataclasses.fields(config.hyper))
     found = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
     return json.loads(json.dumps(found, default=str))
+
+
+@contextlib.contextmanager
+def lock_folders(folders: Sequence[Path], patience: float = 0.0) -> Iterator[None]:
+    """Keep other processes from training in these folders, which are created if they are missing.
+
+    If the process dies, the system releases the locks. Their files stay: if one were deleted, a process that waits for
+    it and one that comes later could both hold a lock of that name.
+
+    Args:
+        folders: the folders, each once.
+        patience: seconds to wait for other processes to leave.
+
+    Raises:
+        RunError: another process is in one of them.
+    """
+    deadline = time.monotonic() + patience
+    with contextlib.ExitStack() as held:
+        for folder in folders:
+            create_folder(folder)
+            try:
+                held.enter_context(FileLock(folder / LOCK).acquire(timeout=max(0.0, deadline - time.monotonic())))
+            except Timeout as error:
+                raise RunError(f"another process is training in {folder}") from error
+        yield
 
 
 def prepare_folder(folder: Path, config: RunConfig) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from train.agents import AGENTS
 from train.data.spec import EnvSpec
 from train.evaluate import ROLES
 from train.outputs.curve import group_curve_path, interquartile_mean
@@ -13,6 +14,15 @@ from train.settings import RunConfig, role_names
 
 def title(config: RunConfig, spec: EnvSpec) -> str:
     return f"{spec.score_label}: {spec.scoring.legend}; {config.eval_episodes} episodes, ± standard error"
+
+
+def with_interval(middle: float, interval: tuple[float, float]) -> str:
+    return f"{middle:.1f} ({interval[0]:.1f} to {interval[1]:.1f})"
+
+
+def cloning_title(agent: str) -> str:
+    """Name of the flow alone in comparisons; every run trains and evaluates one."""
+    return f"behaviour cloning ({AGENTS[agent].title}'s flow alone)"
 
 
 def final_table(result: Result, minutes: float) -> str:
