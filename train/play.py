@@ -22,6 +22,7 @@ from train.environments import UnknownEnvironment, resolve
 from train.evaluate import player, run_episodes
 from train.outputs.policy import PolicyError, load_policy
 from train.rendering import render_off_screen
+from train.simulator import NotFinite
 
 WIDTH, HEIGHT = 480, 320
 
@@ -30,7 +31,7 @@ class PlayError(RuntimeError):
     """A problem that the user can fix."""
 
 
-REFUSALS = (PlayError, PolicyError, UnknownEnvironment, NotInstalled, OSError)
+REFUSALS = (PlayError, PolicyError, UnknownEnvironment, NotInstalled, NotFinite, OSError)
 """Errors that are shown without a traceback."""
 
 

@@ -20,6 +20,7 @@ from train.memory import keep_freed_memory
 from train.outputs.folder import check_folder, prepare_folder
 from train.presets import choose_preset, preset_config
 from train.settings import RunConfig, RunError
+from train.simulator import NotFinite
 
 
 def parse(argv: Sequence[str]) -> RunConfig:
@@ -113,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             run.resume()
         sys.stdout.flush()
         run.train()
-    except (UnknownEnvironment, NotInstalled, DatasetUnavailable, RunError, CaptureError, OSError) as error:
+    except (UnknownEnvironment, NotInstalled, DatasetUnavailable, RunError, CaptureError, NotFinite, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:  # before training, or a second Ctrl-C during it
@@ -121,9 +122,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     if run.stop_requested:
         print(f"stopped at step {run.step:,}; --resume continues from there")
+    else:
+        run.finish()
+    for diverged in run.diverged:
+        print(f"error: {diverged}; see {diverged.folder}", file=sys.stderr)
+    if run.stop_requested:
         return 130
-    run.finish()
-    return 0
+    return 2 if run.diverged else 0
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from train.settings import MAY_CHANGE_ON_RESUME, OF_ONLINE, RunConfig, RunError
 
 LEFT_BY_A_RUN = (
     *("config.json", "metrics.csv", "evaluations.csv", "curve.png", "policy.safetensors", "result.json"),
-    *("trace.json", "trace.txt", "checkpoints", "tensorboard"),
+    *("trace.json", "trace.txt", "checkpoints", "tensorboard", "diverged.safetensors"),
 )
 
 
