@@ -451,6 +451,7 @@ def bad_episodes() -> dict[str, tuple[Episode, str]]:
         "no steps": (Episode(np.zeros((1, 1)), np.zeros((0, 1)), np.zeros(0), np.zeros(0, bool)), "no steps"),
         "NaN observation": (good._replace(observations=with_one(observations, np.nan)), r"nan in its observations.*2"),
         "NaN action": (good._replace(actions=with_one(actions, np.nan)), "nan in its actions"),
+        "infinite in float32": (good._replace(rewards=with_one(rewards, 1e39)), r"1e\+39 in its rewards, at \(2,\)"),
         "infinite reward": (good._replace(rewards=with_one(rewards, np.inf)), r"inf in its rewards, at \(2,\)"),
         "too large an action": (good._replace(actions=with_one(actions, -1.01)), r"action -1.01 outside.*at \(2, 0\)"),
     }

@@ -24,6 +24,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import train.member
 import train.run
+from train import diverged
 from train.acting import Acting
 from train.agents import AGENTS
 from train.agents.base import Agent
@@ -39,6 +40,7 @@ from train.online import ONLINE_METRICS, Explorer
 from train.outputs import curve
 from train.outputs.checkpoint import read_checkpoint
 from train.run import main, parse
+from train.settings import RunError
 from train.simulator import Apart
 
 REPOSITORY = Path(__file__).parents[1]
@@ -723,6 +725,47 @@ def test_the_learning_rate_online_is_constant(
     made(tmp_path, *flags, online=6)
     assert rates[OFFLINE - 1] == pytest.approx(offline_end)
     assert rates[OFFLINE:] == [online] * 6
+
+
+@pytest.mark.parametrize(
+    ("what", "value"), [("reward", np.nan), ("observation", np.inf), ("observation", 1e39), ("reward", 1e39)]
+)
+def test_what_the_environment_answers_is_looked_at(
+    what: str, value: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also numbers that are infinite only in float32."""
+    step = Counting.step
+
+    def spoilt(env: Counting, action: np.ndarray) -> Any:
+        observation, reward, *rest = step(env, action)
+        if env.count == 3:
+            reward = value if what == "reward" else reward
+            observation[2] = value if what == "observation" else observation[2]
+        return observation, reward, *rest
+
+    monkeypatch.setattr("train.member.evaluate", lambda *args, **kwargs: {})
+    monkeypatch.setattr("train.member.draw_curve", lambda *args: None)
+    monkeypatch.setattr("train.loop.evaluation_line", lambda *args: "")
+    monkeypatch.setattr(Counting, "step", spoilt)
+    with pytest.raises(RunError, match=rf"environment: the {what} in step 3 of episode 1 has (inf|nan)") as refused:
+        made(tmp_path, online=6)
+    assert f"seed 0 diverged at update {OFFLINE + 2} (online)" in str(refused.value)
+
+
+def test_the_first_nan_online_is_saved_with_its_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sample = AGENTS["fidec"].sample
+
+    def spoilt(agent: Agent, dataset: OfflineDataset | Replay, *args: Any) -> Any:
+        batch, draws = sample(agent, dataset, *args)
+        if isinstance(dataset, Replay) and dataset.added == 3:
+            batch.actions[5, 1] = torch.nan
+        return batch, draws
+
+    monkeypatch.setattr(AGENTS["fidec"], "sample", spoilt)
+    with pytest.raises(RunError, match=rf"at update {OFFLINE + 3} \(online\): not finite are batch: actions; losses"):
+        made(tmp_path, online=6)
+    (path,) = tmp_path.rglob("diverged.safetensors")
+    assert diverged.main([str(path.parent)]) == 0, "it needs neither the environment nor the replay"
 
 
 def test_settings_reach_the_replay_and_the_explorer(tmp_path: Path) -> None:

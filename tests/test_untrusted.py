@@ -170,7 +170,7 @@ POLICIES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "weights that overflow": (
         weighed(lambda weights: [weight.fill_(3e38) for name, weight in weights.items() if "net" in name]),
-        "acts by NaN or infinity",
+        "the policy's action has nan",
     ),
     "weights of another width": (
         weighed(lambda weights: weights.update({"actor.0.weight": torch.zeros(8, 5)})),

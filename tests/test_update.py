@@ -18,6 +18,7 @@ from train.agents.base import ALL_PARTS, Agent, Learner, Parts
 from train.agents.seeds import SeedGroup
 from train.data.synthetic import random_dataset
 from train.data.transitions import Batch, OfflineDataset
+from train.health import sound, unsound
 from train.outputs.checkpoint import read_checkpoint, save_checkpoint
 
 OBS, ACTIONS, BATCH = 5, 3, 32
@@ -192,12 +193,51 @@ def test_gradients_are_clipped_seed_by_seed() -> None:
     batch = batch._replace(rewards=batch.rewards * torch.tensor([[1e4], [1.0]]))
     group.backward(batch, draws)
     before = [p.grad.clone() for p in group.parameters() if p.grad is not None]
-    group.clip_gradients(1e3)
+    group.clip_gradients(1e3, group.gradient_norms())
     after = [p.grad for p in group.parameters() if p.grad is not None]
     norms = torch.stack([g.flatten(1).norm(dim=1) if g.ndim > 1 else g.abs() for g in after]).norm(dim=0)
     assert norms[0] == pytest.approx(1e3, rel=1e-4)
     assert norms[1] < 1e3
     assert all(torch.equal(a[1], b[1]) for a, b in zip(after, before))
+
+
+@pytest.mark.parametrize("processor", ["multiplies apart", "multiplies batches"])
+@pytest.mark.parametrize(("name", "changes"), [*((name, {}) for name in AGENTS), ("fidec", {"metric": "pullback"})])
+def test_a_seed_that_is_left_out_touches_no_other(
+    name: str, changes: dict[str, object], processor: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the last bit, while all its numbers are NaN; its own parameters stay as they were."""
+    monkeypatch.setattr(cpu_layers, "multiplies_apart", lambda rows: processor == "multiplies apart")
+
+    def trained(lost: int | None) -> tuple[list[Agent], Training, list[dict[str, Tensor]], list[dict[str, Tensor]]]:
+        agents = [make(name, seed, **changes) for seed in SEEDS]
+        group = SeedGroup(agents)
+        training = Training(group, SEEDS, dataset())
+        training.run(4)
+        for i in range(2, 6):
+            batch, draws = group.sample(training.data, BATCH, training.generators)
+            if lost is not None:
+                batch.observations[lost] = batch.rewards[lost] = torch.nan
+            seen = group.backward(batch, draws, group.agent_parts(i), log=True)
+            if i == 2 and lost is not None:
+                assert unsound(sound(group.losses, group.gradient_norms())) == [lost]
+                group.leave_out(lost, training.optimizer)
+                before = [{name: tensor.clone() for name, tensor in agents[lost].named_parameters()}]
+            norms = group.gradient_norms()
+            assert norms.isfinite().all()
+            group.step(training.optimizer, group.agent_parts(i), norms)
+        return agents, training, group.figures(batch, seen), before if lost is not None else []
+
+    plain, of_plain, figures, _ = trained(None)
+    others, of_others, others_figures, (before,) = trained(1)
+    for i in (0, 2):
+        assert_same(others[i], plain[i], rtol=0, atol=0)
+        torch.testing.assert_close(others_figures[i], figures[i], rtol=0, atol=0)
+        states = (t.learner.optimizer_of(i, t.optimizer).state_dict()["state"] for t in (of_others, of_plain))
+        torch.testing.assert_close(*states, rtol=0, atol=0)
+    assert others_figures[1] == {}
+    learning = {name for name in before if not name.startswith("target_critic")}
+    assert all(torch.equal(dict(others[1].named_parameters())[name], before[name]) for name in learning)
 
 
 @pytest.mark.parametrize("name", AGENTS)

@@ -11,7 +11,7 @@ import torch
 from train.acting import Acting, Policy, flow_alone
 from train.agents.base import Agent
 from train.data.episode import Outcomes
-from train.simulator import kept_vector_env
+from train.simulator import check_finite, kept_vector_env
 
 ROLES = ("policy", "sample", "flow")
 """The policy under the run's acting rule; one sample of the policy; the behaviour flow alone (δ = 0)."""
@@ -25,12 +25,20 @@ def run_episodes(env_id: str, policy: Callable[[np.ndarray], np.ndarray], *, epi
         policy: maps observations (episodes, ...) to actions (episodes, action_dim).
         episodes: number of episodes, all stepped together.
         seed: episode i starts from ``seed + i``.
+
+    Raises:
+        NotFinite: an observation or a reward is NaN or infinite.
     """
     envs = kept_vector_env(env_id, episodes)
     obs, _ = envs.reset(seed=seed)
+    check_finite(f"the first observation of {env_id}", obs)
     returns, successes, running = np.zeros(episodes), np.zeros(episodes, bool), np.ones(episodes, bool)
+    steps = 0
     while running.any():
         obs, reward, terminated, truncated, info = envs.step(policy(obs))
+        steps += 1
+        check_finite(f"the observation of {env_id} after {steps} steps", obs)
+        check_finite(f"the reward of {env_id} after {steps} steps", np.where(running, reward, 0.0))
         returns += np.where(running, reward, 0.0)
         successes |= running & np.asarray(info.get("success", successes), bool)
         running &= ~(terminated | truncated)
@@ -54,7 +62,8 @@ def player(agent: Agent, acting: Acting, seed: int, act: Policy | None = None) -
 
     It stacks frames if the agent was trained on several, and is therefore good for B episodes from their beginning.
 
-    ``acting`` draws the noise; ``act`` acts on it, or ``acting`` itself if that is None.
+    ``acting`` draws the noise; ``act`` acts on it, or ``acting`` itself if that is None. No simulator gets an action
+    that is NaN or infinite: NotFinite is raised instead.
     """
     generator = torch.Generator(agent.obs_mean.device).manual_seed(seed)
     frames: deque[np.ndarray] = deque(maxlen=agent.config.frame_stack)
@@ -64,6 +73,8 @@ def player(agent: Agent, acting: Acting, seed: int, act: Policy | None = None) -
             frames.append(obs)
         frames.append(obs)
         seen = agent.observe(torch.from_numpy(np.concatenate(frames, axis=-1)))
-        return (act or acting)(agent, seen, acting.draw(agent, len(obs), generator)).cpu().numpy()
+        actions = (act or acting)(agent, seen, acting.draw(agent, len(obs), generator)).cpu().numpy()
+        check_finite("the policy's action", actions)
+        return actions
 
     return policy

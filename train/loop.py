@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from types import FrameType
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -25,15 +25,20 @@ from train.capture import CapturedUpdate
 from train.data.replay import Replay
 from train.data.spec import EnvSpec
 from train.data.transitions import Batch, OfflineDataset
+from train.health import FirstUnsound, Wrong, sound, unsound
 from train.member import Member
 from train.online import Explorer
 from train.outputs.checkpoint import newest_checkpoints
 from train.outputs.curve import draw_group_curve
+from train.outputs.diverged import Diverged, FailedUpdate, without_diverged
 from train.outputs.report import evaluation_line, final_table, group_table
 from train.outputs.result import Result
 from train.profiling import ProfiledUpdate
 from train.settings import RunConfig, RunError, check_observations
+from train.simulator import NotFinite
 
+LARGEST_SCALED = 1e18
+"""Beyond this, squares are near the end of float32."""
 Update: TypeAlias = Callable[[Parts, bool], tuple[Batch, dict[str, Tensor]]]
 
 
@@ -63,7 +68,8 @@ class Run:
             reward_std = dataset.rewards.std()
             dataset = dataclasses.replace(dataset, rewards=dataset.rewards / reward_std)
         self.dataset = dataset.to(device)
-        configs = config.of_each_seed()
+        found = without_diverged(config) if self.place.leads else None
+        configs, self.left_out = processes.from_leader(found) or ([], [])
         agents = [self._make_agent(single.seed, mean, std).to(device) for single in configs]
         self.generators = [torch.Generator(device).manual_seed(single.seed) for single in configs]
         if config.num_seeds == 1:
@@ -73,7 +79,7 @@ class Run:
         else:
             self.learner = group = SeedGroup(agents)
             self.optimizer = group.make_optimizer()
-            optimizers = [group.optimizer_of(i, self.optimizer) for i in range(config.num_seeds)]
+            optimizers = [group.optimizer_of(i, self.optimizer) for i in range(len(agents))]
         self.members = [
             Member(Result(single, spec, self.dataset), agent, optimizer, generator)
             for single, agent, optimizer, generator in zip(configs, agents, optimizers, self.generators)
@@ -93,6 +99,7 @@ class Run:
             member.explorer = Explorer(
                 spec.env_id, member.agent, config.acts_online, member.generator, replay, reward_std, config.seed
             )
+        self.first_unsound = FirstUnsound(len(self.members), device)
         self.captured: CapturedUpdate[tuple[Batch, dict[str, Tensor]]] | None = None
         self.update = self._make_update()
         self.step = 0
@@ -134,10 +141,18 @@ class Run:
         return update
 
     def _update(self, parts: Parts, log: bool) -> tuple[Batch, dict[str, Tensor]]:
-        """Sample a batch and make one update."""
+        """Sample a batch and make one update, unless its numbers went wrong."""
         dataset = self.warmup_dataset if "data_critic" in parts else self.source
         batch, draws = self.learner.sample(dataset, self.config.batch_size, self.generators)
-        return batch, self.learner.update(self.optimizer, batch, draws, parts, log=log)
+        seen = self.learner.backward(batch, draws, parts, log=log)
+        norms = self.learner.gradient_norms()
+        healthy = sound(self.learner.losses, norms)
+        if self.captured is not None:
+            self.first_unsound.note(healthy)
+        elif self._lose_unsound(healthy, FailedUpdate(batch, draws, parts)):
+            norms = self.learner.gradient_norms()  # without those that were lost
+        self.learner.step(self.optimizer, parts, norms)
+        return batch, seen
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
@@ -146,6 +161,7 @@ class Run:
         self._check_agreement()
         for member in self.members if self.place.leads else ():
             member.open_record(self.step)
+        self.first_unsound.begin(self.step)
         self.clock = time.perf_counter() - self.seconds
         handlers = {signum: signal.signal(signum, self.request_stop) for signum in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -165,7 +181,7 @@ class Run:
         config, flow_end = self.config, self.stages[0].end
         critics_learn = stage is not self.stages[0]
         explorer = self._go_online() if stage is self.online else None
-        evaluated = [row["step"] for row in self.members[0].result.evaluations]
+        evaluated = [row["step"] for row in self.alive[0].result.evaluations]
         # the agent that goes online is always evaluated
         if critics_learn and (not evaluated or self.step == self.online.start != evaluated[-1]):
             self.evaluate()
@@ -185,18 +201,14 @@ class Run:
                 log = done % config.log_every == 0 or self.step + 1 == stage.end
                 self.set_learning_rate(stage)
                 if explorer is not None:
-                    explorer.step()
+                    self._explore(explorer)
                 batch, seen = self.update(self.parts(stage), log)
                 self.step += 1
                 bar.update()
                 if log:
-                    figures = [self._of_whole_batch(of_member) for of_member in self.learner.figures(batch, seen)]
                     self._check_agreement()
                     rate = (self.step - logged_step) / (time.perf_counter() - logged_at)
-                    numbers = [
-                        member.log(self.step, stage.name, rate, of_member)
-                        for member, of_member in zip(self.members, figures)
-                    ]
+                    numbers = self._log(stage, rate, batch, seen)
                     bar.set_postfix_str(postfix(numbers), refresh=False)
                     logged_step, logged_at = self.step, time.perf_counter()
                 end = self.step == self.stages[-1].end
@@ -235,6 +247,28 @@ class Run:
                 f"at step {self.step} the processes have different parameters or random numbers; they must run on "
                 "processors, or GPUs, of one kind"
             )
+
+    def _log(self, stage: Stage, rate: float, batch: Batch, seen: dict[str, Tensor]) -> list[dict[str, float]]:
+        """Write a row for each member whose numbers are sound; returns their figures."""
+        self.check()
+        rows = []
+        for i, (member, figures) in enumerate(zip(self.members, self.learner.figures(batch, seen))):
+            if member.diverged is not None:
+                continue
+            row = member.log(self.step, stage.name, rate, self._of_whole_batch(figures))
+            broken = [f"{name} = {value}" for name, value in row.items() if not math.isfinite(value)]
+            if broken:  # a figure that is no part of the losses
+                self.lose(i, self.step, {"metrics": broken})
+            else:
+                rows.append(row)
+        return rows
+
+    def _explore(self, explorer: Explorer) -> None:
+        """One step in the environment."""
+        try:
+            explorer.step()
+        except NotFinite as error:
+            self.lose(0, self.step, {"environment": [str(error)]})
 
     def _go_online(self) -> Explorer:
         """From here on updates sample from the replay."""
@@ -282,31 +316,97 @@ class Run:
         tqdm.write("stopping after this update or evaluation, with a checkpoint; once more to stop at once")
         self.stop_requested = True
 
+    # -- numbers that go wrong -----------------------------------------------------------------------------------
+
+    @property
+    def alive(self) -> list[Member]:
+        """The members whose numbers are sound."""
+        return [member for member in self.members if member.diverged is None]
+
+    @property
+    def diverged(self) -> list[Diverged]:
+        """The seeds whose numbers went wrong, now or before the run was resumed."""
+        return [*self.left_out, *(member.diverged for member in self.members if member.diverged is not None)]
+
+    def _lose_unsound(self, healthy: Tensor, update: FailedUpdate) -> bool:
+        """Lose the members whose gradients must not be applied; returns whether there were any."""
+        lost = [i for i in unsound(healthy) if self.members[i].diverged is None]
+        for i in lost:
+            batch, draws = self.learner.share(i, update.batch, update.draws)
+            of_member = FailedUpdate(processes.whole_batch(batch), processes.whole_batch(draws), update.parts)
+            found = self.members[i].inspect(of_member, self.learner.gradients_of(i))
+            self.lose(i, self.step + 1, found, of_member)
+        return bool(lost)
+
+    def check(self) -> None:
+        """Lose the members whose parameters, Adam's moments or captured updates went wrong."""
+        first = self.first_unsound.read()
+        for i, member in enumerate(self.members):
+            if member.diverged is not None:
+                continue
+            if found := member.wrong_state() or ({"updates": ["a loss or a gradient"]} if first[i] else {}):
+                self.lose(i, first[i] or self.step, found)
+
+    def lose(self, i: int, at: int, found: Wrong, update: FailedUpdate | None = None) -> None:
+        """Save the state of a member whose numbers went wrong. The others go on without it.
+
+        Raises:
+            RunError: there are no others.
+        """
+        stage = next(stage for stage in reversed(self.stages) if stage.start < max(at, 1))
+        diverged = self.members[i].diverge(at, stage.name, found, update)
+        message = diverged.report(in_a_graph=self.first_unsound.read()[i] > 0, group=self.config.num_seeds > 1)
+        if not self.alive:
+            seeds = ", ".join(str(of_seed.seed) for of_seed in self.diverged)
+            raise RunError(message + (f"\nall seeds diverged: {seeds}" if self.config.num_seeds > 1 else ""))
+        tqdm.write(f"{message}\nthe other seeds go on")
+        assert isinstance(self.learner, SeedGroup)
+        self.learner.leave_out(i, self.optimizer)
+
     # -- results and checkpoints ---------------------------------------------------------------------------------
 
     def evaluate(self) -> None:
         interim = self.step not in (self.online.start, self.online.end)
-        for member in self.members:
-            if not self.place.leads:
-                member.result.evaluations += processes.from_leader([])
+        self.check()
+        for i, member in enumerate(self.members):
+            if member.diverged is not None:
                 continue
-            rows = member.evaluate(self.step, interim=interim)
-            processes.from_leader(list(rows.values()))
-            seed = f"seed {member.config.seed:<4}" if len(self.members) > 1 else ""
+            played = self._evaluated(member, interim) if self.place.leads else ({}, "")
+            rows, problem = processes.from_leader(played)
+            if problem:
+                self.lose(i, self.step, {"evaluation": [problem]})
+                continue
+            if not self.place.leads:
+                member.result.evaluations += rows.values()
+                continue
+            seed = f"seed {member.config.seed:<4}" if self.config.num_seeds > 1 else ""
             self.seconds = time.perf_counter() - self.clock
             tqdm.write(evaluation_line(self.step, seed, rows, member.config, self.seconds / 60))
-        if len(self.members) > 1 and self.place.leads:
-            results = [member.result for member in self.members]
+        if self.config.num_seeds > 1 and self.place.leads:
+            results = [member.result for member in self.alive]
             evaluations = [result.evaluations for result in results]
-            draw_group_curve(self.config, evaluations, results[0].dataset_score, self.spec.score_label)
+            score, label = results[0].dataset_score, self.spec.score_label
+            draw_group_curve(self.config, evaluations, score, label, self.diverged)
+
+    def _evaluated(self, member: Member, interim: bool) -> tuple[dict[str, dict[str, Any]], str]:
+        """The rows of an evaluation, or what was not finite in it."""
+        try:
+            return member.evaluate(self.step, interim=interim), ""
+        except NotFinite as error:
+            return {}, str(error)
 
     def save(self) -> None:
+        self.check()
         self.seconds = time.perf_counter() - self.clock
-        for member in self.members if self.place.leads else ():
+        for member in self.alive if self.place.leads else ():
             member.save(self.step, self.seconds)
 
     def resume(self) -> None:
         """Continue from the newest intact checkpoint that all members share; start anew if there is none at all."""
+        for diverged in self.left_out:
+            print(f"left out   {diverged}")
+        if self.config.num_seeds == 1 and self.place.leads:
+            self.members[0].recall_divergence()
         folders = [member.config.checkpoints for member in self.members]
         found = newest_checkpoints(folders) if self.place.leads else ([], [])
         checkpoints, problems = processes.from_leader(found)
@@ -330,10 +430,13 @@ class Run:
         """Write weights and summary, and print the final table."""
         if not self.place.leads:
             return
-        for member in self.members:
+        for member in self.alive:
             member.finish(self.seconds)
-        minutes, results = self.seconds / 60, [member.result for member in self.members]
-        print(final_table(results[0], minutes) if len(results) == 1 else group_table(self.config, results, minutes))
+        minutes, results = self.seconds / 60, [member.result for member in self.alive]
+        if self.config.num_seeds == 1:
+            print(final_table(results[0], minutes))
+        else:
+            print(group_table(self.config, results, minutes, self.diverged))
         if isinstance(self.update, ProfiledUpdate):
             print(self.update.outcome)
 
@@ -342,11 +445,17 @@ def check_data(config: RunConfig, dataset: OfflineDataset) -> None:
     """Refuse settings that do not fit the data, before anything of an earlier run is overwritten.
 
     Raises:
-        RunError: see `check_observations`; or equal rewards are to be scaled.
+        RunError: see `check_observations`; or equal rewards are to be scaled, or numbers too large for it.
     """
     check_observations(config, dataset.states.shape[1:])
     if config.scale_rewards and dataset.rewards.std() == 0:
         raise RunError("--scale-rewards divides by the rewards' standard deviation, and all rewards are equal")
+    for flag, column, scaled in (
+        ("--scale-rewards", dataset.rewards, config.scale_rewards),
+        ("--standardize-observations", dataset.states, config.standardize_observations),
+    ):
+        if scaled and (largest := max(map(abs, torch.stack(column.aminmax()).tolist()))) > LARGEST_SCALED:
+            raise RunError(f"{flag}: numbers up to {largest:.3g} have no standard deviation in float32")
 
 
 def captures(config: RunConfig, device: torch.device) -> bool:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from train import processes
 from train.agents.base import Agent
 from train.evaluate import evaluate
+from train.health import Wrong, gradient_numbers, inspect, state_numbers, wrong
 from train.online import ONLINE_METRICS, Explorer
 from train.outputs.best import keep_best, prune_best, save_best
-from train.outputs.checkpoint import Checkpoint, save_checkpoint
+from train.outputs.checkpoint import Checkpoint, save_checkpoint, state_tensors
 from train.outputs.curve import draw_curve
+from train.outputs.diverged import FILE, Diverged, DivergedError, FailedUpdate, read_diverged, save_diverged
 from train.outputs.notes import check_notes
 from train.outputs.policy import save_policy
 from train.outputs.record import Record
@@ -30,6 +32,10 @@ class Member:
     """Plays its training episodes, if it goes online."""
     record: Record | None = None
     """Its open files; None in processes that do not write them."""
+    diverged: Diverged | None = None
+    """Set when its numbers went wrong."""
+    stopped_at: int | None = None
+    """The update at which an earlier attempt diverged."""
 
     def __init__(
         self, result: Result, agent: Agent, optimizer: torch.optim.Optimizer, generator: torch.Generator
@@ -50,12 +56,6 @@ class Member:
             numbers |= self.explorer.report()
         if self.record is not None:
             self.record.add_metrics(step, stage, updates_per_second, numbers)
-        broken = [f"{name} = {value}" for name, value in numbers.items() if not math.isfinite(value)]
-        if broken:
-            raise RunError(
-                f"training diverged before step {step}: {', '.join(broken)} (seed {self.config.seed}, see metrics.csv "
-                f"in {self.config.folder})"
-            )
         return numbers
 
     def evaluate(self, step: int, *, interim: bool) -> dict[str, dict[str, Any]]:
@@ -89,6 +89,49 @@ class Member:
         folder = self.config.checkpoints
         save_checkpoint(folder, step, self.agent, self.optimizer, self.generator, notes, seen)
         prune_best(folder)
+        if self.stopped_at is not None and step >= self.stopped_at:
+            (self.config.folder / FILE).unlink(missing_ok=True)  # this time it got past that update
+
+    def wrong_state(self) -> Wrong:
+        """Which of the agent's and the optimiser's numbers went wrong."""
+        everything = [*self.agent.state_dict().values(), *self._moments.values()]
+        if nn.utils.get_total_norm(everything).isfinite():  # which is faster than to look at each
+            return {}
+        return wrong(state_numbers(self.agent, self._moments))
+
+    def inspect(self, update: FailedUpdate, gradients: Mapping[str, Tensor]) -> Wrong:
+        """What went wrong in an update whose gradients these are."""
+        found = wrong(gradient_numbers(gradients))
+        # once more by itself, to look at each loss; in a group it may round differently
+        rows = inspect(self.agent, self._moments, *update)
+        self.agent.zero_grad()
+        return (wrong(row for row in rows if "gradients" not in row.kind) | found) or {"losses": ["total_loss"]}
+
+    @property
+    def _moments(self) -> dict[str, Tensor]:
+        states = self.optimizer.state_dict()["state"]
+        return {f"{i}/{name}": tensor for i, state in states.items() for name, tensor in state.items()}
+
+    def recall_divergence(self) -> None:
+        """Say that an earlier attempt diverged; the file stays until this one gets past that update."""
+        folder = self.config.folder
+        if not (folder / FILE).exists():
+            return
+        try:
+            before = read_diverged(folder).diverged
+            self.stopped_at = before.update
+            print(f"diverged   before: {before}")
+        except DivergedError as error:
+            self.stopped_at = 0
+            print(f"refused    {error}")
+
+    def diverge(self, at: int, stage: str, found: Wrong, update: FailedUpdate | None) -> Diverged:
+        """Save the state, and take no further part in the run."""
+        config = self.config
+        self.diverged = Diverged(config.seed, at, stage, found, config.folder, self.result.evaluations)
+        if processes.place().leads:
+            save_diverged(config, self.diverged, state_tensors(self.agent, self.optimizer, self.generator), update)
+        return self.diverged
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint.

@@ -13,6 +13,7 @@ from train.acting import Acting
 from train.agents.base import Agent
 from train.data.replay import Replay
 from train.data.transitions import ACTION_BOUND
+from train.simulator import check_finite
 
 ONLINE_METRICS = {
     "online_return": "mean return of the training episodes that ended since the row before",
@@ -56,12 +57,17 @@ class Explorer:
         self._ended: list[tuple[float, bool]] = []
 
     def step(self) -> None:
-        """Act once, in a new episode if none is under way."""
+        """Act once, in a new episode if none is under way.
+
+        Raises:
+            NotFinite: the action, or what came of it, is NaN or infinite. The replay does not get it.
+        """
         if self.steps == 0:
             self.episodes += 1
             self.replay.begin(self._reset())
         noise = self.acting.draw(self.agent, 1, self.generator)
         action = self.acting(self.agent, self.replay.state.unsqueeze(0), noise)[0].clamp(-ACTION_BOUND, ACTION_BOUND)
+        check_finite(f"the policy's action {self._when}", action.cpu())
         state, reward, terminated, truncated = self._play(action)
         self.replay.add(action, reward, float(not terminated), state)
         if terminated or truncated:
@@ -77,16 +83,25 @@ class Explorer:
         (seed,) = np.random.SeedSequence((self.seed, self.episodes)).generate_state(1)
         observation, _ = self.env.reset(seed=int(seed))
         self.steps, self._return, self._success = 0, 0.0, False
-        return self._standardized(observation)
+        state = self._standardized(observation)
+        check_finite(f"the first observation of episode {self.episodes}", state.cpu())
+        return state
 
     def _play(self, action: Tensor) -> tuple[Tensor, Tensor, bool, bool]:
         """Take the action: the state it led to, the reward as offline rewards are scaled, terminated, truncated."""
         observation, reward, terminated, truncated, info = self.env.step(action.cpu().numpy())
+        state = self._standardized(observation)
+        scaled = torch.tensor(float(reward), dtype=self.reward_std.dtype) / self.reward_std
+        check_finite(f"the observation {self._when}", state.cpu())
+        check_finite(f"the reward {self._when}", scaled.cpu())
         self.steps += 1
         self._return += float(reward)
         self._success |= bool(info.get("success", False))
-        scaled = torch.tensor(float(reward), dtype=self.reward_std.dtype) / self.reward_std
-        return self._standardized(observation), scaled, bool(terminated), bool(truncated)
+        return state, scaled, bool(terminated), bool(truncated)
+
+    @property
+    def _when(self) -> str:
+        return f"in step {self.steps + 1} of episode {self.episodes}"
 
     def _standardized(self, observation: np.ndarray) -> Tensor:
         agent = self.agent

@@ -23,7 +23,7 @@ from train.evaluate import player, run_episodes
 from train.outputs.best import best_file
 from train.outputs.policy import Policy, PolicyError, load_policy
 from train.rendering import render_off_screen
-from train.simulator import kept_vector_env
+from train.simulator import NotFinite, kept_vector_env
 
 WIDTH, HEIGHT = 480, 320
 
@@ -32,7 +32,7 @@ class PlayError(RuntimeError):
     """A problem that the user can fix."""
 
 
-REFUSALS = (PlayError, PolicyError, UnknownEnvironment, NotInstalled, OSError)
+REFUSALS = (PlayError, PolicyError, UnknownEnvironment, NotInstalled, NotFinite, OSError)
 """Errors that are shown without a traceback."""
 
 
@@ -125,18 +125,6 @@ def check_fits(policy: Policy, spec: EnvSpec, config: PlayConfig) -> None:
         )
 
 
-def finite(act: Callable[[np.ndarray], np.ndarray], run: Path) -> Callable[[np.ndarray], np.ndarray]:
-    """The same function, which refuses to act by NaN or infinity: the simulator would go on with them."""
-
-    def checked(obs: np.ndarray) -> np.ndarray:
-        actions = act(obs)
-        if not np.isfinite(actions).all():
-            raise PlayError(f"the policy in {run} acts by NaN or infinity")
-        return actions
-
-    return checked
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     config = tyro.cli(PlayConfig, args=argv)
     try:
@@ -153,10 +141,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         check_fits(policy, spec, config)
 
-        def act() -> Callable[[np.ndarray], np.ndarray]:
-            return finite(player(policy.agent, acting, config.seed), config.run)
-
-        outcomes = run_episodes(spec.env_id, act(), episodes=config.episodes, seed=config.seed)
+        act = player(policy.agent, acting, config.seed)
+        outcomes = run_episodes(spec.env_id, act, episodes=config.episodes, seed=config.seed)
         score = spec.scoring(outcomes)
         print(f"{'episode':>8}{'return':>10}{'score':>8}")
         for i, row in enumerate(zip(outcomes.returns, score)):
@@ -164,7 +150,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sem = score.std(ddof=1) / len(score) ** 0.5 if len(score) > 1 else 0.0
         print(f"{acting} in {spec.env_id}: score {score.mean():.1f} ± {sem:.1f}{f' ({file.name})' if file else ''}")
         if config.record is not None:
-            print(film(spec, act(), config.record, config.seed, config.seconds))
+            act = player(policy.agent, acting, config.seed)  # a new one, because it remembers frames
+            print(film(spec, act, config.record, config.seed, config.seconds))
     except REFUSALS as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

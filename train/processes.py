@@ -24,6 +24,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+Columns = TypeVar("Columns", bound=tuple[Any, ...])
+"""A named tuple of tensors, some of which may be None."""
 LONGEST_WAIT = datetime.timedelta(hours=2)
 """How long processes wait for one that still runs, such as the leader while it evaluates."""
 
@@ -119,14 +121,14 @@ def batch_means(means: Sequence[Tensor], rows: int) -> list[Tensor]:
     return [total / size for total in totals]
 
 
-def average_gradients(gradients: Sequence[Tensor], rows: int) -> None:
-    """Replace gradients of losses summed over this process's rows by those of their mean over the whole batch."""
-    flat = torch.cat([*(gradient.flatten() for gradient in gradients), gradients[0].new_tensor([rows])])
+def average(tensors: Sequence[Tensor], rows: int) -> None:
+    """Replace sums over this process's rows by means over the whole batch; losses, and gradients of them."""
+    flat = torch.cat([*(tensor.flatten() for tensor in tensors), tensors[0].new_tensor([rows])])
     with _contact():
         dist.all_reduce(flat)
-    *parts, size = flat.split([*(gradient.numel() for gradient in gradients), 1])
+    *parts, size = flat.split([*(tensor.numel() for tensor in tensors), 1])
     torch._foreach_div_(parts, size.squeeze())
-    torch._foreach_copy_(list(gradients), [part.view_as(gradient) for part, gradient in zip(parts, gradients)])
+    torch._foreach_copy_(list(tensors), [part.view_as(tensor) for part, tensor in zip(parts, tensors)])
 
 
 @torch.library.custom_op("fdkernels_train::sum_over_processes", mutates_args=())
@@ -181,11 +183,12 @@ def from_leader(value: T) -> T:
     return box[0]
 
 
-def gathered(tensor: Tensor, dim: int) -> Tensor:
-    """All processes' parts of a batch, one after the other along ``dim``."""
+def whole_batch(columns: Columns) -> Columns:
+    """The columns of the whole batch, from this process's rows of them."""
     if _place.total == 1:
-        return tensor
+        return columns
     parts: list[Any] = [None] * _place.total
     with _contact():
-        dist.all_gather_object(parts, tensor.cpu())
-    return torch.cat(parts, dim).to(tensor.device)
+        dist.all_gather_object(parts, [None if column is None else column.cpu() for column in columns])
+    whole = (None if own is None else torch.cat(column).to(own.device) for own, column in zip(columns, zip(*parts)))
+    return type(columns)(*whole)  # type: ignore[arg-type]

@@ -24,6 +24,7 @@ from train.outputs.disk import explain
 from train.outputs.folder import check_folder, lock_folders, prepare_folder
 from train.presets import choose_preset, preset_config
 from train.settings import RunConfig, RunError
+from train.simulator import NotFinite
 
 
 def parse(argv: Sequence[str]) -> RunConfig:
@@ -115,7 +116,7 @@ def main(argv: Sequence[str] | None = None, *, patience: float = 0.0) -> int:
             with processes.joined(device), contextlib.ExitStack() as locks:
                 return _train(config, spec, device, locks, patience)
         except (
-            *(UnknownEnvironment, NotInstalled, DatasetUnavailable, RunError, CaptureError, OSError),
+            *(UnknownEnvironment, NotInstalled, DatasetUnavailable, RunError, CaptureError, NotFinite, OSError),
             processes.LostContact,
         ) as error:
             print(f"{who} {explain(error, 'then --resume goes on from the newest checkpoint')}", file=sys.stderr)
@@ -167,9 +168,13 @@ def _train(config: RunConfig, spec: EnvSpec, device: torch.device, locks: contex
     run.train()
     if run.stopped:
         print(f"stopped at step {run.step:,}; --resume continues from there")
+    else:
+        run.finish()
+    for diverged in run.diverged if place.leads else ():
+        print(f"error: {diverged}; see {diverged.folder}", file=sys.stderr)
+    if run.stopped:
         return 130
-    run.finish()
-    return 0
+    return 2 if run.diverged else 0
 
 
 if __name__ == "__main__":

@@ -99,6 +99,8 @@ class Learner(nn.Module, abc.ABC):
     target_critic: TwinCritic
     encoders: nn.ModuleDict
     """Encoders of the `NETWORKS` and of the target critic; none for states."""
+    losses: Tensor
+    """The summed losses of the last `backward`: a scalar, or (N,) for N agents."""
 
     def make_optimizer(self) -> torch.optim.Adam:
         """One Adam for all trainable parameters. Call this once the module is on its device."""
@@ -146,20 +148,26 @@ class Learner(nn.Module, abc.ABC):
         total_loss, seen = self(batch, draws, flows, parts, log)
         if processes.place().total == 1:
             total_loss.sum().backward()
+            self.losses = total_loss.detach()
         else:
             rows = draws.base_noise.shape[-2]
             (total_loss.sum() * rows).backward()
-            processes.average_gradients([p.grad for p in self.parameters() if p.grad is not None], rows)
+            self.losses = total_loss.detach() * rows
+            gradients = [p.grad for p in self.parameters() if p.grad is not None]
+            processes.average([*gradients, self.losses], rows)
         if "frozen_flow" in parts:
             # As in the published code, the loss is gone but Adam's momentum still moves the flow a little.
             for p in (*self.flow.parameters(), *self.encoder_parameters("flow")):
                 p.grad = torch.zeros_like(p)
         return {name: tensor.detach() for name, tensor in seen.items()}
 
-    def step(self, optimizer: torch.optim.Optimizer, parts: Parts = ALL_PARTS) -> None:
-        """Clip the gradients, move the target network if the critic learns, and step the optimiser."""
+    def step(self, optimizer: torch.optim.Optimizer, parts: Parts = ALL_PARTS, norms: Tensor | None = None) -> None:
+        """Clip the gradients, move the target network if the critic learns, and step the optimiser.
+
+        ``norms`` are the `gradient_norms`, if the caller has them already.
+        """
         if self.config.grad_clip is not None:
-            self.clip_gradients(self.config.grad_clip)
+            self.clip_gradients(self.config.grad_clip, self.gradient_norms() if norms is None else norms)
         if "critic" in parts or "data_critic" in parts:
             # As in the published code, the target follows the critic from before this step.
             follow(self.target_critic, self.critic, self.config.tau)
@@ -196,8 +204,20 @@ class Learner(nn.Module, abc.ABC):
         """`Agent.metrics` of each agent."""
 
     @abc.abstractmethod
-    def clip_gradients(self, bound: float) -> None:
-        """Scale the gradients so that their norm, over all parameters of an agent together, is at most ``bound``."""
+    def gradient_norms(self) -> Tensor:
+        """The norm of each agent's gradients, over all its parameters together, in the shape of `losses`."""
+
+    @abc.abstractmethod
+    def clip_gradients(self, bound: float, norms: Tensor) -> None:
+        """Scale gradients, whose `gradient_norms` are ``norms``, so that these are at most ``bound``."""
+
+    @abc.abstractmethod
+    def share(self, i: int, batch: Batch, draws: Draws) -> tuple[Batch, Draws]:
+        """What `sample` drew for agent i."""
+
+    @abc.abstractmethod
+    def gradients_of(self, i: int) -> dict[str, Tensor]:
+        """The gradients of agent i, by the names of its parameters."""
 
 
 class Agent(Learner):
@@ -303,8 +323,17 @@ class Agent(Learner):
     def figures(self, batch: Batch, seen: dict[str, Tensor]) -> list[dict[str, Tensor]]:
         return [self.metrics(batch, seen)]
 
-    def clip_gradients(self, bound: float) -> None:
-        nn.utils.clip_grad_norm_(self.parameters(), bound)
+    def gradient_norms(self) -> Tensor:
+        return nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
+
+    def clip_gradients(self, bound: float, norms: Tensor) -> None:
+        nn.utils.clip_grads_with_norm_(self.parameters(), bound, norms)
+
+    def share(self, i: int, batch: Batch, draws: Draws) -> tuple[Batch, Draws]:
+        return batch, draws
+
+    def gradients_of(self, i: int) -> dict[str, Tensor]:
+        return {name: p.grad for name, p in self.named_parameters() if p.grad is not None}
 
     # -- images --------------------------------------------------------------------------------------------------
 

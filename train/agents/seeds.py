@@ -6,6 +6,9 @@ saving or restoring an agent reads and writes the weights being trained. An upda
 product. The seeds stay independent: gradients of one seed's loss reach only that seed's weights, Adam is elementwise,
 and gradients are clipped by each seed's own norm. On CUDA one call integrates the flows of all seeds. The CPU
 integrates them one after another, and on processors where that is faster it computes the losses one by one too.
+
+A seed whose numbers went wrong can be left out. It stays in the arithmetic, because a smaller stack would round
+differently for the others, but its parameters no longer move.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from torch.func import functional_call, vmap
 
 from fdkernels.cpu import layers as cpu_layers
 from train import processes
-from train.agents.base import Agent, Draws, Learner, Parts
+from train.agents.base import ALL_PARTS, Agent, Draws, Learner, Parts
 from train.data.replay import Replay
 from train.data.transitions import Batch, OfflineDataset
 
@@ -44,6 +47,8 @@ class SeedGroup(Learner):
             self.add_module(name, module)
         for name, parameter in stacked.named_parameters(recurse=False):
             self.register_parameter(name, parameter)
+        self.left_out: set[int] = set()
+        """Agents that no longer learn."""
 
     def optimizer_of(self, i: int, optimizer: torch.optim.Adam) -> torch.optim.Adam:
         """The optimiser of agent i, for its checkpoints; its state is a view of the state of the group's ``optimizer``.
@@ -57,8 +62,30 @@ class SeedGroup(Learner):
             own.state[mine] = {name: tensor[i] if tensor.ndim else tensor for name, tensor in state.items()}
         return own
 
+    @torch.no_grad()
+    def leave_out(self, i: int, optimizer: torch.optim.Optimizer) -> None:
+        """Keep agent i's parameters as they are from here on, the update whose gradients are at hand included."""
+        self.left_out.add(i)
+        for p in self.parameters():
+            for moment in optimizer.state.get(p, {}).values():
+                if moment.ndim:  # Adam's step count is everybody's
+                    moment[i] = 0
+        self._silence()
+
+    @torch.no_grad()
+    def _silence(self) -> None:
+        """Without gradient and momentum, Adam moves nothing."""
+        for i in self.left_out:
+            for gradient in self.gradients_of(i).values():
+                gradient.zero_()
+
     def agent_parts(self, updates: int) -> Parts:
         return self.agents[0].agent_parts(updates)
+
+    def backward(self, batch: Batch, draws: Draws, parts: Parts = ALL_PARTS, *, log: bool = False) -> dict[str, Tensor]:
+        seen = super().backward(batch, draws, parts, log=log)
+        self._silence()
+        return seen
 
     def encode(self, batch: Batch, draws: Draws, parts: Parts) -> Batch:
         """The images of one seed after the other, each by its own encoders."""
@@ -126,17 +153,28 @@ class SeedGroup(Learner):
         return dataset.take(torch.stack(indices)), Draws(*stacked)  # type: ignore[arg-type]
 
     def figures(self, batch: Batch, seen: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        """Nothing for agents that are left out: their numbers may be such that no figure can be made of them."""
         return [
             agent.metrics(Batch(**_of(i, batch)), {name: tensor[i] for name, tensor in seen.items()})
+            if i not in self.left_out
+            else {}
             for i, agent in enumerate(self.agents)
         ]
 
-    def clip_gradients(self, bound: float) -> None:
+    def gradient_norms(self) -> Tensor:
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        norms = torch.stack([torch.linalg.vector_norm(g.reshape(len(g), -1), dim=1) for g in gradients]).norm(dim=0)
+        return torch.stack([torch.linalg.vector_norm(g.reshape(len(g), -1), dim=1) for g in gradients]).norm(dim=0)
+
+    def clip_gradients(self, bound: float, norms: Tensor) -> None:
         scale = (bound / (norms + 1e-6)).clamp(max=1)
-        for g in gradients:
+        for g in (p.grad for p in self.parameters() if p.grad is not None):
             g.mul_(scale.view(-1, *[1] * (g.ndim - 1)))
+
+    def share(self, i: int, batch: Batch, draws: Draws) -> tuple[Batch, Draws]:
+        return Batch(**_of(i, batch)), Draws(**_of(i, draws))
+
+    def gradients_of(self, i: int) -> dict[str, Tensor]:
+        return {name: p.grad[i] for name, p in self.named_parameters() if p.grad is not None}
 
 
 class _Call(nn.Module):

@@ -49,8 +49,8 @@ def check_episodes(episodes: Sequence[Episode]) -> None:
     """Refuse episodes that are damaged or do not fit together.
 
     Raises:
-        BadEpisode: there are none; one is empty, lacks an observation, has NaN or infinite numbers or actions outside
-            [-1, 1]; or its observations or actions are shaped otherwise than in the first one.
+        BadEpisode: there are none; one is empty, lacks an observation, has actions outside [-1, 1], or numbers that are
+            NaN or, in float32, infinite; or its observations or actions are shaped otherwise than in the first one.
     """
     if not episodes:
         raise BadEpisode("there are no episodes")
@@ -70,7 +70,7 @@ def check_episodes(episodes: Sequence[Episode]) -> None:
                 raise BadEpisode(f"episode {i} has {name} of shape {column.shape}, and {wanted} would fit")
             if not np.issubdtype(column.dtype, np.inexact):  # images are larger than memory, and cannot have NaN
                 continue
-            bad = ~np.isfinite(column)
+            bad = ~(np.abs(column) <= np.finfo(np.float32).max)  # as which it is stored; true of NaN, too
             if bad.any():
                 at = tuple(int(where) for where in np.argwhere(bad)[0])
                 raise BadEpisode(f"episode {i} has {column[at]} in its {name}, at {at}")

@@ -44,19 +44,30 @@ def save_checkpoint(
     A process that is killed at any moment leaves either the whole new file or none of it.
     """
     create_folder(folder, parents=False)  # a run's folder that was deleted must not come back without its other files
+    tensors = state_tensors(agent, optimizer, generator)
+    tensors |= {f"replay/{name}": tensor for name, tensor in (replay or {}).items()}
+    path = folder / f"step-{step:09d}.safetensors"
+    write_checkpoint(path, step, tensors, notes)
+    for _, old in list(_newest_first(folder))[KEPT:]:
+        old.unlink()
+    return path
+
+
+def state_tensors(agent: Agent, optimizer: torch.optim.Optimizer, generator: torch.Generator) -> dict[str, Tensor]:
+    """What an agent and its training are made of, as it is named in a checkpoint."""
     tensors = {f"agent/{name}": tensor for name, tensor in agent.state_dict().items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"adam/{index}/{name}": tensor for name, tensor in state.items()}
     tensors["generator"] = generator.get_state()
-    tensors |= {f"replay/{name}": tensor for name, tensor in (replay or {}).items()}
+    return tensors
+
+
+def write_checkpoint(path: Path, step: int, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
+    """Write a file that `read_checkpoint` reads."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     header = {"step": str(step), "notes": json.dumps(notes)}
     header["checksum"] = _checksum(tensors, header)
-    path = folder / f"step-{step:09d}.safetensors"
     write_safetensors(path, tensors, header)
-    for _, old in list(_newest_first(folder))[KEPT:]:
-        old.unlink()
-    return path
 
 
 class Checkpoint(NamedTuple):
@@ -109,7 +120,7 @@ def require_alike(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> 
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a file that `save_checkpoint` wrote.
+    """Read a file that `save_checkpoint` or `write_checkpoint` wrote.
 
     Raises:
         DamagedCheckpoint: the file is cut short or altered.

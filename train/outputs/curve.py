@@ -18,11 +18,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from train.agents import AGENTS
+from train.outputs.diverged import Diverged
 from train.outputs.files import write_whole
 from train.outputs.record import read_table
 from train.settings import RunConfig, role_names
 
-BLUE, GREEN, ORANGE, GREY = "#1f5fa8", "#3a8f5c", "#d9822b", "#8a8f98"
+BLUE, GREEN, ORANGE, GREY, RED = "#1f5fa8", "#3a8f5c", "#d9822b", "#8a8f98", "#c0392b"
 STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -198,23 +199,37 @@ def group_curve_path(config: RunConfig) -> Path:
 
 
 def draw_group_curve(
-    config: RunConfig, evaluations: Sequence[Sequence[Mapping[str, Any]]], dataset_score: float, label: str
+    config: RunConfig,
+    evaluations: Sequence[Sequence[Mapping[str, Any]]],
+    dataset_score: float,
+    label: str,
+    diverged: Sequence[Diverged] = (),
 ) -> Path:
     """Draw the scores of all seeds against updates: their interquartile mean with its interval, and a line per seed.
+
+    Lines of seeds that diverged end in a cross. They are not part of the mean, at no step.
 
     Args:
         config: the group's configuration.
         evaluations: each seed's rows, as in its evaluations.csv, all at the same steps.
         dataset_score: mean score of the dataset's own episodes.
         label: name of the score, for the axis.
+        diverged: the seeds that are not among these, with their own rows.
     """
+
+    def line_of(rows: Sequence[Mapping[str, Any]], role: str) -> dict[int, float]:
+        return {row["step"] - config.flow_warmup: row["score_mean"] for row in rows if row["role"] == role}
+
     with plt.rc_context(STYLE):
         figure, ax = plt.subplots(figsize=(10, 5), layout="constrained")
+        for of_seed in diverged:
+            for role, colour, _ in _roles(config):
+                ended = line_of(of_seed.evaluations, role)
+                ax.plot(list(ended), list(ended.values()), "--", color=colour, linewidth=0.7, alpha=0.45)
+                ax.plot(list(ended)[-1:], list(ended.values())[-1:], "x", color=RED, markersize=7)
+            ax.plot([], [], "x", color=RED, label=f"seed {of_seed.seed} diverged at update {of_seed.update:,}")
         for role, colour, text in _roles(config):
-            lines = [
-                {row["step"] - config.flow_warmup: row["score_mean"] for row in rows if row["role"] == role}
-                for rows in evaluations
-            ]
+            lines = [line_of(rows, role) for rows in evaluations]
             steps = list(lines[0])
             for line in lines:
                 ax.plot(steps, [line[step] for step in steps], color=colour, linewidth=0.7, alpha=0.45)

@@ -20,7 +20,7 @@ from train.settings import MAY_CHANGE_ON_RESUME, OF_ONLINE, RunConfig, RunError
 
 LEFT_BY_A_RUN = (
     *("result.json", "policy.safetensors", "metrics.csv", "evaluations.csv", "curve.png", "trace.json", "trace.txt"),
-    "tensorboard",
+    *("tensorboard", "diverged.safetensors"),
 )
 """Besides config.json, which is replaced, and the checkpoints."""
 LOCK = ".lock"

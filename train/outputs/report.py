@@ -8,6 +8,7 @@ from train.agents import AGENTS
 from train.data.spec import EnvSpec
 from train.evaluate import ROLES
 from train.outputs.curve import group_curve_path, interquartile_mean
+from train.outputs.diverged import Diverged
 from train.outputs.result import Result
 from train.settings import RunConfig, role_names
 
@@ -51,22 +52,24 @@ def final_table(result: Result, minutes: float) -> str:
     return "\n".join(lines)
 
 
-def group_table(config: RunConfig, results: Sequence[Result], minutes: float) -> str:
-    """A table with a line for each seed and the interquartile mean over seeds."""
+def group_table(config: RunConfig, results: Sequence[Result], minutes: float, diverged: Sequence[Diverged] = ()) -> str:
+    """A table with a line for each seed and the interquartile mean over those that did not diverge."""
     names = role_names(config)
     columns = "".join(f"{name:>28}" for name in names.values())
     lines = ["", title(config, results[0].spec), "", f"{'':20}{columns}"]
     last_rows = [{role: result.last_and_best[role]["last"] for role in names} for result in results]
+    of_seed = {of_one.seed: f"{'':8}diverged at update {of_one.update:,}" for of_one in diverged}
     for result, last in zip(results, last_rows):
         scores = "".join(f"{row['score_mean']:>20.1f} ± {row['score_sem']:<5.1f}" for row in last.values())
-        lines.append(f"{f'seed {result.config.seed}':20}{scores}")
+        of_seed[result.config.seed] = scores
+    lines += [f"{f'seed {seed}':20}{scores}" for seed, scores in sorted(of_seed.items())]
     cells = ""
     for role in names:
         middle, (low, high) = interquartile_mean([last[role]["score_mean"] for last in last_rows])
         cells += f"{f'{middle:.1f} [{low:.1f}, {high:.1f}]':>28}"
     lines.append(f"{'interquartile mean':20}{cells}   [95 % interval over seeds]")
     lines.append(f"{'dataset':20}{results[0].dataset_score:>20.1f}")
-    folders = f"{config.agent}-seed{config.seed} ... {config.agent}-seed{results[-1].config.seed}"
+    folders = f"{config.agent}-seed{config.seed} ... {config.agent}-seed{config.seed + config.num_seeds - 1}"
     lines += ["", f"{minutes:.1f} minutes. {group_curve_path(config)}; in {folders} the files of each seed"]
     return "\n".join(lines)
 

@@ -1,0 +1,82 @@
+"""Make the update at which a run's numbers went wrong again, and print which numbers are not finite.
+
+python train/diverged.py runs/halfcheetah-medium-expert/fidec-seed0
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+
+from train.agents.base import Draws
+from train.data.transitions import Batch
+from train.health import MOMENTS, Numbers, describe, given, inspect, state_numbers, wrong
+from train.outputs.diverged import DivergedError, Saved, read_diverged
+from train.processes import Place
+from train.run import choose_device
+from train.settings import RunError
+
+
+@dataclasses.dataclass(frozen=True)
+class DivergedConfig:
+    """Make the update at which a run's numbers went wrong again, and print which numbers are not finite."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Folder of the run, with diverged.safetensors."""
+    device: str = "cpu"
+    """cpu, cuda, cuda:1, ..."""
+
+
+def table(rows: Iterable[Numbers]) -> str:
+    """Everything, but of Adam's moments, which are twice as many as the parameters, only what is not finite."""
+    rows = [row for row in rows if row.kind != MOMENTS or row.wrong]
+    width = max(len(row.name) for row in rows)
+    lines, kind = [], ""
+    for row in rows:
+        if row.kind != kind:
+            lines += ["", f"{row.kind:{width + 2}}{'numbers':>12}{'not finite':>12}{'largest other':>15}"]
+            kind = row.kind
+        bad = f"{row.wrong:,}" if row.wrong else "-"
+        lines.append(f"  {row.name:{width}}{row.size:>12,}{bad:>12}{row.largest:>15.4g}")
+    return "\n".join(lines)
+
+
+def numbers_of(saved: Saved, device: torch.device) -> list[Numbers]:
+    agent = saved.agent.to(device)
+    if saved.update is None:
+        return state_numbers(agent, saved.moments)
+    batch, draws = (
+        {name: column.to(device) for name, column in given(columns).items()}
+        for columns in (saved.update.batch, saved.update.draws)
+    )
+    return inspect(agent, saved.moments, Batch(**batch), Draws(**draws), saved.update.parts)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    config = tyro.cli(DivergedConfig, args=argv)
+    try:
+        saved = read_diverged(config.run)
+        rows = numbers_of(saved, choose_device(config.device, Place()))
+    except (DivergedError, RunError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(saved.diverged)
+    print(table(rows))
+    found = wrong(rows)
+    print(f"\nnot finite now: {describe(found) or 'nothing'}")
+    if saved.update is None:
+        print("The file holds no update: these are the numbers when the fault was noticed.")
+    elif found != saved.diverged.found:
+        print("Then it was otherwise, see the first line: the update was made on another device or by other code.")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
