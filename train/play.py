@@ -32,7 +32,7 @@ class PlayError(RuntimeError):
     """A problem that the user can fix."""
 
 
-REFUSALS = (PlayError, PolicyError, UnknownEnvironment, NotInstalled, NotFinite, OSError)
+REFUSALS = (PlayError, PolicyError, UnknownEnvironment, NotInstalled, OSError)
 """Errors that are shown without a traceback."""
 
 
@@ -142,7 +142,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_fits(policy, spec, config)
 
         act = player(policy.agent, acting, config.seed)
-        outcomes = run_episodes(spec.env_id, act, episodes=config.episodes, seed=config.seed)
+        try:
+            outcomes = run_episodes(spec.env_id, act, episodes=config.episodes, seed=config.seed)
+        except NotFinite as error:
+            raise PlayError(f"{config.run}: {error}") from error
         score = spec.scoring(outcomes)
         print(f"{'episode':>8}{'return':>10}{'score':>8}")
         for i, row in enumerate(zip(outcomes.returns, score)):
