@@ -21,7 +21,10 @@ import train.loop
 from train import diverged, play
 from train.agents import AGENTS
 from train.agents.base import Agent
+from train.data.load import load_dataset
 from train.data.synthetic import random_dataset
+from train.data.transitions import OfflineDataset
+from train.environments import resolve
 from train.evaluate import run_episodes
 from train.health import FirstUnsound, gradient_numbers, inspect, sound, wrong
 from train.loop import Run, check_data
@@ -564,3 +567,46 @@ def test_what_is_read_is_what_was_saved(failed: Path) -> None:
     assert [row["step"] for row in saved.diverged.evaluations] == [6, 6, 6, 16, 16, 16]
     assert saved.update is not None
     assert saved.update.parts == ("critic", "flow", "actor")
+
+
+# -- every update of a run ---------------------------------------------------------------------------------------------
+
+
+def trained(out: Path, flags: Sequence[str], data: OfflineDataset) -> Run:
+    """A run without evaluations."""
+    config = parse([*TINY, "--out", str(out), *flags])
+    run = Run(config, resolve(config.env), data, torch.device("cpu"))
+    for member in run.members:
+        member.config.folder.mkdir(parents=True)
+    run.train()
+    return run
+
+
+@pytest.mark.long("thirty runs of each agent, and thirty of a group")
+@pytest.mark.parametrize("agent", [*AGENTS, "group"])
+def test_whichever_update_goes_wrong(
+    agent: str, datasets: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = load_dataset(resolve("hopper-medium"), size=5)
+    monkeypatch.setattr(Run, "evaluate", lambda run: None)
+    flags = ["--num-seeds", "3"] if agent == "group" else ["--agent", agent]
+    plain = trained(tmp_path / "plain", flags, data)
+    for number in range(1, 31):
+        out, lost = tmp_path / str(number), number % 3
+        with monkeypatch.context() as patch:
+            if agent == "group":
+                before_update(patch, number, in_batch("actions", torch.nan, seed=lost))
+                run = trained(out, flags, data)
+                assert [(of_seed.seed, of_seed.update) for of_seed in run.diverged] == [(lost, number)]
+                for ours, theirs in zip(run.alive, (plain.members[i] for i in range(3) if i != lost)):
+                    assert_equal(ours.agent.state_dict(), theirs.agent.state_dict())
+                out = out / f"fidec-seed{lost}"
+            else:
+                before_update(patch, number, in_batch("actions", torch.nan))
+                with pytest.raises(RunError, match=rf"^seed 0 diverged at update {number} .* batch: actions; losses: "):
+                    trained(out, flags, data)
+        assert newest_step(out / "checkpoints") == max(
+            (step for step in (5, 6, 10, 15, 20, 25, 30) if step < number), default=0
+        )
+        assert diverged.main([str(out)]) == 0, "the saved update names other numbers"
+    capsys.readouterr()
