@@ -191,7 +191,7 @@ def processes_with(mark: str) -> list[str]:
     return [command for command in found if command]
 
 
-def wait_for(condition: Callable[[], Any], what: str, seconds: float = 120) -> Any:
+def wait_for(condition: Callable[[], Any], what: str, seconds: float = 300) -> Any:
     deadline = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < deadline, what
@@ -205,7 +205,15 @@ def mark(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     name = f"sweep-{uuid.uuid4().hex}"
     monkeypatch.setenv("STARTED_BY", name)
     yield name
-    wait_for(lambda: not processes_with(name)[1:], f"left running: {processes_with(name)}", 30)
+    nothing_runs(name)
+
+
+def nothing_runs(mark: str) -> None:
+    try:
+        wait_for(lambda: not processes_with(mark), "", 60)
+    except AssertionError:
+        left = [command[:80] for command in processes_with(mark)]
+        raise AssertionError(f"left running: {left}") from None
 
 
 def start(out: Path, *arguments: str) -> subprocess.Popen[str]:
@@ -340,23 +348,27 @@ def parent_of(pid: int) -> int:
 def test_what_dies_is_made_up_for_to_the_last_bit(swept: tuple[Path, str], tmp_path: Path, mark: str) -> None:
     out = tmp_path / "sweep"
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    other = cluster.add_node(num_cpus=1)
+    (raylet,) = other.all_processes["raylet"]
+    process = start(out, "--address", cluster.address)
     try:
-        other = cluster.add_node(num_cpus=1)
-        (raylet,) = other.all_processes["raylet"]
-        process = start(out, "--address", cluster.address)
-        folder, worker = wait_for(lambda: training(out), "no trial has a checkpoint")[0]
+
+        def on_other(yes: bool) -> list[tuple[Path, int]]:
+            return [(f, pid) for f, pid in training(out) if (parent_of(pid) == raylet.process.pid) == yes]
+
+        killed, worker = wait_for(lambda: on_other(False), "no trial on the first node has a checkpoint")[0]
         os.kill(worker, signal.SIGKILL)
-        again = wait_for(
-            lambda: [f for f, pid in training(out) if f != folder and parent_of(pid) == raylet.process.pid],
-            "no trial on the second node",
-        )
+        lost, _ = wait_for(lambda: on_other(True), "no trial on the second node has a checkpoint")[0]
         cluster.remove_node(other, allow_graceful=False)
         printed = ended(process, 0)
     finally:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
         cluster.shutdown()
-    for lost in (folder, again[0]):
-        assert f"again      {lost.relative_to(out)}, from step" in printed
-        log = (lost / "log.txt").read_text()
+    for folder in (killed, lost):
+        assert f"again      {folder.relative_to(out)}, from step" in printed
+        log = (folder / "log.txt").read_text()
         assert log.count("== on ") >= 2
         assert "resume     " in log
     assert tables(out) == tables(swept[0])
@@ -373,7 +385,7 @@ def test_a_stopped_sweep_goes_on(swept: tuple[Path, str], tmp_path: Path, mark: 
     process.send_signal(how)
     printed, _ = process.communicate(timeout=300)
     assert process.returncode == (-signal.SIGKILL if how == signal.SIGKILL else 130), printed
-    wait_for(lambda: not processes_with(mark), f"left running: {processes_with(mark)}", 60)
+    nothing_runs(mark)
     if how != signal.SIGKILL:
         assert "the same command continues" in printed
         assert "| unfinished | step | score |" in tables(out)[0]
