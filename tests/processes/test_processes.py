@@ -60,7 +60,7 @@ def states_in_one_process() -> dict[str, Any]:
     return states()
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.long("four starts"))])
 def states_in_several(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     file = tmp_path_factory.mktemp("updates") / "states.pt"
     finished([*torchrun(request.param), str(REPOSITORY / "tests" / "processes" / "updates.py"), str(file)])
@@ -146,7 +146,7 @@ LONGER = ["--steps", "400", "--eval-every", "400", "--log-every", "50", "--check
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds torchrun's processes by Linux's /proc")
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.long("two runs"))])
 def test_a_killed_process_ends_all_and_the_run_goes_on(together: tuple[Path, str], tmp_path: Path, victim: int) -> None:
     out = tmp_path / "run"
     process = started([*torchrun(2), *training("--out", str(out), *LONGER)])
@@ -168,6 +168,7 @@ def test_a_killed_process_ends_all_and_the_run_goes_on(together: tuple[Path, str
     assert [int(row["step"]) for row in read(out / "metrics.csv")][-1] == 410
 
 
+@pytest.mark.long("two runs")
 def test_it_goes_on_bit_for_bit_with_as_many(together: tuple[Path, str], tmp_path: Path) -> None:
     out = tmp_path / "run"
     finished([*torchrun(2), *training("--out", str(out), "--steps", "10")])
@@ -255,6 +256,7 @@ def test_a_lost_node_ends_the_other(tmp_path: Path, port: int) -> None:
 # -- refusals ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long("two starts")
 def test_processes_that_differ_are_refused(tmp_path: Path, port: int) -> None:
     out = tmp_path / "run"
     nodes = [
@@ -266,6 +268,7 @@ def test_processes_that_differ_are_refused(tmp_path: Path, port: int) -> None:
     assert any("the processes of this run have different settings or data" in text for text in errors), errors
 
 
+@pytest.mark.long("three starts")
 def test_more_processes_than_rows(tmp_path: Path) -> None:
     process = started([*torchrun(3), *training("--out", str(tmp_path / "run"), "--batch-size", "2")])
     errors = process.communicate(timeout=120)[1]
