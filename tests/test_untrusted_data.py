@@ -63,7 +63,7 @@ def put(path: Path, packing: int = zipfile.ZIP_STORED, **members: bytes) -> None
             archive.writestr(f"{name}.npy", members.get(name, file.getvalue()))
 
 
-def claim(path: Path, size: int, packing: int | None = None) -> None:
+def claim(path: Path, size: int) -> None:
     """Let the directory, and the entry itself, say that the observations unpack to so many bytes."""
     put(path, zipfile.ZIP_DEFLATED, observations=array(((size - 71) // 4,), content=bytes(1000)))
     content = bytearray(path.read_bytes())
@@ -85,11 +85,18 @@ def escaping(path: Path) -> None:
             archive.writestr(name, array((1,), content=bytes(4)))
 
 
+def of_the_future(path: Path) -> None:
+    """The directory asks for a version of the format that there is not."""
+    put(path)
+    content = bytearray(path.read_bytes())
+    content[content.index(b"PK\x01\x02") + 6] = 99
+    path.write_bytes(content)
+
+
 def large_directory(path: Path) -> None:
     """A directory of 60 MB, as many entries would need."""
     put(path)
     with zipfile.ZipFile(path, "a") as archive:
-        archive.comment = b""
         for i in range(1000):
             info = zipfile.ZipInfo(f"{i}" + "x" * 60_000)
             archive.writestr(info, b"")
@@ -122,6 +129,7 @@ ARCHIVES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "an array twice": (twice, "has observations 2 times"),
     "names that lead elsewhere": (escaping, "lacks observations"),
     "a directory of 60 MB": (large_directory, "directory is too large"),
+    "a later version of zip": (of_the_future, "zip file version 9.9"),
     "flat positions": (lambda path: put(path, qpos=array((20,), content=bytes(80))), r"qpos have the shape \(20,\)"),
     "narrow positions": (lambda path: put(path, qpos=array((20, 0))), "broadcast"),
     "NaN": (
