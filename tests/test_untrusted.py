@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save, save_file
 import train.run
 from benchmarks.results import ResultError, load, write
 from fdkernels.kernels.tuning import table
-from tests.strangers import little_memory
+from tests.strangers import FILES, damaged, little_memory
 from train import play
 from train.agents import AGENTS
 from train.data.replay import Replay
@@ -32,7 +32,7 @@ from train.outputs import checkpoint, curve
 from train.outputs.checkpoint import DamagedCheckpoint, read_checkpoint, save_checkpoint
 from train.outputs.files import write_whole
 from train.outputs.folder import check_folder, prepare_folder
-from train.outputs.policy import save_policy
+from train.outputs.policy import PolicyError, load_policy, save_policy
 from train.outputs.record import Record
 from train.outputs.result import Result
 from train.settings import RunConfig, RunError
@@ -211,6 +211,13 @@ def test_policies(tmp_path: Path, capsys: pytest.CaptureFixture[str], attack: st
     assert str(file.parent) in printed
     assert len(printed) < 1_500
     assert "memory" not in printed.lower(), "it was tried"
+
+
+@pytest.mark.parametrize("files", FILES)
+def test_policies_at_random(tmp_path: Path, files: int) -> None:
+    file = policy(tmp_path / "run")
+    refused = damaged(file, lambda: load_policy(file.parent), PolicyError, files, reach=3_000)
+    assert 0 < refused <= files
 
 
 # -- checkpoints -------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import pytest
 from numpy.lib import format as npy
 from safetensors.numpy import save_file
 
-from tests.strangers import little_memory
+from tests.strangers import FILES, damaged, little_memory
 from train.behaviour.policy import BadPolicy, BehaviourPolicy
 from train.data import collected, hdf5, minari_cache, ogbench, room
 from train.data.load import load_dataset
@@ -342,7 +342,7 @@ def linked(data: Path) -> None:
 
 
 PARTS = tuple("abcdefghijklmnopqrstuvw")
-FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
+RECORDINGS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "nested metadata": (lambda data: (data / "metadata.json").write_text(NESTED), "nested too deeply"),
     "20 MB of metadata": (noted(pad="x" * 20_000_000), "has more than 16 MiB"),
     "metadata in a list": (lambda data: (data / "metadata.json").write_text("[]"), "TypeError"),
@@ -408,9 +408,9 @@ FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("attack", FILES)
+@pytest.mark.parametrize("attack", RECORDINGS)
 def test_recordings(folder: Path, attack: str) -> None:
-    make, message = FILES[attack]
+    make, message = RECORDINGS[attack]
     make(folder)
     with little_memory(), pytest.raises(minari_cache.Unreadable, match=message) as error:
         minari_cache.read(DATASET)
@@ -459,22 +459,24 @@ def test_arrays_that_share_their_bytes(folder: Path) -> None:
             arrays.array(file["episode_1"], "observations")
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_flipped_bits(folder: Path, seed: int) -> None:
+@pytest.mark.parametrize("files", FILES)
+def test_recordings_at_random(folder: Path, files: int) -> None:
     """Whatever becomes of a file, it is read or refused."""
-    rng, path = np.random.default_rng(seed), folder / "main_data.hdf5"
-    whole, refused = path.read_bytes(), 0
-    with little_memory():
-        for _ in range(50):
-            content = bytearray(whole)
-            for at in rng.integers(len(whole), size=3):
-                content[at] ^= 1 << rng.integers(8)
-            path.write_bytes(content)
-            try:
-                minari_cache.read(DATASET)
-            except minari_cache.Unreadable:
-                refused += 1
-    assert 0 < refused <= 50
+    refused = damaged(
+        folder / "main_data.hdf5", lambda: minari_cache.read(DATASET), minari_cache.Unreadable, files, reach=8_000
+    )
+    assert 0 < refused <= files
+
+
+@pytest.mark.parametrize("files", FILES)
+def test_archives_at_random(tmp_path: Path, files: int) -> None:
+    (part,) = collected.parts("pointmaze-medium-navigate", 10, tmp_path)
+    part.parent.mkdir()
+    put(part, zipfile.ZIP_DEFLATED)
+    refused = damaged(
+        part, lambda: collected.read("pointmaze-medium-navigate", 10, tmp_path), collected.Unreadable, files
+    )
+    assert 0 < refused <= files
 
 
 # -- behaviour policies ------------------------------------------------------------------------------------------------
