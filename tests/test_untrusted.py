@@ -18,20 +18,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save, save_file
 
+import train.run
 from benchmarks.results import ResultError, load, write
 from fdkernels.kernels.tuning import table
-from tests.strangers import little_memory
+from tests.strangers import FILES, damaged, little_memory
 from train import play
 from train.agents import AGENTS
 from train.data.replay import Replay
 from train.data.synthetic import random_dataset
 from train.environments import resolve
 from train.member import Member
-from train.outputs import curve
+from train.outputs import checkpoint, curve
 from train.outputs.checkpoint import DamagedCheckpoint, read_checkpoint, save_checkpoint
 from train.outputs.files import write_whole
 from train.outputs.folder import check_folder, prepare_folder
-from train.outputs.policy import save_policy
+from train.outputs.policy import PolicyError, load_policy, save_policy
 from train.outputs.record import Record
 from train.outputs.result import Result
 from train.settings import RunConfig, RunError
@@ -212,6 +213,13 @@ def test_policies(tmp_path: Path, capsys: pytest.CaptureFixture[str], attack: st
     assert "memory" not in printed.lower(), "it was tried"
 
 
+@pytest.mark.parametrize("files", FILES)
+def test_policies_at_random(tmp_path: Path, files: int) -> None:
+    file = policy(tmp_path / "run")
+    refused = damaged(file, lambda: load_policy(file.parent), PolicyError, files, reach=3_000)
+    assert 0 < refused <= files
+
+
 # -- checkpoints -------------------------------------------------------------------------------------------------------
 
 
@@ -230,19 +238,20 @@ def evaluation(role: str, **changes: Any) -> dict[str, Any]:
 
 def saved(folder: Path, changes: dict[str, Any], edit: Callable[[dict[str, torch.Tensor]], Any]) -> Path:
     """A checkpoint at step 4, altered, with the checksum of what it holds: a stranger can compute it too."""
-    from train.outputs import checkpoint
-
     whole = member(folder)
     rows = [evaluation(role) for role in ("policy", "sample", "flow")]
     notes = {"data": whole.result.data_identity, "evaluations": rows, "seconds": 3.0, **changes}
     path = save_checkpoint(folder / "checkpoints", 4, whole.agent, whole.optimizer, whole.generator, notes)
-    header = header_of(path)["__metadata__"]
     tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
     edit(tensors)
-    del header["checksum"]
-    header["checksum"] = checkpoint._checksum(tensors, header)
-    path.write_bytes(save(tensors, metadata=header))
+    path.write_bytes(save(tensors, metadata=sealed(tensors, header_of(path)["__metadata__"])))
     return path
+
+
+def sealed(tensors: dict[str, torch.Tensor], header: dict[str, str]) -> dict[str, str]:
+    """The header with the checksum of these tensors."""
+    header = {name: text for name, text in header.items() if name != "checksum"}
+    return {**header, "checksum": checkpoint._checksum(tensors, header)}
 
 
 NOTES: dict[str, tuple[dict[str, Any], str]] = {
@@ -328,6 +337,23 @@ def test_checkpoints_that_are_none(tmp_path: Path) -> None:
         make()
         with little_memory(), pytest.raises(DamagedCheckpoint, match=message):
             read_checkpoint(path)
+
+
+def test_a_run_is_not_resumed_from_a_strangers_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(train.run, "load_dataset", lambda *a, **k: random_dataset(40, OBS, ACTIONS))
+    tiny = "--env hopper-medium --preset quick --device cpu --actor-hidden 8 --critic-hidden 8 --flow-warmup 2"
+    tiny += " --critic-warmup 2 --steps 2 --eval-every 2 --eval-episodes 1 --checkpoint-every 2 --flow-steps 2"
+    command = [*tiny.split(), "--out", str(tmp_path / "run")]
+    assert train.run.main(command) == 0
+    path = max((tmp_path / "run" / "checkpoints").iterdir())
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    header = header_of(path)["__metadata__"]
+    tensors["adam/-1/exp_avg"] = tensors.pop("adam/0/exp_avg")
+    path.write_bytes(save(tensors, metadata=sealed(tensors, header)))
+    assert train.run.main([*command, "--resume"]) == 2
+    assert re.search(rf"error: --resume: {path} is not of this run: it should not have", capsys.readouterr().err)
 
 
 def replay(tensors: dict[str, torch.Tensor] | None = None, **changes: torch.Tensor) -> Replay:

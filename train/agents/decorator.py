@@ -35,7 +35,8 @@ class DecoratorAgent(Agent):
     def __init__(self, config: AgentConfig, observation: int | Sequence[int], action_dim: int) -> None:
         super().__init__(config, observation, action_dim)
         if config.lagrange:
-            self.log_alpha = nn.Parameter(torch.tensor(float(config.alpha)).log())
+            # on the CPU even if the rest is made on "meta", where a logarithm takes seconds to import the compiler
+            self.log_alpha = nn.Parameter(torch.tensor(float(config.alpha), device="cpu").log())
         if config.zero_init_displacement:
             nn.init.zeros_(self.actor[-1].weight)  # type: ignore[arg-type]
 

@@ -121,8 +121,8 @@ def read(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
     """Those of the arrays that the archive has.
 
     Raises:
-        OSError, zipfile.BadZipFile, zlib.error, EOFError, ValueError: the archive is damaged, or an array is not what
-            its header says, or there is no memory for it.
+        OSError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError: the archive is damaged.
+        ValueError: an array is not what its header says, or there is no memory for it.
     """
     with opened(path) as archive:
         entries = set(archive.namelist())

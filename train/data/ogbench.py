@@ -148,7 +148,7 @@ class Files(Source):
             if error.errno is None:  # NumPy's, about what the file holds
                 raise self._damaged(error) from error
             raise DatasetUnavailable(f"{self.path} cannot be read or unpacked beside itself: {error}") from error
-        except (ValueError, IndexError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+        except (ValueError, IndexError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
             raise self._damaged(error) from error
         return [Part(self.dataset, origin, episodes)]
 
