@@ -31,7 +31,9 @@ KINDS: dict[str, tuple[str, ...]] = {
     "one": (*TINY,),
     "seeds": (*TINY, "--num-seeds", "2"),
     "online": (*TINY, "--online-steps", "13"),
+    "processes": (*TINY,),
 }
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 # In the order in which a run meets them. Each is a life that goes on from what the one before left.
 POINTS = {
     "config": Fault("half", "*/config.json.partial"),
@@ -49,6 +51,7 @@ POINTS = {
     "result": Fault("written", "*/result.json.partial"),
 }
 QUICK = ("metrics", "checkpoint", "events of what was resumed")
+OF_PROCESSES = ("metrics", "checkpoint", "evaluations", "new checkpoint")
 
 
 class Straight(NamedTuple):
@@ -65,7 +68,8 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Straight]
 
     class Runs(dict[str, Straight]):
         def __missing__(self, kind: str) -> Straight:
-            run = Command(tmp_path_factory.mktemp("straight") / kind, KINDS[kind], prefix=[sys.executable])
+            run = command(tmp_path_factory.mktemp("straight") / kind, kind)
+            run = dataclasses.replace(run, prefix=run.prefix or [sys.executable])
             life = run.start()
             assert life.wait_until(lambda: "folder " in life.printed), life.printed
             begun = time.monotonic()
@@ -74,6 +78,10 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Straight]
             return self[kind]
 
     return Runs()
+
+
+def command(out: Path, kind: str) -> Command:
+    return Command(out, KINDS[kind], prefix=TORCHRUN if kind == "processes" else None)
 
 
 def assert_same(kind: str, ours: Path, theirs: Straight) -> None:
@@ -88,10 +96,20 @@ def test_killed_in_the_middle_of_a_write(straight: Mapping[str, Straight], tmp_p
     assert_same("one", run.out, straight["one"])
 
 
+@pytest.mark.long("five lives of two processes")
+def test_a_process_is_killed_in_the_middle_of_a_write(straight: Mapping[str, Straight], tmp_path: Path) -> None:
+    """Only the first process writes, and so only that one is killed; the other must not live on."""
+    run = command(tmp_path / "run", "processes")
+    for name in OF_PROCESSES:
+        run.die_of(POINTS[name])
+    run.finish()
+    assert_same("processes", run.out, straight["processes"])
+
+
 @pytest.mark.long("14 lives of each kind of run")
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["one", "seeds", "online"])
 def test_killed_at_every_point(straight: Mapping[str, Straight], tmp_path: Path, kind: str) -> None:
-    run = Command(tmp_path / "run", KINDS[kind])
+    run = command(tmp_path / "run", kind)
     for fault in POINTS.values():
         run.die_of(fault)
     run.finish()
@@ -105,13 +123,14 @@ def test_killed_at_every_point(straight: Mapping[str, Straight], tmp_path: Path,
         pytest.param("one", 20, marks=pytest.mark.long("thirty lives")),
         pytest.param("seeds", 6, marks=pytest.mark.long("a dozen lives")),
         pytest.param("online", 6, marks=pytest.mark.long("a dozen lives")),
+        pytest.param("processes", 5, marks=pytest.mark.long("eight lives of two processes")),
     ],
 )
 def test_killed_at_random_moments(straight: Mapping[str, Straight], tmp_path: Path, kind: str, kills: int) -> None:
     """A run is killed again and again until it ends; then comes the next one, until there were that many kills."""
     draw, done = random.Random(kills), 0
     for i in itertools.count():
-        run = Command(tmp_path / f"run{i}", KINDS[kind])
+        run = command(tmp_path / f"run{i}", kind)
         life = run.start()
         while done < kills:
             life.wait_until(lambda life=life: "folder " in life.printed)
