@@ -64,7 +64,8 @@ def look(pid: int, out: Path, seconds: float) -> Sample:
 def soak(out: Path, minutes: float, every: float) -> list[Sample]:
     """Run for so many minutes, looking every so many seconds; the run must stop cleanly at the end."""
     command = [sys.executable, str(REPOSITORY / "train" / "run.py"), *RUN, "--out", str(out), "--overwrite"]
-    with (out.with_suffix(".log")).open("w") as log:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.with_suffix(".log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
         start, samples = time.monotonic(), []
         while time.monotonic() - start < 60 * minutes:
