@@ -283,7 +283,7 @@ def test_a_disk_that_is_full_is_no_reason_to_delete_the_file(monkeypatch: pytest
     def full(*args: Any, **options: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(np, "load", full)
+    monkeypatch.setattr(ogbench.npz, "read", full)
     with pytest.raises(DatasetUnavailable, match="No space left on device") as error:
         load_dataset(MAZE)
     assert "delete" not in str(error.value)
