@@ -377,7 +377,7 @@ def test_what_dies_is_made_up_for_to_the_last_bit(swept: tuple[Path, str], tmp_p
 
 
 @pytest.mark.long("two sweeps of four runs")
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda how: how.name)
 def test_a_stopped_sweep_goes_on(swept: tuple[Path, str], tmp_path: Path, mark: str, how: signal.Signals) -> None:
     out = tmp_path / "sweep"
     process = start(out)
@@ -398,7 +398,7 @@ def test_a_stopped_sweep_goes_on(swept: tuple[Path, str], tmp_path: Path, mark: 
 @pytest.mark.long("a cluster")
 def test_what_a_cluster_lacks_is_said_at_once(tmp_path: Path, mark: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert sweep.main([*ASKED, "--out", str(tmp_path), "--address", "127.0.0.1:1", "--", *SHORT]) == 2
-    assert "error: no Ray at 127.0.0.1:1" in capsys.readouterr().err
+    assert "error: no Ray at 127.0.0.1:1: " in capsys.readouterr().err
     assert sweep.main([*ASKED, "--out", str(tmp_path), "--cpus-per-trial", "999", "--", *SHORT]) == 2
     assert "no node has 999 cores and 0 GPUs for a trial" in capsys.readouterr().err
     assert not folders(tmp_path)

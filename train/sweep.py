@@ -19,6 +19,7 @@ import dataclasses
 import logging
 import os
 import signal
+import socket
 import sys
 import time
 import uuid
@@ -31,6 +32,9 @@ from typing import Any
 import tyro
 from tqdm import tqdm
 
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# with the usual 20, Ray looks for a dead cluster for a quarter of an hour
+os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "2")
 try:
     import ray
 except ModuleNotFoundError as error:
@@ -127,13 +131,15 @@ def read_trials(trials: Sequence[Trial]) -> None:
 @contextmanager
 def connected(address: str | None) -> Iterator[None]:
     """Ray on this machine, or the cluster at an address, without its reports to the terminal and to its makers."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL}
     try:
         if address is None:
             # next to nothing is sent between processes
             ray.init("local", include_dashboard=False, object_store_memory=100 << 20, **quiet)
         else:
+            host, _, port = address.rpartition(":")
+            if host and port.isdecimal():  # Ray itself would try for more than a minute
+                socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
             ray.init(address, **quiet)
     except Exception as error:  # Ray's, the operating system's, or of the network
         where = "on this machine" if address is None else f"at {address}"
@@ -182,7 +188,9 @@ class Sweep:
         self.scores = Scores(trials)
         self.stop_requested = False
         here = ray.get_runtime_context().get_node_id()
-        self.board: Any = ray.remote(num_cpus=0)(Board).options(scheduling_strategy=on_node(here)).remote()
+        board: Any = ray.remote(num_cpus=0)(Board)
+        self.board = board.options(scheduling_strategy=on_node(here)).remote()
+        ray.get(self.board.places.remote())  # before trials begin: nobody would hear of one that dies too soon
         self.task = ray.remote(
             num_cpus=config.cpus_per_trial,
             num_gpus=config.gpus_per_trial,
