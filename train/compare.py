@@ -22,7 +22,7 @@ import tyro
 from train import run
 from train.agents import AGENTS, AgentName
 from train.environments import resolve
-from train.outputs.curve import draw_comparison, interquartile_mean
+from train.outputs.curve import Middle, draw_comparison, interquartile_mean
 from train.outputs.files import write_whole
 from train.outputs.report import cloning_title, with_interval
 from train.plan import check_choices, options_behind, plan
@@ -58,7 +58,7 @@ class Line(NamedTuple):
     scores: list[float]
 
     @property
-    def middle(self) -> tuple[float, tuple[float, float]]:
+    def middle(self) -> Middle:
         """The interquartile mean over seeds and its interval."""
         return interquartile_mean(self.scores)
 

@@ -174,8 +174,9 @@ class Run:
             for member in self.members:
                 if member.record is not None:
                     member.record.close()
-            for signum, handler in handlers.items():
-                signal.signal(signum, handler)
+            if self.place.total == 1:  # else torchrun's signal at the end of another process could cut this one short
+                for signum, handler in handlers.items():
+                    signal.signal(signum, handler)
 
     def _train(self, stage: Stage) -> None:
         config, flow_end = self.config, self.stages[0].end
@@ -231,16 +232,12 @@ class Run:
         return dict(zip(figures, processes.batch_means(list(figures.values()), rows)))
 
     def _check_agreement(self) -> None:
-        """Refuse to go on if the processes have different data, settings, parameters or random numbers."""
+        """Refuse to go on if the processes have different data, parameters or random numbers."""
         if self.place.total == 1:
             return
-        config = self.config.as_json()
-        asked = {name: config[name] for name in config if name not in ("device", "out")}
-        told = [asked, self.step, [member.result.data_identity for member in self.members]]
+        told = [self.step, [member.result.data_identity for member in self.members]]
         if not processes.agree(json.dumps(told).encode()):
-            raise RunError(
-                f"the processes of this run have different settings or data; process {self.place.rank} has {told}"
-            )
+            raise RunError(f"the processes of this run have different data; process {self.place.rank} has {told}")
         states = [*self.learner.state_dict().values(), *(generator.get_state() for generator in self.generators)]
         if not processes.agree(b"".join(state.cpu().numpy().tobytes() for state in states)):
             raise RunError(
@@ -268,7 +265,7 @@ class Run:
         try:
             explorer.step()
         except NotFinite as error:
-            self.lose(0, self.step, {"environment": [str(error)]})
+            self.lose(0, self.step + 1, {"environment": [str(error)]})
 
     def _go_online(self) -> Explorer:
         """From here on updates sample from the replay."""
@@ -312,9 +309,12 @@ class Run:
 
     def request_stop(self, signum: int, frame: FrameType | None) -> None:
         """Signal handler: stop with a checkpoint after this update or evaluation. A second signal stops at once."""
+        self.stop_requested = True
+        if self.place.total > 1:  # torchrun passes on a signal that may have come already, and ends with SIGKILL
+            tqdm.write("stopping after this update or evaluation, with a checkpoint")
+            return
         signal.signal(signum, signal.SIG_DFL)
         tqdm.write("stopping after this update or evaluation, with a checkpoint; once more to stop at once")
-        self.stop_requested = True
 
     # -- numbers that go wrong -----------------------------------------------------------------------------------
 
@@ -355,6 +355,7 @@ class Run:
         """
         stage = next(stage for stage in reversed(self.stages) if stage.start < max(at, 1))
         diverged = self.members[i].diverge(at, stage.name, found, update)
+        processes.wait_for_leader()
         message = diverged.report(in_a_graph=self.first_unsound.read()[i] > 0, group=self.config.num_seeds > 1)
         if not self.alive:
             seeds = ", ".join(str(of_seed.seed) for of_seed in self.diverged)

@@ -64,7 +64,7 @@ def as_started() -> Place:
 
 
 @contextlib.contextmanager
-def joined(device: torch.device) -> Iterator[Place]:
+def joined(on_gpus: bool) -> Iterator[Place]:
     """Inside, the processes that torchrun started work together; without torchrun there is just this one.
 
     Raises:
@@ -74,7 +74,7 @@ def joined(device: torch.device) -> Iterator[Place]:
     if (started := as_started()).total == 1:
         yield _place
         return
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
     with _contact():
         dist.init_process_group(backend, timeout=LONGEST_WAIT)
     _place = started
@@ -89,6 +89,8 @@ def joined(device: torch.device) -> Iterator[Place]:
 def _contact() -> Iterator[None]:
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:  # also dist.DistError, its subclass
         raise LostContact(
             f"process {as_started().rank} has lost contact with the others: one of them has ended, and says why if it "
@@ -117,7 +119,8 @@ def batch_means(means: Sequence[Tensor], rows: int) -> list[Tensor]:
     """Means over the whole batch, from those over this process's rows."""
     if _place.total == 1:
         return list(means)
-    *totals, size = _sum(torch.stack([*(mean.detach().double() * rows for mean in means), torch.tensor(float(rows))]))
+    weighted = [mean.detach().double() * rows for mean in means]
+    *totals, size = _sum(torch.stack([*weighted, weighted[0].new_tensor(rows)]))
     return [total / size for total in totals]
 
 
@@ -181,6 +184,11 @@ def from_leader(value: T) -> T:
     with _contact():
         dist.broadcast_object_list(box, device=torch.device("cpu"))
     return box[0]
+
+
+def wait_for_leader() -> None:
+    """Return when the leader has called this too."""
+    from_leader(None)
 
 
 def whole_batch(columns: Columns) -> Columns:

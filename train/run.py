@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import sys
 import warnings
@@ -16,7 +17,7 @@ from train import processes
 from train.capture import CaptureError
 from train.data import published
 from train.data.load import load_dataset
-from train.data.spec import DatasetUnavailable, EnvSpec, NotInstalled
+from train.data.spec import DatasetUnavailable, NotInstalled
 from train.environments import UnknownEnvironment, resolve
 from train.loop import Run, captures, check_data
 from train.memory import keep_freed_memory
@@ -93,6 +94,13 @@ def processes_line(config: RunConfig, place: processes.Place) -> str:
     return f"{place.total}, each with {each} of the batch's {config.batch_size} rows; the first writes and evaluates"
 
 
+def check_settings(config: RunConfig) -> None:
+    """Refuse processes that were started with different options: they would wait for each other for ever."""
+    asked = {name: value for name, value in config.as_json().items() if name not in ("device", "out")}
+    if not processes.agree(json.dumps(asked).encode()):
+        raise RunError(f"the processes of this run have different settings; this one has {asked}")
+
+
 def main(argv: Sequence[str] | None = None, *, patience: float = 0.0) -> int:
     """Train as the command line says; returns the exit code.
 
@@ -108,13 +116,13 @@ def main(argv: Sequence[str] | None = None, *, patience: float = 0.0) -> int:
         config = parse(sys.argv[1:] if argv is None else argv)
         who = f"error (process {place.rank}):" if place.total > 1 else "error:"
         try:
-            spec = resolve(config.env)
-            device = choose_device(config.device, place)
-            if config.batch_size < place.total:
-                raise RunError(f"--batch-size {config.batch_size} leaves nothing for some of {place.total} processes")
-            captures(config, device)
-            with processes.joined(device), contextlib.ExitStack() as locks:
-                return _train(config, spec, device, locks, patience)
+            gpus = config.device != "cpu" and torch.cuda.is_available()
+            # first of all, so that no process waits in vain for one that cannot start
+            with processes.joined(gpus), contextlib.ExitStack() as locks:
+                check_settings(config)
+                code = _train(config, locks, patience)
+                processes.wait_for_leader()  # torchrun ends the others when one ends with an error
+                return code
         except (
             *(UnknownEnvironment, NotInstalled, DatasetUnavailable, RunError, CaptureError, NotFinite, OSError),
             processes.LostContact,
@@ -126,8 +134,12 @@ def main(argv: Sequence[str] | None = None, *, patience: float = 0.0) -> int:
             return 130
 
 
-def _train(config: RunConfig, spec: EnvSpec, device: torch.device, locks: contextlib.ExitStack, patience: float) -> int:
+def _train(config: RunConfig, locks: contextlib.ExitStack, patience: float) -> int:
     place = processes.place()
+    spec = resolve(config.env)
+    device = choose_device(config.device, place)
+    if config.batch_size < place.total:
+        raise RunError(f"--batch-size {config.batch_size} leaves nothing for some of {place.total} processes")
     keep_freed_memory()
     if device.type == "cuda":
         torch.cuda.set_device(device)

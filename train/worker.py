@@ -68,7 +68,7 @@ def problem_of_node(site: Site) -> str:
     return ""
 
 
-class Place(NamedTuple):
+class Start(NamedTuple):
     """Where a trial last began."""
 
     node: str
@@ -79,10 +79,10 @@ class Place(NamedTuple):
     """How often in a row it began at this step and did not get beyond it, the last time not counted."""
 
     @staticmethod
-    def of(starts: Sequence[tuple[str, int]]) -> Place:
+    def of(starts: Sequence[tuple[str, int]]) -> Start:
         node, step = starts[-1]
         in_a_row = itertools.takewhile(lambda start: start[1] == step, reversed(starts))
-        return Place(node, step, len(starts), sum(1 for _ in in_a_row) - 1)
+        return Start(node, step, len(starts), sum(1 for _ in in_a_row) - 1)
 
 
 class Board:
@@ -95,9 +95,9 @@ class Board:
         """Note that a trial begins on a node, at a step."""
         self.starts.setdefault(trial, []).append((node, step))
 
-    def places(self) -> dict[str, Place]:
+    def places(self) -> dict[str, Start]:
         """Of each trial that has begun."""
-        return {trial: Place.of(starts) for trial, starts in self.starts.items()}
+        return {trial: Start.of(starts) for trial, starts in self.starts.items()}
 
 
 def train_trial(name: str, options: Sequence[str], folder: Path, site: Site, threads: int, board: Any) -> Outcome:

@@ -44,7 +44,7 @@ def states() -> dict[str, Any]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    with processes.joined(torch.device("cpu")) as place:
+    with processes.joined(on_gpus=False) as place:
         result = states()
         if place.leads:
             torch.save(result, sys.argv[1])

@@ -1,8 +1,8 @@
 """The code that all agents share: networks, critic, flow matching, optimiser, and the update.
 
-`Learner.update` makes one update: it integrates the flow for the actions that the losses need, adds critic loss,
-flow-matching loss and actor loss, takes gradients, moves the target network and steps Adam. An agent is a subclass of
-`Agent` in its own file. Its methods define how it learns and acts; its class attributes hold what the rest of the
+An update has two halves. `Learner.backward` integrates the flow for the actions that the losses need, adds critic loss,
+flow-matching loss and actor loss, and takes gradients. `Learner.step` clips them, moves the target network and steps
+Adam. A run looks at the numbers in between. An agent is a subclass of `Agent` in its own file. Its methods define how it learns and acts; its class attributes hold what the rest of the
 project must know about it.
 """
 
@@ -88,7 +88,7 @@ NETWORKS: tuple[Network, ...] = ("flow", "actor", "critic")
 class Learner(nn.Module, abc.ABC):
     """The update of one agent, or of several side by side (``train/agents/seeds.py``).
 
-    A call takes the results of `integrate`. It returns the sum of the losses in ``parts``, which `update`
+    A call takes the results of `integrate`. It returns the sum of the losses in ``parts``, which `backward`
     differentiates, and the intermediate tensors that `Agent.metrics` reads. With ``log=False`` it returns no such
     tensors and computes nothing just for them.
     """

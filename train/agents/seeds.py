@@ -135,7 +135,8 @@ class SeedGroup(Learner):
 
         parameters: dict[str, Tensor] = dict(self.named_parameters())
         given = _given(batch), _given(draws), flows
-        if not cpu_layers.multiplies_apart(batch.observations):
+        # Several processes sum over all of them in the forward pass, and must do so equally often.
+        if processes.place().total > 1 or not cpu_layers.multiplies_apart(batch.observations):
             return vmap(losses)(parameters, *given)
         of_each = zip(*(_unbound(tensors, len(self.agents)) for tensors in (parameters, *given)))
         totals, seen = zip(*(losses(*of_one) for of_one in of_each))

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Sequence
 
 import minari
+from filelock import FileLock
 from huggingface_hub import constants, utils
 from minari import EpisodeData
 from minari.storage import get_dataset_path
@@ -68,9 +69,12 @@ def _download(dataset_ids: Sequence[str]) -> str | None:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=UserWarning, module="minari")  # namespaces, newer versions
             for dataset_id in dataset_ids:
-                if not minari_cache.is_cached(dataset_id):
-                    # forced, because Minari would otherwise skip the folder of an interrupted download
-                    minari.download_dataset(dataset_id, force_download=True)
+                folder = get_dataset_path(dataset_id)
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                with FileLock(folder.with_name(f".{folder.name}.lock")):  # one process downloads, the others wait
+                    if not minari_cache.is_cached(dataset_id):
+                        # forced, because Minari would otherwise skip the folder of an interrupted download
+                        minari.download_dataset(dataset_id, force_download=True)
     except Exception as error:  # Minari, the hub's client and the HTTP library share no base class
         return f"failed ({minari_cache.brief(error)})"
     return None if all(map(minari_cache.is_cached, dataset_ids)) else "came without its data files"

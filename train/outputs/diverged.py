@@ -8,20 +8,20 @@ graphs, which cannot stop) the state is that in which the fault was noticed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from train.agents import AGENTS
 from train.agents.base import ALL_PARTS, Agent, Draws, Part, Parts
-from train.agents.encoder import FEATURES
 from train.data.transitions import Batch
 from train.health import Wrong, describe, given
-from train.outputs.checkpoint import DamagedCheckpoint, read_checkpoint, write_checkpoint
+from train.outputs.checkpoint import DamagedCheckpoint, read_checkpoint, require_alike, write_checkpoint
+from train.outputs.policy import agent_without_memory
 from train.outputs.record import read_table
+from train.reading import shown
 from train.settings import RunConfig, RunError
 
 FILE = "diverged.safetensors"
@@ -106,24 +106,24 @@ def read_diverged(folder: Path) -> Saved:
     try:
         checkpoint = read_checkpoint(path)
         notes = checkpoint.notes
-        found = {str(kind): [str(name) for name in names] for kind, names in notes["found"].items()}
+        found = {shown(kind): [shown(name) for name in names] for kind, names in notes["found"].items()}
         diverged = Diverged(
-            int(notes["seed"]), checkpoint.step, str(notes["stage"]), found, folder, _evaluations(folder)
+            int(notes["seed"]), checkpoint.step, shown(notes["stage"]), found, folder, _evaluations(folder)
         )
         weights, moments = checkpoint.part("agent"), checkpoint.part("adam")
-        make = _maker(notes["agent"], notes["hyper"], weights)
-        with torch.device("meta"):  # without memory, until all sizes are known to be those in the file
-            shapes = make()
-        _check("agent", shapes.state_dict(), weights)
-        _check("Adam's state", _of_adam(shapes), moments)
+        agent = agent_without_memory(notes["agent"], notes["hyper"], weights)
+        wanted = {"agent": agent.state_dict(), "adam": _of_adam(agent)}
         update = None
         if notes["parts"]:
             update = FailedUpdate(
                 Batch(**checkpoint.part("batch")), Draws(**checkpoint.part("noise")), _known(notes["parts"])
             )
-            _check_update(shapes, update)
-        agent = make()
-        agent.load_state_dict(weights)
+            wanted |= _of_update(agent, update)
+        require_alike(
+            {name: tensor for name, tensor in checkpoint.tensors.items() if name != "generator"},
+            {f"{part}/{name}": tensor for part, tensors in wanted.items() for name, tensor in tensors.items()},
+        )
+        agent.load_state_dict(weights, assign=True)
         return Saved(diverged, agent, moments, update)
     except DamagedCheckpoint as error:
         raise DivergedError(str(error)) from error
@@ -152,16 +152,6 @@ def without_diverged(config: RunConfig) -> tuple[list[RunConfig], list[Diverged]
     return [single for single in configs if single.folder not in folders], diverged
 
 
-def _maker(name: str, hyper: dict[str, Any], weights: dict[str, Tensor]) -> Callable[[], Agent]:
-    """A function that makes the agent, its numbers aside."""
-    kind, observation = AGENTS[name], tuple(weights["obs_mean"].shape)
-    settings: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in hyper.items()}
-    config = kind.hyperparameters(**settings)
-    obs_dim = observation[0] if config.encoder == "none" else FEATURES
-    action_dim = weights["critic.weights.0"].shape[1] - obs_dim
-    return lambda: kind(config, observation, action_dim)
-
-
 def _of_adam(agent: Agent) -> dict[str, Tensor]:
     """Tensors of the shapes of Adam's state."""
     learning = [p for p in agent.parameters() if p.requires_grad]
@@ -169,27 +159,15 @@ def _of_adam(agent: Agent) -> dict[str, Tensor]:
     return shapes | {f"{i}/step": p.new_zeros(()) for i, p in enumerate(learning)}
 
 
-def _check_update(agent: Agent, update: FailedUpdate) -> None:
-    """The batch fits the agent; the noise is what the agent draws for as many rows."""
+def _of_update(agent: Agent, update: FailedUpdate) -> dict[str, dict[str, Tensor]]:
+    """Tensors of the shapes of the batch, and of the noise that the agent draws for as many rows."""
     rows = len(update.batch.rewards)
-    states, actions = (
-        agent.obs_mean.expand(rows, *agent.obs_mean.shape),
-        agent.obs_mean.new_zeros(rows, agent.action_dim),
-    )
-    numbers = agent.obs_mean.new_zeros(rows)
+    states = agent.obs_mean.expand(rows, *agent.obs_mean.shape)
+    actions, numbers = agent.obs_mean.new_zeros(rows, agent.action_dim), agent.obs_mean.new_zeros(rows)
     fitting = given(Batch(states, actions, numbers, states, numbers, actions))
-    _check("batch", {name: fitting[name] for name in given(update.batch)}, given(update.batch))
     with torch.device("meta"):
         drawn = given(agent.draw(rows))
-    _check("noise", drawn, given(update.draws))
-
-
-def _check(part: str, wanted: dict[str, Tensor], found: dict[str, Tensor]) -> None:
-    if wanted.keys() != found.keys():
-        raise ValueError(f"the {part} lacks or has too much: {', '.join(sorted(wanted.keys() ^ found.keys()))}")
-    for name, tensor in wanted.items():
-        if tensor.shape != found[name].shape:
-            raise ValueError(f"{name} of the {part} has shape {tuple(found[name].shape)}, not {tuple(tensor.shape)}")
+    return {"batch": {name: fitting[name] for name in given(update.batch)}, "noise": drawn}
 
 
 def _known(parts: Sequence[str]) -> Parts:

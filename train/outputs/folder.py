@@ -46,7 +46,7 @@ def check_folder(folder: Path, config: RunConfig) -> None:
         raise RunError(
             f"{folder} already holds a run: --resume continues it, --overwrite deletes it, --out DIR avoids it"
         )
-    for name in (*LEFT_BY_A_RUN, "checkpoints"):
+    for name in (*LEFT_BY_A_RUN, "checkpoints", LOG):
         if (folder / name).is_symlink():  # what is written or deleted there would be elsewhere
             raise RunError(f"{folder / name} is a symbolic link, which no run makes: put what it leads to in its place")
     if config.resume:

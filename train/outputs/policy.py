@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -65,21 +65,37 @@ def load_policy(folder: Path, path: Path | None = None) -> Policy:
 
 
 def _policy(header: Mapping[str, str], weights: Mapping[str, Tensor]) -> Policy:
-    kind, observation = AGENTS[header["agent"]], tuple(weights["obs_mean"].shape)
-    config = record_from_json(kind.hyperparameters, parse_json(header["hyper"]))
     acting = record_from_json(Acting, parse_json(header["acting"]))
     if len(header["env"]) > LONGEST_NAME:
         raise ValueError(f"its environment has a name of {len(header['env']):,} letters")
-    if len(config.actor_hidden) + len(config.critic_hidden) > len(weights):
-        raise ValueError("its networks have more layers than there are weights")
-    if (observation[-1] % config.frame_stack) if config.encoder != "none" else config.frame_stack > 1:
-        raise ValueError(f"it stacks {config.frame_stack} frames in observations of shape {observation}")
-    obs_dim = observation[0] if config.encoder == "none" else FEATURES
-    with torch.device("meta"):  # without memory: the file decides how large the agent is, and may lie
-        agent = kind(config, observation, weights["critic.weights.0"].shape[1] - obs_dim)
+    agent = agent_without_memory(header["agent"], parse_json(header["hyper"]), weights)
     require_alike(weights, agent.state_dict())
     for name, tensor in weights.items():
         if not tensor.isfinite().all():
             raise ValueError(f"{name} has NaN or infinity")
     agent.load_state_dict(weights, assign=True)
     return Policy(agent, header["env"], acting)
+
+
+def agent_without_memory(name: str, hyper: Any, weights: Mapping[str, Tensor]) -> Agent:
+    """The agent that a file claims to have the weights of, on the meta device.
+
+    The file decides how large the agent is, and may lie: compare its tensors (`require_alike`) before assigning them.
+
+    Args:
+        name: the agent's, as for ``--agent``.
+        hyper: its hyper-parameters, from JSON.
+        weights: the tensors in the file; no more layers are made than there are of them.
+
+    Raises:
+        KeyError, IndexError, TypeError, ValueError, RuntimeError: they do not fit each other.
+    """
+    kind, observation = AGENTS[name], tuple(weights["obs_mean"].shape)
+    config = record_from_json(kind.hyperparameters, hyper)
+    if len(config.actor_hidden) + len(config.critic_hidden) > len(weights):
+        raise ValueError("its networks have more layers than there are weights")
+    if (observation[-1] % config.frame_stack) if config.encoder != "none" else config.frame_stack > 1:
+        raise ValueError(f"it stacks {config.frame_stack} frames in observations of shape {observation}")
+    obs_dim = observation[0] if config.encoder == "none" else FEATURES
+    with torch.device("meta"):
+        return kind(config, observation, weights["critic.weights.0"].shape[1] - obs_dim)

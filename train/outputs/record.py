@@ -14,7 +14,7 @@ from train.reading import require_file
 from train.settings import RunError
 
 LARGEST_TABLE = 256 << 20
-"""Bytes of a table that a resumed run goes on with."""
+"""Bytes of a table that is read."""
 EVALUATION_COLUMNS = ("step", "role", "return_mean", "return_sem", "score_mean", "score_sem", "episodes")
 
 
@@ -46,7 +46,14 @@ def _formatted(row: Mapping[str, object]) -> dict[str, object]:
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
-    """The rows of a `Table`, without a last row that a killed process left incomplete."""
+    """The rows of a `Table`, without a last row that a killed process left incomplete.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is no file, too large, or not text.
+    """
+    if (size := require_file(path)) > LARGEST_TABLE:
+        raise ValueError(f"{path} has {size:,} bytes")
     # zeros are what a power cut may leave of rows that were not yet on the disk
     whole, _, _ = path.read_bytes().partition(b"\0")[0].rpartition(b"\n")
     return [row for row in csv.DictReader(whole.decode().splitlines()) if None not in row.values()]
@@ -59,8 +66,6 @@ def earlier_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
         RunError: it is not one.
     """
     try:
-        if (size := require_file(path)) > LARGEST_TABLE:
-            raise ValueError(f"it has {size:,} bytes")
         rows = read_table(path)
         for i, row in enumerate(rows):
             if unknown := [name for name in row if name not in columns]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import dataclasses
 import io
-import json
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -17,7 +15,8 @@ from train.outputs.curve import Middle, mean_of_tasks
 from train.outputs.folder import defaults
 from train.outputs.record import EVALUATION_COLUMNS, read_table
 from train.outputs.report import cloning_title, with_interval
-from train.settings import RunConfig, role_names
+from train.reading import read_json
+from train.settings import RunConfig, RunError, role_names
 
 NOT_OF_THE_RESULT = ("out", "resume", "overwrite", "preset", "device", "capture", "profile", "num_seeds")
 """Settings that a finished run may have otherwise and still be the run that is asked for."""
@@ -52,10 +51,17 @@ class Trial:
     def look(self) -> bool:
         """Read from its folder how far it is; returns whether there is another evaluation than before."""
         before = self.evaluations
-        with contextlib.suppress(FileNotFoundError):
-            self.evaluations = {row["role"]: row for row in read_table(self.config.folder / "evaluations.csv")}
+        try:
+            rows = read_table(self.config.folder / "evaluations.csv")
+            self.evaluations = {row["role"]: row for row in rows}
+            for row in rows:
+                float(row["score_mean"]), float(row["score_sem"])
             rows = read_table(self.config.folder / "metrics.csv")
             self.step = int(rows[-1]["step"]) if rows else 0
+        except FileNotFoundError:
+            pass
+        except (KeyError, ValueError, TypeError) as error:
+            raise RunError(f"the tables in {self.config.folder} are not those of a run ({error!r})") from error
         return self.evaluations != before
 
     def score(self, role: str) -> float | None:
@@ -68,7 +74,7 @@ class Trial:
 def is_finished(config: RunConfig) -> bool:
     """Whether a run with these settings has finished in its folder."""
     try:
-        before = json.loads((config.folder / "result.json").read_text())["config"]
+        before = read_json(config.folder / "result.json")["config"]
         before |= before.pop("hyper")
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False  # none yet, or damaged: the run goes on from its last checkpoint and writes it again
