@@ -56,7 +56,7 @@ from train.outputs.scores import Scores, Trial, is_finished
 from train.outputs.scores_picture import draw_scores
 from train.plan import check_choices, options_behind, plan
 from train.settings import PresetName, RunError
-from train.worker import STOPPED, UNFIT, Board, Outcome, Place, Site, problem_of_node, train_trial, version
+from train.worker import STOPPED, UNFIT, Board, Outcome, Site, Start, problem_of_node, train_trial, version
 
 LOOK_EVERY = 1.0
 """Seconds between looks at what the trials have written."""
@@ -248,7 +248,7 @@ class Sweep:
             raise RunError(next(filter(None, problems)))
         alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
         changed, given_up = bool(ended), {}
-        places: dict[str, Place] = ray.get(self.board.places.remote())
+        places: dict[str, Start] = ray.get(self.board.places.remote())
         for task, trial in self.tasks.items():
             if (name := trial.name) not in places:
                 continue

@@ -2,8 +2,10 @@
 
 An update has two halves. `Learner.backward` integrates the flow for the actions that the losses need, adds critic loss,
 flow-matching loss and actor loss, and takes gradients. `Learner.step` clips them, moves the target network and steps
-Adam. A run looks at the numbers in between. An agent is a subclass of `Agent` in its own file. Its methods define how it learns and acts; its class attributes hold what the rest of the
-project must know about it.
+Adam. A run looks at the numbers in between.
+
+An agent is a subclass of `Agent` in its own file. Its methods define how it learns and acts; its class attributes hold
+what the rest of the project must know about it.
 """
 
 from __future__ import annotations
