@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -76,6 +77,7 @@ def _save(figure: Figure, path: Path) -> Path:
     content = io.BytesIO()
     figure.savefig(content, dpi=150, format=path.suffix[1:])
     plt.close(figure)
+    gc.collect()  # a figure is full of cycles, and Python would look for them only some ten figures and 57 MB later
     write_whole(path, content.getvalue())
     return path
 
