@@ -74,12 +74,17 @@ def draw_curve(folder: Path, config: RunConfig, dataset_score: float, label: str
 
 def _save(figure: Figure, path: Path) -> Path:
     """Write the picture whole, where a killed run would leave the upper part of one."""
+    write_whole(path, png_of(figure, dpi=150))
+    return path
+
+
+def png_of(figure: Figure, dpi: int) -> bytes:
+    """The finished figure as a picture, and its memory back."""
     content = io.BytesIO()
-    figure.savefig(content, dpi=150, format=path.suffix[1:])
+    figure.savefig(content, dpi=dpi, format="png")
     plt.close(figure)
     gc.collect()  # a figure is full of cycles, and Python would look for them only some ten figures and 57 MB later
-    write_whole(path, content.getvalue())
-    return path
+    return content.getvalue()
 
 
 def _draw_score(

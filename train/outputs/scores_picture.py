@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 
 import numpy as np
 
 from train.agents import AGENTS
-from train.outputs.curve import BLUE, GREEN, GREY, ORANGE, STYLE, plt
+from train.outputs.curve import BLUE, GREEN, GREY, ORANGE, STYLE, plt, png_of
 from train.outputs.scores import Cell, Column, Scores
 
 COLOURS = (BLUE, ORANGE, GREEN, "#8c4a9e", "#b8423f", "#4aa3a8", "#7a5c3a")
@@ -58,10 +57,7 @@ def draw_scores(scores: Scores) -> bytes:
         if not all(cell.is_final for cells in rows.values() for cell in cells):
             notes += "; open: not all trials have finished"
         figure.supxlabel(notes, fontsize=9, color=GREY)
-        picture = io.BytesIO()
-        figure.savefig(picture, dpi=120)
-        plt.close(figure)
-    return picture.getvalue()
+        return png_of(figure, dpi=120)
 
 
 def _draw_column(ax: plt.Axes, column: Column, cells: Sequence[Cell], shift: float) -> None:
