@@ -21,6 +21,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from train.outputs.checkpoint import newest_step
+
 REPOSITORY = Path(__file__).parents[2]
 RUN = (  # noqa: SIM905 (reads as typed)
     "--env hopper-medium --dataset-size 10 --preset quick --device cpu --steps 100000000 --actor-hidden 64 64 "
@@ -50,10 +52,9 @@ def look(pid: int, out: Path, seconds: float) -> Sample:
             sizes.append(file.stat().st_size)
         except FileNotFoundError:  # replaced in this moment
             continue
-    steps = [int(file.stem.removeprefix("step-")) for file in checkpoints if file.name.startswith("step-")]
     return Sample(
         seconds,
-        max(steps, default=0),
+        newest_step(out / "checkpoints"),
         int(status["VmRSS"].split()[0]) / 1024,
         len(os.listdir(f"/proc/{pid}/fd")),
         int(status["Threads"]),
@@ -67,16 +68,19 @@ def soak(out: Path, minutes: float, every: float) -> list[Sample]:
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.with_suffix(".log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
-        start, samples = time.monotonic(), []
-        while time.monotonic() - start < 60 * minutes:
-            time.sleep(every)
-            if process.poll() is not None:
-                raise RuntimeError(f"the run ended:\n{out.with_suffix('.log').read_text()[-2000:]}")
-            if (sample := look(process.pid, out, time.monotonic() - start)).steps:
-                samples.append(sample)
-        process.send_signal(signal.SIGTERM)
-        if (code := process.wait(timeout=60)) != 130:
-            raise RuntimeError(f"the run ended with {code}:\n{out.with_suffix('.log').read_text()[-2000:]}")
+        try:
+            start, samples = time.monotonic(), []
+            while time.monotonic() - start < 60 * minutes:
+                time.sleep(every)
+                if process.poll() is not None:
+                    raise RuntimeError(f"the run ended:\n{out.with_suffix('.log').read_text()[-2000:]}")
+                if (sample := look(process.pid, out, time.monotonic() - start)).steps:
+                    samples.append(sample)
+            process.send_signal(signal.SIGTERM)
+            if (code := process.wait(timeout=60)) != 130:
+                raise RuntimeError(f"the run ended with {code}:\n{out.with_suffix('.log').read_text()[-2000:]}")
+        finally:
+            process.kill()  # if it still runs
     return samples
 
 
