@@ -743,13 +743,11 @@ def test_what_the_environment_answers_is_looked_at(
             observation[2] = value if what == "observation" else observation[2]
         return observation, reward, *rest
 
-    monkeypatch.setattr("train.member.evaluate", lambda *args, **kwargs: {})
-    monkeypatch.setattr("train.member.draw_curve", lambda *args: None)
-    monkeypatch.setattr("train.loop.evaluation_line", lambda *args: "")
+    monkeypatch.setattr(Run, "evaluate", lambda run: None)
     monkeypatch.setattr(Counting, "step", spoilt)
     with pytest.raises(RunError, match=rf"environment: the {what} in step 3 of episode 1 has (inf|nan)") as refused:
         made(tmp_path, online=6)
-    assert f"seed 0 diverged at update {OFFLINE + 2} (online)" in str(refused.value)
+    assert f"seed 0 diverged at update {OFFLINE + 3} (online)" in str(refused.value)
 
 
 def test_the_first_nan_online_is_saved_with_its_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -513,7 +513,7 @@ def test_a_table_that_never_ends(tmp_path: Path) -> None:
     (tmp_path / "metrics.csv").unlink()
     with (tmp_path / "metrics.csv").open("wb") as file:
         file.truncate(10**13)
-    with little_memory(), pytest.raises(RunError, match="it has 10,000,000,000,000 bytes"):
+    with little_memory(), pytest.raises(RunError, match=r"has 10,000,000,000,000 bytes"):
         Record(tmp_path, 1, [], ())
 
 

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from tests.faults.launcher import Fault, launch
 from train.outputs.checkpoint import newest_checkpoints
 from train.outputs.events import read_events
+from train.outputs.folder import LOCK
 
 LAUNCHER = Path(__file__).with_name("launcher.py")
 RUN = Path(__file__).parents[2] / "train" / "run.py"
@@ -145,7 +146,7 @@ def descendants(pid: int) -> list[int]:
 
 def assert_same_run(ours: Path, theirs: Path) -> None:
     """Both folders hold the same run, bit for bit, apart from what depends on the clock."""
-    assert files(ours) == files(theirs)
+    assert files(ours) == files(theirs), sorted(set(files(ours)) ^ set(files(theirs)))
     for name in ("evaluations.csv", "curve.png"):
         assert (ours / name).read_bytes() == (theirs / name).read_bytes(), f"{ours / name} differs from {theirs}"
     for name in ("policy.safetensors", *best(theirs)):
@@ -178,8 +179,9 @@ def assert_same_group(ours: Path, theirs: Path) -> None:
 
 
 def files(folder: Path) -> list[str]:
-    """All files of a run; the name of its one file of events depends on the clock."""
-    found = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    """All files of a run but its lock; the name of its one file of events depends on the clock."""
+    everything = (path for path in folder.rglob("*") if path.is_file() and path.name != LOCK)
+    found = sorted(str(path.relative_to(folder)) for path in everything)
     return ["tensorboard/events" if name.startswith("tensorboard/events.out.tfevents.") else name for name in found]
 
 

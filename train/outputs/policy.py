@@ -65,10 +65,10 @@ def load_policy(folder: Path, path: Path | None = None) -> Policy:
 
 
 def _policy(header: Mapping[str, str], weights: Mapping[str, Tensor]) -> Policy:
+    agent = agent_without_memory(header["agent"], parse_json(header["hyper"]), weights)
     acting = record_from_json(Acting, parse_json(header["acting"]))
     if len(header["env"]) > LONGEST_NAME:
         raise ValueError(f"its environment has a name of {len(header['env']):,} letters")
-    agent = agent_without_memory(header["agent"], parse_json(header["hyper"]), weights)
     require_alike(weights, agent.state_dict())
     for name, tensor in weights.items():
         if not tensor.isfinite().all():
