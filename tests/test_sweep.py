@@ -417,4 +417,4 @@ def test_dying_in_vain_is_counted() -> None:
     board = Board()
     for node, step in (("a", 0), ("a", 0), ("b", 5), ("a", 5), ("c", 5)):
         board.begin("trial", node, step)
-    assert board.places() == {"trial": ("c", 5, 5, 2)}
+    assert board.last_starts() == {"trial": ("c", 5, 5, 2)}

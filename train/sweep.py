@@ -190,7 +190,7 @@ class Sweep:
         here = ray.get_runtime_context().get_node_id()
         board: Any = ray.remote(num_cpus=0)(Board)
         self.board = board.options(scheduling_strategy=on_node(here)).remote()
-        ray.get(self.board.places.remote())  # before trials begin: nobody would hear of one that dies too soon
+        ray.get(self.board.last_starts.remote())  # before trials begin: nobody would hear of one that dies too soon
         self.task = ray.remote(
             num_cpus=config.cpus_per_trial,
             num_gpus=config.gpus_per_trial,
@@ -248,18 +248,18 @@ class Sweep:
             raise RunError(next(filter(None, problems)))
         alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
         changed, given_up = bool(ended), {}
-        places: dict[str, Start] = ray.get(self.board.places.remote())
+        last_starts: dict[str, Start] = ray.get(self.board.last_starts.remote())
         for task, trial in self.tasks.items():
-            if (name := trial.name) not in places:
+            if (name := trial.name) not in last_starts:
                 continue
-            place = places[name]
-            trial.status = "running" if place.node in alive else "waiting"
+            start = last_starts[name]
+            trial.status = "running" if start.node in alive else "waiting"
             changed |= trial.look()
-            if place.starts > self.starts.get(name, 1):
-                tqdm.write(f"again      {name}, from step {place.step:,}: its process or its node had died")
-            self.starts[name] = place.starts
-            if place.in_vain >= MOST_IN_VAIN:
-                given_up[task] = f"its process or node died {MOST_IN_VAIN} times in a row at step {place.step}"
+            if start.starts > self.starts.get(name, 1):
+                tqdm.write(f"again      {name}, from step {start.step:,}: its process or its node had died")
+            self.starts[name] = start.starts
+            if start.in_vain >= MOST_IN_VAIN:
+                given_up[task] = f"its process or node died {MOST_IN_VAIN} times in a row at step {start.step}"
         for task, problem in given_up.items():
             ray.cancel(task, force=True)
             self._end(self.tasks.pop(task), Outcome(1, problem))

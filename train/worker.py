@@ -95,7 +95,7 @@ class Board:
         """Note that a trial begins on a node, at a step."""
         self.starts.setdefault(trial, []).append((node, step))
 
-    def places(self) -> dict[str, Start]:
+    def last_starts(self) -> dict[str, Start]:
         """Of each trial that has begun."""
         return {trial: Start.of(starts) for trial, starts in self.starts.items()}
 

@@ -198,11 +198,14 @@ def test_it_goes_on_bit_for_bit_with_as_many(together: tuple[Path, str], tmp_pat
     assert [row for row in mine if row["step"] != "20"] == other, "the shorter run was also evaluated at its end"
 
 
-def test_sigterm_stops_all_after_the_same_update(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "how", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long("ends the same way"))]
+)
+def test_a_signal_stops_all_after_the_same_update(tmp_path: Path, how: int) -> None:
     out = tmp_path / "run"
     process = started([*torchrun(2), *training("--out", str(out), *LONGER)])
     wait_for_checkpoint(out, process)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(how)
     printed, errors = process.communicate(timeout=60)
     assert process.returncode != 0
     (step,) = re.findall(r"stopped at step (\d+); --resume continues from there", printed)
