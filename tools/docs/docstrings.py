@@ -1,0 +1,39 @@
+"""From our docstrings, which a terminal shows as they are, to those that the site's generator reads.
+
+``:func:`name``` becomes a link. Arguments that share a line, "damping, eps: ...", get one each, with its own type. A
+single "Example:" is one of the examples.
+"""
+
+from __future__ import annotations
+
+import re
+
+import griffe
+
+_ROLE = re.compile(r":(?:func|class|mod|meth):`~?([\w.]+)`")
+_SHARED = re.compile(r"^    (\*{0,2}\w+(?:, \*{0,2}\w+)+): (.*(?:\n {5,}.*)*)", re.MULTILINE)
+_ARGUMENTS = re.compile(r"^(?:Args|Attributes):\n(?: {4}.*\n?|\n)+", re.MULTILINE)
+
+
+def readable(text: str, package: str) -> str:
+    """The docstring as the generator reads it. Roles without dots name something public of the package."""
+
+    def link(role: re.Match[str]) -> str:
+        name = role[1] if "." in role[1] else f"{package}.{role[1]}"
+        return f"[`{role[1].removeprefix(f'{package}.')}`][{name}]"
+
+    def each(shared: re.Match[str]) -> str:
+        return "\n".join(f"    {name}: {shared[2]}" for name in shared[1].split(", "))
+
+    text = _ROLE.sub(link, text)
+    text = _ARGUMENTS.sub(lambda section: _SHARED.sub(each, section[0]), text)
+    return re.sub(r"^Example:$", "Examples:", text, flags=re.MULTILINE)
+
+
+class Readable(griffe.Extension):
+    """Rewrites each docstring when the generator meets it."""
+
+    def on_instance(self, *, obj: griffe.Object, **kwargs: object) -> None:
+        if obj.docstring is not None:
+            package = obj.path.partition(".")[0]
+            obj.docstring.value = readable(obj.docstring.value, package)

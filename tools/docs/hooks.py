@@ -1,0 +1,28 @@
+"""MkDocs calls these while it builds the site; ``pages.py`` does the work."""
+
+from __future__ import annotations
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+from tools.docs import pages
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the pages that lie outside docs/."""
+    for file, page in pages.pages_outside():
+        files.append(File.generated(config, str(page), abs_src_path=str(pages.ROOT / file)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Let links lead to the site's pages, and fill in what programs print."""
+    outside = {str(uri): file for file, uri in pages.pages_outside()}
+    file = outside.get(page.file.src_uri, f"docs/{page.file.src_uri}")
+    return pages.with_help(pages.with_site_links(markdown, file))
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Draw the formulas."""
+    return pages.with_formulas(html)
