@@ -15,6 +15,7 @@ import posixpath
 import re
 import sys
 import textwrap
+import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from unittest import mock
@@ -112,11 +113,22 @@ def help_of(program: str) -> str:
 
 
 def with_formulas(page: str) -> str:
-    """HTML with MathML in the place of TeX, which browsers draw without fonts or scripts of anyone's."""
+    """HTML with MathML in the place of TeX: browsers draw it without a script."""
+
+    def letter(variant: re.Match[str]) -> str:  # browsers ignore mathvariant, and have letters for it
+        style = {"script": "SCRIPT", "double-struck": "DOUBLE-STRUCK"}[variant[1]]
+        kind = "CAPITAL" if variant[2].isupper() else "SMALL"
+        for name in (f"MATHEMATICAL {style} {kind} {variant[2].upper()}", f"{style} {kind} {variant[2].upper()}"):
+            with contextlib.suppress(KeyError):
+                return f'<mi mathvariant="normal">{unicodedata.lookup(name)}</mi>'
+        raise ValueError(f"no letter for {variant[0]}")
 
     def drawn(formula: re.Match[str]) -> str:
         display = "block" if formula[2] == "[" else "inline"
         mathml = latex2mathml.converter.convert(html.unescape(formula[3]).strip(), display=display)
+        mathml = re.sub(r'<mi mathvariant="([\w-]+)">(\w)</mi>', letter, mathml)
+        mathml = re.sub(r"<mover>(?=<mi>[^<]+</mi><mo>&#x002D9;)", '<mover accent="true">', mathml)  # a dot, not a limit
+        mathml = mathml.replace("&#x0007E;", "&#x0223C;")  # ~ as the relation that \\sim is
         return f'<{formula[1]} class="formula">{mathml}</{formula[1]}>'
 
     return _FORMULA.sub(drawn, page)

@@ -1,0 +1,134 @@
+"""The documentation's promises: its code runs, its commands could be typed, its links lead somewhere, the site builds."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import fdkernels
+import fdkernels_ref
+from benchmarks import summary
+from tests import documents
+from tests.documents import PAGES, ROOT, Block, blocks
+
+NOT_RUN: dict[tuple[str, str], str] = {}
+"""Blocks that no test runs, by page and first line, with the reason."""
+INERT = {"text", "json", "toml", "yaml", "diff", "bibtex"}
+"""Languages of blocks that are there to be read."""
+
+
+def left_out(block: Block) -> bool:
+    return (block.page, block.first) in NOT_RUN
+
+
+@pytest.fixture
+def own_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An empty folder to work in, and PyTorch's settings as they were afterwards."""
+    monkeypatch.chdir(tmp_path)
+    precision, dtype = torch.get_float32_matmul_precision(), torch.get_default_dtype()
+    threads = torch.get_num_threads()
+    yield
+    torch.set_float32_matmul_precision(precision)
+    torch.set_default_dtype(dtype)
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
+@pytest.mark.usefixtures("own_settings")
+def test_code_runs(page: str) -> None:
+    names = documents.run_python([block for block in blocks(page, "python") if not left_out(block)])
+    if page == "README.md":
+        assert names["displacement"].grad.isfinite().all()
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "sh") or documents.inline_commands(page)])
+def test_commands_could_be_typed(page: str) -> None:
+    for block in blocks(page, "sh") + documents.inline_commands(page):
+        if not left_out(block):
+            for command in documents.typed(block):
+                documents.check(command, block.where)
+
+
+@pytest.mark.parametrize(("page", "first"), NOT_RUN)
+def test_left_out(page: str, first: str) -> None:
+    assert any(block.first == first for block in blocks(page) + documents.inline_commands(page)), "it is gone"
+    pytest.skip(NOT_RUN[page, first])
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_block_is_checked_or_only_to_be_read(page: str) -> None:
+    """```python runs, ```sh is checked. Anything else could hide code from both."""
+    odd = [f"{block.where}: {block.language or 'indented'}" for block in blocks(page)]
+    allowed = {*INERT, "python", "sh"}
+    assert not [where for where, block in zip(odd, blocks(page)) if block.language not in allowed], odd
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_files(page: str) -> None:
+    for target in documents.targets(page):
+        assert (ROOT / page).parent.joinpath(target.partition("#")[0]).exists(), f"{page}: {target}"
+
+
+def test_the_readmes_folders_exist() -> None:
+    folders = re.findall(r"^\| `([\w/]+/)`", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert folders
+    assert all((ROOT / folder).is_dir() for folder in folders)
+
+
+def test_wrong_commands_are_noticed() -> None:
+    wrong = (
+        "make no-such-target",
+        "python train/nothing.py",
+        "python train/run.py --env hopper-medium --no-such-option 3",
+        "python train/run.py --env hopper-mediun",
+        "python train/compare.py --env hopper-medium -- --no-such-option 3",
+        "python -m fdkernels.tune --rows many",
+        "torchrun --no-such-option train/run.py",
+        "torchrun train/run.py --env hopper-medium --no-such-option 3",
+        "pip install -e '.[no-such-extra]'",
+        "pytest tests/test_nothing.py",
+        "for x in 1; do python train/play.py; done",
+        "no-such-program",
+        "python 'unclosed",
+    )
+    for command in wrong:
+        block = Block("page", 1, "sh", command)
+        with pytest.raises((AssertionError, ValueError, SystemExit)):
+            for each in documents.typed(block):
+                documents.check(each, block.where)
+
+
+def test_tables_are_those_of_the_results() -> None:
+    page = ROOT / "docs" / "performance.md"
+    assert summary.filled(page.read_text(), summary.committed()) == page.read_text(), (
+        "run `python benchmarks/summary.py docs/performance.md`"
+    )
+
+
+@pytest.mark.parametrize("package", [fdkernels, fdkernels_ref])
+def test_the_api_pages_have_every_public_name(package: object) -> None:
+    name, names = package.__name__, package.__all__  # type: ignore[attr-defined]
+    page = (ROOT / "docs" / "api" / f"{name}.md").read_text()
+    assert [public for public in names if not re.search(rf"(::: {name}\.|- ){public}$", page, re.MULTILINE)] == []
+
+
+def test_the_site_builds_and_asks_no_other_server(tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    quiet = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    built = subprocess.run(build, cwd=ROOT, env=quiet, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    for page in tmp_path.rglob("*.html"):
+        html = page.read_text()
+        loaded = re.findall(r"<(?:script|img|iframe|link)\b[^>]*?\b(?:src|href)=[\"']?((?:https?:)?//[^\"' >]+)", html)
+        assert loaded == [], page
+        assert "arithmatex" not in html, f"{page}: a formula was not drawn"
+        assert "&lt;!-- help" not in html
+    assert "--num-seeds" in (tmp_path / "commands" / "run.html").read_text()
+    assert "<mfrac>" in (tmp_path / "concepts.html").read_text()
