@@ -1,6 +1,6 @@
 """Fill a page's tables from all files of results: ``python benchmarks/summary.py docs/performance.md``.
 
-The page says where: everything between ``<!-- results: OPERATION, ... -->`` and ``<!-- end of results -->`` is replaced.
+What stands between ``<!-- results: OPERATION, ... -->`` and ``<!-- end of results -->`` is replaced.
 ``<!-- results: files -->`` stands for the list of the files.
 """
 
@@ -69,7 +69,9 @@ def tables(files: Mapping[str, Results], operations: Sequence[str]) -> list[str]
 def _table(group: str, by_file: Mapping[str, Mapping[str, Row]]) -> list[str]:
     """The baseline's time, and everyone else's speed-up over it; empty where a file lacks the row."""
     baseline = next(row["baseline"] for rows in by_file.values() for row in rows.values())
-    others = [label for label in dict.fromkeys(label for rows in by_file.values() for label in rows) if label != baseline]
+    others = [
+        label for label in dict.fromkeys(label for rows in by_file.values() for label in rows) if label != baseline
+    ]
     lines = [f"**{group}**", "", f"| results | {baseline} | {' | '.join(others)} |", "|---" * (len(others) + 2) + "|"]
     for name, rows in by_file.items():
         time = duration(rows[baseline]["seconds"]["median"]) if baseline in rows else ""

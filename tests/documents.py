@@ -8,18 +8,17 @@ import functools
 import importlib
 import importlib.util
 import io
-import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
-import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
+import tomllib
 import tyro
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
@@ -139,6 +138,16 @@ def typed(block: Block) -> list[list[str]]:
     return [command.split("\0")[:-1] for command in recorded.split("\036\0")[:-1]]
 
 
+def check_block(block: Block) -> None:
+    """Check every command in it.
+
+    Raises:
+        AssertionError, ValueError, SystemExit: one of them would be refused.
+    """
+    for command in typed(block):
+        check(command, block.where)
+
+
 class Parsed(BaseException):
     """A program has read its options; it must not go on."""
 
@@ -205,7 +214,8 @@ def _check_program(script: str, args: Sequence[str], where: str) -> None:
         except Parsed as parsed:
             options = parsed.options
         except SystemExit as end:
-            assert end.code in (0, None), f"{where}: {script} {' '.join(args)}: {said.getvalue().strip()}"
+            if end.code:
+                raise AssertionError(f"{where}: {script} {' '.join(args)}: {said.getvalue().strip()}") from None
             return  # --help
     envs = getattr(options, "envs", None) or [getattr(options, "env", None)]
     for env in envs:

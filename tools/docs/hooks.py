@@ -17,10 +17,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Let links lead to the site's pages, and fill in what programs print."""
+    """Let links lead to the site's pages, and fill in what programs say of their options."""
     outside = {str(uri): file for file, uri in pages.pages_outside()}
     file = outside.get(page.file.src_uri, f"docs/{page.file.src_uri}")
-    return pages.with_help(pages.with_site_links(markdown, file))
+    return pages.with_options(pages.with_site_links(markdown, file))
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:

@@ -14,10 +14,10 @@ import os
 import posixpath
 import re
 import sys
-import textwrap
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 from unittest import mock
 
 import latex2mathml.converter
@@ -30,12 +30,13 @@ OUTSIDE = {
     "tools/README.md": "tools.md",
 }
 """Files outside docs/ that are pages of the site, if they exist, and their addresses there."""
-WIDTH = 92
-"""Characters of a line of help: what fits beside the site's navigation."""
 
 _LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]+)\)")
 _CODE = re.compile(r"^(```|~~~).*?^\1\s*$|`[^`\n]+`", re.MULTILINE | re.DOTALL)
-_HELP = re.compile(r"^<!-- help: (.+?) -->$", re.MULTILINE)
+_OPTIONS = re.compile(r"^<!-- options: (.+?) -->$", re.MULTILINE)
+_BOX = re.compile(r"^╭─ (.*?) ─*╮\n((?:│.*│\n)+)╰", re.MULTILINE)
+_CHOICES = re.compile(r"(--[\w-]+) \[?\{([^{}]*,[^{}]*)\}(.*\.\.\..*)?")
+_SECTION = re.compile(r"^([a-z ]+):\n((?:  .*\n|\n)+)", re.MULTILINE)
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
 
 
@@ -84,9 +85,9 @@ def _outside_code(markdown: str, change: Callable[[str], str]) -> str:
     return re.sub("\0(\\d+)\0", lambda mark: codes[int(mark[1])], changed)
 
 
-def with_help(markdown: str) -> str:
-    """``<!-- help: train/run.py -->`` replaced by what the program prints for ``--help``."""
-    return _HELP.sub(lambda mark: f"```text\n{help_of(mark[1])}\n```", markdown)
+def with_options(markdown: str) -> str:
+    """``<!-- options: train/run.py -->`` replaced by tables of what the program lists for ``--help``."""
+    return _OPTIONS.sub(lambda mark: "\n".join(tables_of(options_of(help_of(mark[1])))), markdown)
 
 
 @functools.cache
@@ -94,8 +95,8 @@ def help_of(program: str) -> str:
     """What a program of this repository, or a module of it (``-m fdkernels.tune``), prints for ``--help``."""
     name = program.removeprefix("-m ").removesuffix(".py").replace("/", ".")
     main = importlib.import_module(name).main
-    out = io.StringIO()
-    settings = {"COLUMNS": str(WIDTH), "NO_COLOR": "1", "TERM": "dumb"}
+    out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    settings = {"COLUMNS": "120", "NO_COLOR": "1", "TERM": "dumb"}  # from 130 on, tyro puts boxes side by side
     with (
         mock.patch.dict(os.environ, settings),
         mock.patch.object(sys, "argv", [program, "--help"]),
@@ -106,10 +107,72 @@ def help_of(program: str) -> str:
         except SystemExit as end:
             if end.code:
                 raise RuntimeError(f"{program} --help ended with {end.code}") from end
-    text = "\n".join(line.rstrip() for line in out.getvalue().splitlines()).strip("\n")
-    if not text:
-        raise RuntimeError(f"{program} --help printed nothing")
-    return textwrap.dedent(text)
+    out.seek(0)
+    return out.read()
+
+
+class Options(NamedTuple):
+    """A group of options, as ``--help`` shows them."""
+
+    title: str
+    note: str
+    rows: list[tuple[str, str]]
+    """How an option is typed, and what it means."""
+
+
+def options_of(text: str) -> list[Options]:
+    """The groups in a help text of tyro, which frames them, or of argparse, which indents them.
+
+    Raises:
+        ValueError: there are none.
+    """
+    found = [_group(box[1], [line[2:-1] for line in box[2].splitlines()]) for box in _BOX.finditer(text)]
+    for section in () if found else _SECTION.finditer(text):
+        found.append(_group(section[1], [line[2:] for line in section[2].splitlines()]))
+    if not any(group.rows for group in found):
+        raise ValueError(f"no options in {text!r:.200}")
+    return found
+
+
+def _group(title: str, lines: list[str]) -> Options:
+    """An option begins at a line's start; its meaning follows on that line behind two spaces, or indented below."""
+    rule = next((i for i, line in enumerate(lines) if line.strip("─ ") == "" and "─" in line), -1)
+    rows: list[tuple[str, str]] = []
+    for line in lines[rule + 1 :]:
+        typed, _, meaning = (part.strip() for part in line.partition("  "))
+        if line and not line.startswith(" "):
+            rows.append((typed, meaning))
+        elif line.strip():
+            option, before = rows[-1]
+            separator = "\n" if line.strip().startswith("- ") else " "
+            rows[-1] = option, (before + separator + line.strip()).strip()
+    return Options(title.strip(), " ".join(line.strip() for line in lines[: max(rule, 0)]), rows)
+
+
+def tables_of(groups: Iterable[Options]) -> list[str]:
+    """Markdown of the groups. ``--help`` itself is left out."""
+    lines = ['<div class="options" markdown>']
+    for group in groups:
+        rows = [(option, meaning) for option, meaning in group.rows if not option.startswith("-h")]
+        if not rows:
+            continue
+        title = "" if group.title == "options" else f"**{group.title.capitalize()}.** "
+        lines += ["", (title + group.note).rstrip(), "", "| option | meaning |", "|---|---|"]
+        for option, meaning in rows:
+            text = html.escape(meaning, quote=False).replace("|", "\\|").replace("\n- ", "<br>· ")
+            text = re.sub(r"\s*\(default: (.*)\)$", _default, text)
+            if choices := _CHOICES.fullmatch(option):
+                option, some = choices[1], "Some" if choices[3] else "One"
+                text += f"<br>{some} of {', '.join(f'`{choice}`' for choice in choices[2].split(','))}."
+            names = ", ".join(f"`{name}`" for name in option.replace("|", "\\|").split(", "))
+            lines.append(f"| {names} | {text.removeprefix('<br>')} |")
+    return [*lines, "", "</div>"]
+
+
+def _default(mark: re.Match[str]) -> str:
+    """A default in parentheses, unless it says only that there is none."""
+    default = re.sub("[][,']", "", mark[1])  # of a list
+    return "" if default in ("None", "False") else f"<br>Default: `{default}`."
 
 
 def with_formulas(page: str) -> str:
@@ -127,7 +190,9 @@ def with_formulas(page: str) -> str:
         display = "block" if formula[2] == "[" else "inline"
         mathml = latex2mathml.converter.convert(html.unescape(formula[3]).strip(), display=display)
         mathml = re.sub(r'<mi mathvariant="([\w-]+)">(\w)</mi>', letter, mathml)
-        mathml = re.sub(r"<mover>(?=<mi>[^<]+</mi><mo>&#x002D9;)", '<mover accent="true">', mathml)  # a dot, not a limit
+        mathml = re.sub(
+            r"<mover>(?=<mi>[^<]+</mi><mo>&#x002D9;)", '<mover accent="true">', mathml
+        )  # a dot, not a limit
         mathml = mathml.replace("&#x0007E;", "&#x0223C;")  # ~ as the relation that \\sim is
         return f'<{formula[1]} class="formula">{mathml}</{formula[1]}>'
 
