@@ -162,21 +162,17 @@ def _graph_time(run: Callable[[], object]) -> float:
     return triton.testing.do_bench_cudagraph(run, return_mode="median")
 
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The text above as it stands, and the default of each option."""
-
-
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m fdkernels.tune", description=__doc__, formatter_class=_Help)
+    parser = argparse.ArgumentParser(
+        prog="python -m fdkernels.tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", nargs="+", choices=WORKLOADS, default=list(WORKLOADS), help="the kernels to time")
-    parser.add_argument("--elements", type=int, default=2**27, help="numbers in the scores, of 4 bytes each")
+    parser.add_argument("--elements", type=int, default=2**27, help="of the scores: half a gigabyte")
     parser.add_argument("--cond-dim", type=int, default=17, help="of the flow's network: width of the condition")
-    parser.add_argument("--action-dim", type=int, default=6, help="of the flow's network: d")
+    parser.add_argument("--action-dim", type=int, default=6)
     parser.add_argument("--hidden", type=int, nargs="+", default=[512] * 4, help="widths of its hidden layers")
     parser.add_argument("--rows", type=int, nargs="+", default=[16, 256, 512, 1536, 4096, 16384], help="to integrate")
-    parser.add_argument(
-        "--precision", nargs="+", choices=PRECISIONS, default=list(PRECISIONS), help="of the flow's products"
-    )
+    parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     parser.add_argument("--dry-run", action="store_true", help="print the timings and write nothing")
     parser.add_argument("--ship", action="store_true", help="write the library's own table, for the GPU's whole family")
     return parser.parse_args(arguments)

@@ -1,7 +1,7 @@
 """From our docstrings, which a terminal shows as they are, to those that the site's generator reads.
 
-``:func:`name``` becomes a link. Arguments that share a line, "damping, eps: ...", get one each, with its own type. A
-single "Example:" is one of the examples.
+``:func:`name``` becomes a link. Arguments that share a line, "damping, eps: ...", get one each, with its own type. What
+is returned begins with its type. A single "Example:" is one of the examples.
 """
 
 from __future__ import annotations
@@ -15,8 +15,14 @@ _SHARED = re.compile(r"^    (\*{0,2}\w+(?:, \*{0,2}\w+)+): (.*(?:\n {5,}.*)*)", 
 _ARGUMENTS = re.compile(r"^(?:Args|Attributes):\n(?: {4}.*\n?|\n)+", re.MULTILINE)
 
 
-def readable(text: str, package: str) -> str:
-    """The docstring as the generator reads it. Roles without dots name something public of the package."""
+def readable(text: str, package: str, returns: str | None = None) -> str:
+    """The docstring as the generator reads it.
+
+    Args:
+        text: the docstring, without indentation.
+        package: its package; roles without dots name something public of it.
+        returns: the annotation of what a function returns.
+    """
 
     def link(role: re.Match[str]) -> str:
         name = role[1] if "." in role[1] else f"{package}.{role[1]}"
@@ -27,6 +33,8 @@ def readable(text: str, package: str) -> str:
 
     text = _ROLE.sub(link, text)
     text = _ARGUMENTS.sub(lambda section: _SHARED.sub(each, section[0]), text)
+    if returns is not None:
+        text = re.sub(r"^Returns:\n {4}", lambda start: f"{start[0]}{returns}: ", text, flags=re.MULTILINE)
     return re.sub(r"^Example:$", "Examples:", text, flags=re.MULTILINE)
 
 
@@ -36,4 +44,5 @@ class Readable(griffe.Extension):
     def on_instance(self, *, obj: griffe.Object, **kwargs: object) -> None:
         if obj.docstring is not None:
             package = obj.path.partition(".")[0]
-            obj.docstring.value = readable(obj.docstring.value, package)
+            returns = str(obj.returns) if isinstance(obj, griffe.Function) and obj.returns else None
+            obj.docstring.value = readable(obj.docstring.value, package, returns)

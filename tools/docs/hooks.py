@@ -24,5 +24,5 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Draw the formulas."""
-    return pages.with_formulas(html)
+    """Draw the formulas, and keep short code in one line."""
+    return pages.with_whole_options(pages.with_formulas(html))

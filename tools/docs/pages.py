@@ -164,7 +164,7 @@ def tables_of(groups: Iterable[Options]) -> list[str]:
             if choices := _CHOICES.fullmatch(option):
                 option, some = choices[1], "Some" if choices[3] else "One"
                 text += f"<br>{some} of {', '.join(f'`{choice}`' for choice in choices[2].split(','))}."
-            names = ", ".join(f"`{name}`" for name in option.replace("|", "\\|").split(", "))
+            names = ", ".join(f"<code>{html.escape(name)}</code>" for name in option.split(", ")).replace("|", "&#124;")
             lines.append(f"| {names} | {text.removeprefix('<br>')} |")
     return [*lines, "", "</div>"]
 
@@ -197,6 +197,11 @@ def with_formulas(page: str) -> str:
         return f'<{formula[1]} class="formula">{mathml}</{formula[1]}>'
 
     return _FORMULA.sub(drawn, page)
+
+
+def with_whole_options(page: str) -> str:
+    """HTML in which short code, such as --preset, is never broken after a hyphen."""
+    return re.sub(r"<code>(?=[^<\n]{1,24}</code>)", '<code class="short">', page)
 
 
 def pages_outside() -> Iterator[tuple[str, PurePosixPath]]:
