@@ -21,7 +21,8 @@ from fdkernels.backend import (
 from fdkernels.cpu import field as cpu_field
 from fdkernels.cpu import processor
 from fdkernels.layers import EncodedNetwork, Network, encode
-from fdkernels.networks import PackedMLP, is_known, pack_known
+from fdkernels.networks import PackedMLP
+from fdkernels.packing import is_known, pack_known
 from fdkernels.records import Way
 from fdkernels.solvers import Field
 from fdkernels.torch_private import transforms_active

@@ -101,11 +101,11 @@ def test_what_a_layer_does_before_its_product_is_done() -> None:
 
 def test_a_forward_of_ones_own_is_never_passed_over() -> None:
     stack = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))
-    for module in (Squashed(stack), Residual(*stack)):
-        with pytest.raises(TypeError, match="computes something other"):
+    for module, part in ((Squashed(stack), "arithmetic with a constant"), (Residual(*stack), "a residual connection")):
+        with pytest.raises(TypeError, match=part):
             fdkernels.pack_mlp(module)
     flow, x0, cond = Doubled(3, 2, hidden=(8,)), torch.randn(4, 2), torch.randn(4, 3)
-    with pytest.raises(TypeError, match="Doubled cannot be called with the concatenated inputs alone"):
+    with pytest.raises(TypeError, match="Doubled cannot be read as an MLP because of arithmetic with a constant"):
         fdkernels.pack_mlp(flow)
     assert_the_module_decides(flow, x0, cond)
 
@@ -119,7 +119,7 @@ def test_a_forward_of_ones_own_is_never_passed_over() -> None:
         (nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.ReLU(), nn.Linear(8, 2)), "at most norm, activation, norm"),
         (nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(4), nn.Linear(8, 2)), "must normalise"),
         (nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 2)), "must take"),
-        (nn.Bilinear(2, 2, 2), "Bilinear"),
+        (nn.Bilinear(2, 2, 2), "order must say which inputs of module's forward"),
     ],
 )
 def test_pack_mlp_refuses_the_rest(module: nn.Module, message: str) -> None:
