@@ -198,12 +198,17 @@ class _Reader:
         leaves: list[Leaf] = []
         node = _skip(output)
         while node.op != "placeholder" and _name(node) not in _CONCATENATIONS:
-            leaves.append(self.leaf(node))
-            node = _skip(_operands(node)[0])
+            leaf, before = self.leaf(node)
+            leaves.append(leaf)
+            node = _skip(before)
         return Forward(tuple(_inputs(node)), leaves[::-1])
 
-    def leaf(self, node: fx.Node) -> Leaf:
+    def leaf(self, node: fx.Node) -> tuple[Leaf, fx.Node]:
+        """The part of a stack that the node is, and the node before it."""
         name, operands = _name(node), _operands(node)
+        for gate, h in (operands, operands[::-1]) if name == "mul" and len(operands) == 2 else ():
+            if _name(gate) == "sigmoid" and _operands(gate) == [h]:
+                return "silu", h
         if len(operands) == 1:
             if name == "linear":
                 weights = _argument(node, 1, "weight"), _argument(node, 2, "bias")
@@ -215,13 +220,13 @@ class _Reader:
                         f"weights that a hook makes at every call {_where(node)}, in place of which there is "
                         "torch.nn.utils.parametrizations"
                     )
-                return linear
+                return linear, operands[0]
             if name == "layer_norm":
-                return self.norm(node)
+                return self.norm(node), operands[0]
             form = str(node.kwargs.get("approximate", "none")) if name == "gelu" else ""
             for activation, row in ACTIVATIONS.items():
                 if row.torch == (name, form):
-                    return activation
+                    return activation, operands[0]
         raise UnreadableError(_explain(node))
 
     def norm(self, node: fx.Node) -> nn.LayerNorm:
@@ -306,13 +311,13 @@ def _explain(node: fx.Node) -> str:
     """Why the node is no part of a stack of layers."""
     name, operands = _name(node), _operands(node)
     if len(operands) > 1 and name in _SUMS | _PRODUCTS:
+        products = [step for step in (node, *operands) if _name(step) in _PRODUCTS and len(_operands(step)) > 1]
+        if products:
+            return f"a product of computed values, as in FiLM or gating, {_where(products[0])}"
         before = [_ancestors(operand) for operand in operands]
         whole = [_operands(operand)[0] if _name(operand) == "getitem" else operand for operand in operands]
-        if name in _SUMS and (whole[0] in before[1] or whole[1] in before[0]):
+        if whole[0] in before[1] or whole[1] in before[0]:
             return f"a residual connection {_where(node)}"
-        modulated = [operand for operand in operands if _name(operand) == "mul" and len(_operands(operand)) > 1]
-        if name in _PRODUCTS or modulated:
-            return f"a product of computed values, as in FiLM or gating, {_where((modulated or [node])[0])}"
         several = len(_sources(_ancestors(node))) > 1
         aside = [operand for operand, past in zip(operands, before) if several and len(_sources(past)) == 1]
         return _explain_branch(aside[0]) if aside else f"a sum of two branches {_where(node)}"

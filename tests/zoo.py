@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -99,20 +100,51 @@ class Unconditional(nn.Module):
         return self.net(torch.cat([x, t] if cond is None else [x, t, cond], -1))
 
 
+class Swish(nn.Module):
+    def forward(self, h: Tensor) -> Tensor:
+        return torch.sigmoid(h) * h
+
+
+class Reshaped(nn.Module):
+    """The way of the examples of Meta's flow_matching library."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.main = nn.Sequential(nn.Linear(D + 1, 16), Swish(), nn.Linear(16, 16), Swish(), nn.Linear(16, D))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        size = x.size()
+        x, t = x.reshape(-1, D), t.reshape(-1, 1).to(x.dtype)
+        t = t.reshape(-1, 1).expand(x.shape[0], 1)
+        return self.main(torch.cat([x, t], dim=1)).reshape(*size)
+
+
 def _concat() -> Concat:
     return Concat(nn.Linear(C + D + 1, 16), nn.SiLU(), nn.Linear(16, D))
 
 
-READABLE: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...] | None, Callable[..., Tensor]]] = {
-    "by hand": (ByHand, None, lambda net, x, t, cond: net(cond, x, t)),
-    "loop": (Loop, None, lambda net, x, t, cond: net(x, t, cond)),
-    "flat times": (FlatTimes, None, lambda net, x, t, cond: net(x, t, cond)),
-    "strictly flat times": (StrictlyFlatTimes, ("x", "t", "cond"), lambda net, x, t, cond: net(x, t[:, 0], cond)),
-    "any number": (_concat, ("x", "cond", "t"), lambda net, x, t, cond: net(x, cond, t)),
-    "ours": (Ours, None, lambda net, x, t, cond: net(cond, x, t)),
-    "unconditional": (Unconditional, ("x", "t"), lambda net, x, t, cond: net(x, t)),
+class Readable(NamedTuple):
+    make: Callable[[], nn.Module]
+    order: tuple[str, ...] | None
+    """To be given to ``pack_mlp``."""
+    call: Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
+    """Calls the module with x, t and cond."""
+    read: tuple[str, ...]
+    """The order of concatenation that must be found."""
+
+
+READABLE = {
+    "by hand": Readable(ByHand, None, lambda net, x, t, cond: net(cond, x, t), ("cond", "x", "t")),
+    "loop": Readable(Loop, None, lambda net, x, t, cond: net(x, t, cond), ("t", "x", "cond")),
+    "flat times": Readable(FlatTimes, None, lambda net, x, t, cond: net(x, t, cond), ("x", "t", "cond")),
+    "strictly flat times": Readable(
+        StrictlyFlatTimes, ("x", "t", "cond"), lambda net, x, t, cond: net(x, t.squeeze(-1), cond), ("x", "t", "cond")
+    ),
+    "any number": Readable(_concat, ("x", "cond", "t"), lambda net, x, t, cond: net(x, cond, t), ("x", "cond", "t")),
+    "ours": Readable(Ours, None, lambda net, x, t, cond: net(cond, x, t), ("x", "t", "cond")),
+    "reshaped": Readable(Reshaped, None, lambda net, x, t, cond: net(x, t), ("x", "t")),
+    "unconditional": Readable(Unconditional, ("x", "t"), lambda net, x, t, cond: net(x, t), ("x", "t")),
 }
-"""By name: the module, the order to give, and how to call it."""
 
 
 # -- what is not an MLP. All are called as v(x, t, cond) ---------------------------------------------------------------
