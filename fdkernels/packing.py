@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
 import weakref
@@ -10,13 +11,14 @@ from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from fdkernels.activations import ACTIVATIONS, name_of
 from fdkernels.backend import autocast
 from fdkernels.layers import Input
 from fdkernels.networks import LayerModules, PackedMLP, VelocityMLP
-from fdkernels.tracing import Leaf, UnreadableError, read_forward
+from fdkernels.reading import Leaf, read_forward
+from fdkernels.symbols import UnreadableError
 from fdkernels.validation import FLOATING, brief, is_sequence
 
 
@@ -57,13 +59,14 @@ def pack_mlp(module: nn.Module, order: Sequence[Input] | None = None) -> PackedM
     if isinstance(module, PackedMLP):
         return module
     what = "pack_mlp: module"
-    if is_known(module):
-        return pack_known(what, module)
     if not isinstance(module, nn.Module):
         raise TypeError(f"{what} must be a torch.nn.Module, got {type(module).__name__}")
+    module = _unwrapped(module)
+    if is_known(module):
+        return pack_known(what, module)
     if any(nn.parameter.is_lazy(parameter) for parameter in module.parameters()):
         raise TypeError(f"{what} {type(module).__name__} has weights without a shape yet; call it once first")
-    module, names = _unwrapped(module), None if order is None else _check_order(order)
+    names = None if order is None else _check_order(order)
     arguments = _arguments(module)
     if arguments is None:
         return _read(module, None, names or ("cond", "x", "t"))
@@ -269,6 +272,17 @@ def _layers(what: str, leaves: list[Leaf]) -> Iterator[LayerModules]:
         yield LayerModules(linear, before, activation, after)  # type: ignore[arg-type]
 
 
+def _call_either(call: Callable[..., Any], first: list[Tensor], second: list[Tensor]) -> Any:
+    """The result with the first arguments, or else with the second, if there are any."""
+    try:
+        return call(*first)
+    except Exception:
+        if second:
+            with contextlib.suppress(Exception):
+                return call(*second)
+        raise
+
+
 @torch.no_grad()
 def _try_out(what: str, packed: PackedMLP, call: Callable[..., Any], arguments: tuple[Input, ...] | None) -> None:
     """Check that the module's call computes what operators compute of the layers found in it."""
@@ -277,6 +291,7 @@ def _try_out(what: str, packed: PackedMLP, call: Callable[..., Any], arguments: 
     widths = {"x": packed.action_dim, "t": 1, "cond": packed.cond_dim}
     columns = dict(zip(packed.order, rows.split([widths[name] for name in packed.order], dim=1)))
     given = [rows] if arguments is None else [columns[name] for name in arguments]
+    # it may want times (...) instead of (..., 1)
     flat = [tensor.squeeze(1) if name == "t" else tensor for name, tensor in zip(arguments or (), given)]
     try:
         with autocast(packed.device, None):
@@ -284,12 +299,7 @@ def _try_out(what: str, packed: PackedMLP, call: Callable[..., Any], arguments: 
             for modules in packed.layers:
                 layer = modules.read()
                 h = layer.finish(F.linear(h, layer.weight, layer.bias))
-            try:
-                out = call(*given)
-            except Exception:  # it may want times (...) instead of (..., 1)
-                if not flat:
-                    raise
-                out = call(*flat)
+            out = _call_either(call, given, flat)
             if out.shape != h.shape:
                 raise ValueError(f"its result is {tuple(out.shape)} instead of {tuple(h.shape)}")
             same = torch.allclose(out, h, rtol=1e-3, atol=1e-5, equal_nan=True)

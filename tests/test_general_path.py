@@ -104,6 +104,21 @@ def test_float32_is_the_networks_own(name: str) -> None:
     assert_agree(fdkernels.integrate_flow(velocity, x0, cond), plain, truth)
 
 
+@pytest.mark.long("ten seconds")
+def test_compiled_by_its_owner() -> None:
+    net, cond, displacement = adapted("residual"), torch.randn(5, zoo.C, dtype=F64), torch.randn(5, zoo.D, dtype=F64)
+    compiled = torch.compile(net, backend="aot_eager")
+    bridge, action = torch.randn(5, 2, zoo.D, dtype=F64), torch.rand(5, zoo.D, dtype=F64)
+    torch.testing.assert_close(
+        fdkernels.integrate_flow(compiled, displacement, cond), fdkernels_ref.integrate_flow(net, displacement, cond)
+    )
+    ours, truth = (
+        library.flow_pullback_penalty(velocity, cond, action, displacement, bridge_noise=bridge)
+        for library, velocity in ((fdkernels, compiled), (fdkernels_ref, net))
+    )
+    torch.testing.assert_close(ours, truth, rtol=1e-7, atol=1e-9)
+
+
 def test_kernels_are_not_pretended() -> None:
     """Who insists on the kernels is told that they serve MLPs only."""
     x0, cond = torch.randn(4, zoo.D, dtype=F64), torch.randn(4, zoo.C, dtype=F64)

@@ -150,6 +150,11 @@ class Adapted(nn.Linear):
         (Written(lambda self, x: self.last(self.first(x)).clamp(-99, 99)), r"other than linear, .* \(clamp, at"),
         (Written(lambda self, x: self.last(nn.functional.elu(self.first(x)))), r"gelu, silu, relu, tanh \(elu, at"),
         (Written(lambda self, x: self.last(self.first(x).half().float())), "a cast to another dtype"),
+        (Written(lambda self, x: self.last(self.first(x).to(torch.ones(1).half()).to(x.dtype))), "a cast to another"),
+        (Written(lambda self, x: self.last(self.first(x[: len(x), torch.arange(6)]))), r"a slice \(getitem"),
+        (Written(lambda self, x: self.last(self.first(torch.as_tensor(x)))), "depends on the values"),
+        (Written(lambda self, x: self.last(torch.cat([self.first(x)[:, :2], x], -1))), "with a hidden layer"),
+        (Written(lambda self, x: nn.functional.linear(x, self.first.weight[:2] * x.mean())), "computed weights"),
         (Written(lambda self, x: self.last(self.first(x).detach())), "a stopped gradient"),
         (Written(lambda self, x: self.last(self.first(x.flip(-1)))), r"\(flip, at"),
         (Written(lambda self, x: self.last(self.first(x)[..., :1])), r"a slice \(getitem"),
@@ -177,6 +182,31 @@ def test_nothing_is_passed_over(module: nn.Module, message: str) -> None:
     """Not even what two rows would not show, such as wide clips."""
     with pytest.raises(TypeError, match=message):
         fdkernels.pack_mlp(module)
+
+
+def test_wrappers_are_taken_off() -> None:
+    rows = torch.randn(4, 2), torch.rand(4, 1), torch.randn(4, 3)
+    net, flow = zoo.ByHand(), fdkernels.VelocityMLP(0, 2, hidden=(8,))
+    wanted, without = net(rows[2], rows[0], rows[1]), flow(*rows[:2])
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(net)
+        torch.testing.assert_close(fdkernels.pack_mlp(wrapped)(*rows), wanted)
+    finally:
+        torch.distributed.destroy_process_group()
+    torch.testing.assert_close(fdkernels.pack_mlp(nn.DataParallel(net))(*rows), wanted)
+    torch.testing.assert_close(fdkernels.pack_mlp(torch.compile(flow, backend="eager"))(*rows[:2]), without)
+
+
+def test_an_error_of_the_modules_own_is_shown() -> None:
+    class Broken(zoo.ByHand):
+        def forward(self, obs: Tensor, action: Tensor, time: Tensor) -> Tensor:
+            if isinstance(obs, Tensor):
+                raise RuntimeError("the user's own")
+            return super().forward(obs, action, time)
+
+    with pytest.raises(TypeError, match=r"cannot be tried out \(RuntimeError: the user's own\)"):
+        fdkernels.pack_mlp(Broken())
 
 
 def test_hooks_are_seen() -> None:
