@@ -216,7 +216,7 @@ def test_a_run_is_not_lost_or_mixed(finished: tuple[Path, str], capsys: pytest.C
 
 
 def test_divergence_ends_the_run_and_is_not_checkpointed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*TINY, "--out", str(tmp_path / "run"), "--warmup-lr", "1e30"]) == 2
+    assert main([*TINY, "--out", str(tmp_path / "run"), "--warmup-lr", "1e30"]) == 3
     message = (
         "error: seed 0 diverged at update 2 (flow warm-up): not finite are losses: flow_loss, total_loss; gradients"
     )

@@ -81,8 +81,8 @@ class Result:
         returns = zlib.crc32(self.dataset.outcomes.returns.tobytes())
         return {"ids": list(self.dataset.dataset_ids), "transitions": len(self.dataset), "returns_crc32": returns}
 
-    def write(self, seconds: float) -> None:
-        """Write result.json, which ``train/compare.py`` reads."""
+    def write(self, seconds: float) -> dict[str, Any]:
+        """Write result.json, which ``train/compare.py`` reads; returns what is in it."""
         config = self.config
         summary = {
             "config": config.as_json(),
@@ -100,3 +100,4 @@ class Result:
             "last_three": self.last_three,
         }
         write_whole(config.folder / "result.json", json.dumps(summary, indent=2) + "\n")
+        return summary
