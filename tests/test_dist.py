@@ -108,10 +108,12 @@ def test_the_description_leads_nowhere_relative(metadata: Message) -> None:
 def test_the_source_distribution_is_the_checkout(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
-    if tracked.returncode:
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
+    )
+    if listed.returncode:
         pytest.skip("this is no git checkout")
-    assert set(tracked.stdout.splitlines()) <= names
+    assert names - {"PKG-INFO"} == {name for name in listed.stdout.splitlines() if (ROOT / name).exists()} - {".venv"}
 
 
 def test_builds_are_reproducible(wheel: Path, sdist: Path, tmp_path: Path) -> None:
