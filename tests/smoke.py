@@ -1,6 +1,7 @@
 """Try the installed fdkernels: ``python tests/smoke.py``, with the Python of any environment that has it.
 
-Needs nothing but the package and its requirements, and refuses a checkout's. With ``TRITON_INTERPRET=1`` it tries the kernels too.
+Needs nothing but the package and its requirements, and refuses a checkout's. With ``TRITON_INTERPRET=1`` it tries the
+kernels too.
 """
 
 from __future__ import annotations
