@@ -22,6 +22,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import fdkernels
 import train.run
 from train.agents import AGENTS
 from train.agents.base import METRICS
@@ -86,6 +87,7 @@ def test_what_a_run_leaves_behind(finished: tuple[Path, str]) -> None:
         (step, role) for step in ("6", "16", "26", "30") for role in ROLES
     ]
     result = json.loads((out / "result.json").read_text())
+    assert (result["fdkernels"], result["torch"]) == (fdkernels.__version__, torch.__version__)
     last = result["results"]["policy"]["last"]
     assert last["return_mean"] == pytest.approx(float(evaluations[-3]["return_mean"]), rel=1e-6)
     assert last["score_mean"] == pytest.approx(100 * (last["return_mean"] + 280.178953) / (12135.0 + 280.178953))

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+import fdkernels
 from train import processes
 from train.data.episode import Outcomes
 from train.data.spec import EnvSpec
@@ -94,6 +95,7 @@ class Result:
             "dataset_score": self.dataset_score,
             "seconds": seconds,
             "processes": processes.place().total,
+            "fdkernels": fdkernels.__version__,
             "torch": torch.__version__,
             "acting": dataclasses.asdict(config.acts),
             "results": self.last_and_best,
