@@ -1,13 +1,8 @@
-"""Play a finished run, print its scores, and film it if asked to.
-
-python train/play.py runs/halfcheetah-medium-expert/fidec-seed0
-python train/play.py RUN --acting best-of-n --acting-samples 16 --record cheetah.gif
-"""
+"""Play a finished run, print its scores, and film it if asked to."""
 
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,17 +10,26 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
+from train import options
 from train.acting import FOR_REFINING_AGENTS, MOST_SAMPLES, Acting, RuleName
 from train.agents.hyperparameters import require
 from train.data.spec import EnvSpec, NotInstalled
 from train.environments import UnknownEnvironment, resolve
 from train.evaluate import player, run_episodes
+from train.outputs import console
 from train.outputs.best import best_file
+from train.outputs.console import Ending, Output
 from train.outputs.policy import Policy, PolicyError, load_policy
 from train.rendering import render_off_screen
 from train.simulator import NotFinite, kept_vector_env
 
 WIDTH, HEIGHT = 480, 320
+PROGRAM = "python train/play.py"
+EXAMPLES = (
+    (f"{PROGRAM} runs/halfcheetah-medium-expert/fidec-seed0", "ten episodes, acting as the run did"),
+    (f"{PROGRAM} RUN --acting best-of-n --acting-samples 16 --record cheetah.gif", "another acting rule, filmed"),
+    (f"{PROGRAM} RUN --episodes 100 --json | jq .score_mean", "a number for a script"),
+)
 
 
 class PlayError(RuntimeError):
@@ -37,17 +41,17 @@ REFUSALS = (PlayError, PolicyError, UnknownEnvironment, NotInstalled, OSError)
 
 
 @dataclasses.dataclass(frozen=True)
-class PlayConfig:
+class PlayConfig(Output):
     """Play a finished run, print its scores, and film it if asked to."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """Folder of the run, with policy.safetensors, or checkpoints/best-*.safetensors for --best."""
     acting: RuleName | None = None
-    """Acting rule, see `train/run.py --help`; by default the run's own."""
+    """Acting rule, see `python train/run.py --help`. None: the run's own."""
     acting_samples: int | None = None
-    """N, for rules that draw several actions; by default the run's own."""
+    """N, for rules that draw several actions per state. None: the run's own."""
     acting_temperature: float | None = None
-    """Temperature of the weighted means; by default the run's own."""
+    """Temperature of the weighted means, as a share of mean |Q|. None: the run's own."""
     best: bool = False
     """Play the policy of the run's best evaluation so far, not that of its last update. It may still be training."""
     episodes: int = 10
@@ -57,7 +61,7 @@ class PlayConfig:
     record: Path | None = None
     """Also film one episode: a .gif, or with `pip install imageio[ffmpeg]` an .mp4."""
     seconds: float = 10.0
-    """Length of the film."""
+    """Length of the film in seconds of the simulation."""
 
     def __post_init__(self) -> None:
         require("seed", self.seed, self.seed >= 0, "zero or more")
@@ -125,41 +129,57 @@ def check_fits(policy: Policy, spec: EnvSpec, config: PlayConfig) -> None:
         )
 
 
+def parse(argv: Sequence[str] | None) -> PlayConfig:
+    return options.parse(PlayConfig, argv, program=PROGRAM, ending=lambda: options.examples(*EXAMPLES))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    config = tyro.cli(PlayConfig, args=argv)
+    config = parse(argv)
+    return console.conclude(lambda: play(config), config, REFUSALS)
+
+
+def play(config: PlayConfig) -> Ending:
+    file = best_file(config.run) if config.best else None
+    policy = load_policy(config.run, file)
     try:
-        file = best_file(config.run) if config.best else None
-        policy = load_policy(config.run, file)
-        try:
-            spec = resolve(policy.env)
-        except UnknownEnvironment as error:
-            raise PlayError(f"the policy in {config.run} is for an {error}") from error
-        spec.check_installed()
-        acting = config.acts(policy.acting)
-        if acting.rule in FOR_REFINING_AGENTS and not policy.agent.refines:
-            raise PlayError(f"--acting {acting.rule} refines an action, and this agent has nothing that does")
+        spec = resolve(policy.env)
+    except UnknownEnvironment as error:
+        raise PlayError(f"the policy in {config.run} is for an {error}") from error
+    spec.check_installed()
+    acting = config.acts(policy.acting)
+    if acting.rule in FOR_REFINING_AGENTS and not policy.agent.refines:
+        raise PlayError(f"--acting {acting.rule} refines an action, and this agent has nothing that does")
 
-        check_fits(policy, spec, config)
+    check_fits(policy, spec, config)
 
-        act = player(policy.agent, acting, config.seed)
-        try:
-            outcomes = run_episodes(spec.env_id, act, episodes=config.episodes, seed=config.seed)
-        except NotFinite as error:
-            raise PlayError(f"{config.run}: {error}") from error
-        score = spec.scoring(outcomes)
-        print(f"{'episode':>8}{'return':>10}{'score':>8}")
-        for i, row in enumerate(zip(outcomes.returns, score)):
-            print("{:>8}{:>10,.0f}{:>8.1f}".format(i, *row))
-        sem = score.std(ddof=1) / len(score) ** 0.5 if len(score) > 1 else 0.0
-        print(f"{acting} in {spec.env_id}: score {score.mean():.1f} ± {sem:.1f}{f' ({file.name})' if file else ''}")
-        if config.record is not None:
-            act = player(policy.agent, acting, config.seed)  # a new one, because it remembers frames
-            print(film(spec, act, config.record, config.seed, config.seconds))
-    except REFUSALS as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    act = player(policy.agent, acting, config.seed)
+    try:
+        outcomes = run_episodes(spec.env_id, act, episodes=config.episodes, seed=config.seed)
+    except NotFinite as error:
+        raise PlayError(f"{config.run}: {error}") from error
+    score = spec.scoring(outcomes)
+    print(f"{'episode':>8}{'return':>10}{'score':>8}")
+    for i, row in enumerate(zip(outcomes.returns, score)):
+        print("{:>8}{:>10,.0f}{:>8.1f}".format(i, *row))
+    sem = score.std(ddof=1) / len(score) ** 0.5 if len(score) > 1 else 0.0
+    text = f"{acting} in {spec.env_id}: score {score.mean():.1f} ± {sem:.1f}{f' ({file.name})' if file else ''}"
+    if config.record is not None:
+        act = player(policy.agent, acting, config.seed)  # a new one, because it remembers frames
+        text += f"\n{film(spec, act, config.record, config.seed, config.seconds)}"
+    episodes = zip(outcomes.returns.tolist(), score.tolist(), outcomes.successes.tolist())
+    document = {
+        "run": config.run,
+        "policy": file or config.run / "policy.safetensors",
+        "env": policy.env,
+        "env_id": spec.env_id,
+        "acting": dataclasses.asdict(acting),
+        "score_mean": float(score.mean()),
+        "score_sem": float(sem),
+        "episodes": [dict(zip(("return", "score", "success"), episode)) for episode in episodes],
+        "film": config.record,
+    }
+    return Ending(text, document)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console.start(main)

@@ -327,7 +327,7 @@ class Wanted:
         dtype, d, cond_dim = out.dtype, out.action_dim, out.cond_dim
         rows = torch.ones(2, d, dtype=dtype), torch.ones(2, 1, dtype=dtype), torch.ones(2, cond_dim, dtype=dtype)
         module = self.given["module"]
-        wanted = calls.packed_reference(module, self.given.get("order", ("cond", "x", "t")))(*rows)
+        wanted = calls.packed_reference(module, self.given.get("order") or ("cond", "x", "t"))(*rows)
         torch.testing.assert_close(
             out(*rows), wanted, rtol=1e-2, atol=1e-3, equal_nan=True, msg=lambda m: f"{call}\n{m}"
         )
