@@ -11,7 +11,7 @@ import re
 import griffe
 
 _ROLE = re.compile(r":(?:func|class|mod|meth):`~?([\w.]+)`")
-_SHARED = re.compile(r"^    (\*{0,2}\w+(?:, \*{0,2}\w+)+): (.*(?:\n {5,}.*)*)", re.MULTILINE)
+_SHARED = re.compile(r"^ {4}(\w+(?:,\s+\w+)+): (.*(?:\n {5,}.*)*)", re.MULTILINE)
 _ARGUMENTS = re.compile(r"^(?:Args|Attributes):\n(?: {4}.*\n?|\n)+", re.MULTILINE)
 
 
@@ -29,7 +29,7 @@ def readable(text: str, package: str, returns: str | None = None) -> str:
         return f"[`{role[1].removeprefix(f'{package}.')}`][{name}]"
 
     def each(shared: re.Match[str]) -> str:
-        return "\n".join(f"    {name}: {shared[2]}" for name in shared[1].split(", "))
+        return "\n".join(f"    {name}: {shared[2]}" for name in re.split(r",\s+", shared[1]))
 
     text = _ROLE.sub(link, text)
     text = _ARGUMENTS.sub(lambda section: _SHARED.sub(each, section[0]), text)
