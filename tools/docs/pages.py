@@ -87,7 +87,12 @@ def _outside_code(markdown: str, change: Callable[[str], str]) -> str:
 
 def with_options(markdown: str) -> str:
     """``<!-- options: train/run.py -->`` replaced by tables of what the program lists for ``--help``."""
-    return _OPTIONS.sub(lambda mark: "\n".join(tables_of(options_of(help_of(mark[1])))), markdown)
+
+    def listed(mark: re.Match[str]) -> str:
+        text = help_of(mark[1])
+        return "\n".join([*tables_of(options_of(text)), *notes_of(text)])
+
+    return _OPTIONS.sub(listed, markdown)
 
 
 @functools.cache
@@ -149,6 +154,12 @@ def _group(title: str, lines: list[str]) -> Options:
     return Options(title.strip(), " ".join(line.strip() for line in lines[: max(rule, 0)]), rows)
 
 
+def notes_of(text: str) -> list[str]:
+    """What a help text of tyro says between its last frame and its examples, as it stands: how presets differ."""
+    after = text.rpartition("╯")[2].partition("\nexamples:")[0].strip()
+    return ["", "```text", after, "```"] if "╯" in text and after else []
+
+
 def tables_of(groups: Iterable[Options]) -> list[str]:
     """Markdown of the groups. ``--help`` itself is left out."""
     lines = ['<div class="options" markdown>']
@@ -156,7 +167,10 @@ def tables_of(groups: Iterable[Options]) -> list[str]:
         rows = [(option, meaning) for option, meaning in group.rows if not option.startswith("-h")]
         if not rows:
             continue
-        title = "" if group.title == "options" else f"**{group.title.capitalize()}.** "
+        if "arguments" in group.title:
+            title = f"**{group.title.capitalize()}.** "
+        else:  # "schedule options", or "options" alone
+            title = f"### {name.capitalize()}\n\n" if (name := group.title.removesuffix("options").strip()) else ""
         lines += ["", (title + group.note).rstrip(), "", "| option | meaning |", "|---|---|"]
         for option, meaning in rows:
             text = html.escape(meaning, quote=False).replace("|", "\\|").replace("\n- ", "<br>· ")
