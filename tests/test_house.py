@@ -29,6 +29,7 @@ FLOORS = [
     {"velocity"},
     {"penalty", "score", "flow", "jacobian"},
     {"chain", "pullback"},
+    {"policy"},
 ]
 MOST_ARGUMENTS = 8
 

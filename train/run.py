@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 import tyro
 
+from fdkernels.policy.finite import NotFinite
 from train import processes
 from train.capture import CaptureError
 from train.data import published
@@ -25,7 +26,6 @@ from train.outputs.disk import explain
 from train.outputs.folder import check_folder, lock_folders, prepare_folder
 from train.presets import choose_preset, preset_config
 from train.settings import RunConfig, RunError
-from train.simulator import NotFinite
 
 
 def parse(argv: Sequence[str]) -> RunConfig:

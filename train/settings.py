@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from train.acting import FOR_REFINING_AGENTS, MOST_SAMPLES, Acting, RuleName
+from fdkernels.policy import Acting, RuleName
+from fdkernels.policy.acting import MOST_SAMPLES, REFINING_RULES
 from train.agents import AGENTS, AgentName
 from train.agents.hyperparameters import AgentConfig, require, require_finite
 from train.data.replay import Mixture
@@ -99,7 +100,8 @@ class RunConfig:
     """How the agent acts when it is evaluated, and online. sample: one action of the policy. best-of-n: the flow action
     with the highest Q of N, refined. iterated: one flow action, refined five times; the best of these. best-flow-of-n:
     the best of N flow actions, not refined. best-refined-of-n: the best of N refined actions. mean-flow-of-n,
-    mean-refined-of-n: the mean of N instead of the best, weighted by exp(Q / (temperature · mean |Q|))."""
+    mean-refined-of-n: the mean of N instead of the best, weighted by exp(Q / (temperature · mean |Q|)). flow: one
+    action of the behaviour flow, which is behaviour cloning."""
     acting_samples: int = 10
     """N of the acting rule."""
     acting_temperature: float = 0.004
@@ -148,7 +150,7 @@ class RunConfig:
         size = self.dataset_size
         require("dataset_size", size, isinstance(size, str) or size > 0, "default, full or a positive number")
         for name in ("acting", "online_acting"):
-            allowed = getattr(self, name) not in FOR_REFINING_AGENTS or AGENTS[self.agent].refines
+            allowed = getattr(self, name) not in REFINING_RULES or AGENTS[self.agent].refines
             require(name, getattr(self, name), allowed, f"a rule without refinement for {self.agent}")
         require("discount", self.hyper.discount, self.hyper.discount < 1 or not self.center_critics, "below 1 here")
         for name in ("warmup_lr", "acting_temperature"):
