@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import importlib
+import logging
 import os
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -15,31 +20,27 @@ from fdkernels.policy.player import Policy
 
 SUFFIXES = (".pt2", ".onnx")
 INPUTS, OUTPUT = ("observation", "noise"), "action"
-OPSET = 20
-"""ONNX's first version with GELU as an operator."""
 
 
 def export_policy(policy: Policy, path: str | os.PathLike[str]) -> None:
     """Write the policy's acting rule with its networks as a pure function (observation, noise) -> action.
 
-    The graph is the same on every machine: it has neither kernels nor what suits this processor. The batch size is
-    free. The rule, its N and the weights are fixed, and a frame's history is the caller's.
+    The graph is the same on every machine: it has no kernels, and nothing that only suits this processor. The batch
+    size is free; the rule, its N and the weights are fixed. Noise and the frames before are the caller's.
 
-    ============  ===================================================================================================
-    observation   (B, c) float32, raw: it is standardised inside; or (B, height, width, channels) uint8, with all
-                  stacked frames, the oldest first
-    noise         (B, N, d) float32, drawn from N(0, I); N is 1 for rules that take one sample
-    action        (B, d) float32, within [-1, 1]
-    ============  ===================================================================================================
+    - observation: (B, c) float32, raw (it is standardised inside), or (B, height, width, channels) uint8 with all
+      stacked frames, the oldest first
+    - noise: (B, N, d) float32 from N(0, I); N is 1 for rules that draw one action
+    - action: (B, d) float32, within [-1, 1]
 
     Args:
-        policy: as from `load_policy`, on any device; networks in float32. It is left as it is.
-        path: a file to write. Ending in ``.pt2``: for ``torch.export.load(path).module()``. Ending in ``.onnx``: for
-            any runtime of ONNX, with operators of version 20.
+        policy: as from `load_policy`, on any device, with networks in float32. It is left as it is.
+        path: the file to write. Ending in ``.pt2``: for ``torch.export.load(path).module()``. Ending in ``.onnx``: for
+            a runtime of ONNX.
 
     Raises:
         ValueError: the path ends in something else, or the networks are not float32.
-        ImportError: onnx and onnxscript, which an ``.onnx`` file needs, are not installed.
+        ImportError: onnx or onnxscript, which an ``.onnx`` needs, is not installed.
     """
     path = Path(path)
     if path.suffix not in SUFFIXES:
@@ -47,29 +48,34 @@ def export_policy(policy: Policy, path: str | os.PathLike[str]) -> None:
     if policy.network.obs_mean.dtype != torch.float32:
         raise ValueError(f"export_policy: policy must be in float32, got {policy.network.obs_mean.dtype}")
     if path.suffix == ".pt2":
-        torch.export.save(traced(policy), path)
+        torch.export.save(trace(policy), path)
         return
-    try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            f"export_policy: an .onnx file needs onnx and onnxscript ({error}): pip install onnx onnxscript, or "
-            "fdkernels[onnx]"
-        ) from error
-    program = torch.onnx.export(
-        traced(policy), dynamo=True, input_names=INPUTS, output_names=[OUTPUT], opset_version=OPSET, verbose=False
-    )
-    assert program is not None
-    program.save(path)
+    for name in ("onnx", "onnxscript"):
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise ImportError(
+                f"export_policy: an .onnx needs {name}: pip install onnx onnxscript, or fdkernels[onnx]"
+            ) from error
+    with _quiet():
+        program = torch.onnx.export(
+            trace(policy),
+            dynamo=True,
+            input_names=INPUTS,
+            output_names=[OUTPUT],
+            dynamic_shapes={"observation": {0: "batch"}, "noise": {}},  # the name of that dimension, which both share
+            verbose=False,
+        )
+        assert program is not None
+        program.save(path)
 
 
-def traced(policy: Policy) -> torch.export.ExportedProgram:
-    """The policy as an exported program, on the CPU."""
-    function = _Function(copy.deepcopy(policy.network).cpu(), policy.acting)
+def trace(policy: Policy) -> torch.export.ExportedProgram:
+    """The policy as an exported program on the CPU."""
+    function = _Function(copy.deepcopy(policy.network).cpu(), policy.acting).requires_grad_(False)
     mean = function.network.obs_mean
-    rows = 2  # with one, or none, PyTorch would take the size for a constant
-    observation = torch.zeros(rows, *mean.shape, dtype=mean.dtype if mean.ndim == 1 else torch.uint8)
+    rows = 2  # PyTorch would take sizes of 0 and 1 for constants
+    observation = torch.zeros(rows, *mean.shape, dtype=torch.uint8 if mean.ndim > 1 else torch.float32)
     noise = torch.zeros(rows, policy.acting.draws, policy.action_dim)
     batch = torch.export.Dim("batch", min=1)
     with torch.no_grad():
@@ -83,3 +89,19 @@ class _Function(nn.Module):
 
     def forward(self, observation: Tensor, noise: Tensor) -> Tensor:
         return self.acting(self.network, self.network.observe(observation), noise)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the exporter says of packages that are not installed, and of its own use of PyTorch."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
