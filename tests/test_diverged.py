@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train.loop
+from fdkernels.policy.finite import NotFinite
 from train import diverged, play
 from train.agents import AGENTS
 from train.agents.base import Agent
@@ -33,7 +34,6 @@ from train.outputs.checkpoint import newest_step, read_checkpoint
 from train.outputs.diverged import FILE, Diverged, read_diverged
 from train.run import main, parse
 from train.settings import RunError
-from train.simulator import NotFinite
 
 TINY = (  # noqa: SIM905 (reads as typed)
     "--env hopper-medium --actor-hidden 16 16 --critic-hidden 16 --flow-steps 2 --batch-size 32 --flow-warmup 6 "

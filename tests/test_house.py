@@ -31,6 +31,7 @@ FLOORS = [
     {"velocity"},
     {"penalty", "score", "flow", "jacobian"},
     {"chain", "pullback"},
+    {"policy"},
 ]
 ABOVE = ("", "tune", "info", "kernels", "cpu")
 """The package itself, its commands, and folders."""

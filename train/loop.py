@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from fdkernels.policy.finite import NotFinite
 from train import processes, progress
 from train.agents import AGENTS
 from train.agents.base import ALL_PARTS, Agent, Learner, Parts
@@ -34,7 +35,6 @@ from train.outputs.report import evaluation_line, final_table, group_table
 from train.outputs.result import Result
 from train.profiling import ProfiledUpdate
 from train.settings import RunConfig, RunDiverged, RunError, check_observations
-from train.simulator import NotFinite
 
 LARGEST_SCALED = 1e18
 """Beyond this, squares are near the end of float32."""

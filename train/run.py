@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
+from fdkernels.policy.finite import NotFinite
 from train import options, processes
 from train.capture import CaptureError
 from train.data import published
@@ -26,7 +27,6 @@ from train.outputs.console import Ending
 from train.outputs.folder import check_folder, lock_folders, prepare_folder
 from train.presets import choose_preset, preset_config, preset_table
 from train.settings import RunConfig, RunError
-from train.simulator import NotFinite
 
 PROGRAM = "python train/run.py"
 EXAMPLES = (

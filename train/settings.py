@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from train.acting import FOR_REFINING_AGENTS, MOST_SAMPLES, Acting, RuleName
+from fdkernels.policy import Acting, RuleName
+from fdkernels.policy.acting import MOST_SAMPLES, REFINING_RULES
 from train.agents import AGENTS, AgentName
 from train.agents.hyperparameters import AgentConfig, require, require_finite
 from train.data.replay import Mixture
@@ -99,7 +100,8 @@ class Evaluation(Group):
     - best-flow-of-n: the best of N flow actions, not refined.
     - best-refined-of-n: the best of N refined actions.
     - mean-flow-of-n: the weighted mean of N flow actions.
-    - mean-refined-of-n: the weighted mean of N refined actions."""
+    - mean-refined-of-n: the weighted mean of N refined actions.
+    - flow: one action of the behaviour flow, which is behaviour cloning."""
     acting_samples: int = 10
     """N of the acting rule, in actions per state."""
     acting_temperature: float = 0.004
@@ -223,7 +225,7 @@ class RunConfig(Schedule, Data, Evaluation, Online, Algorithm, Hardware, Folder,
         size = self.dataset_size
         require("dataset_size", size, isinstance(size, str) or size > 0, "default, full or a positive number")
         for name in ("acting", "online_acting"):
-            allowed = getattr(self, name) not in FOR_REFINING_AGENTS or AGENTS[self.agent].refines
+            allowed = getattr(self, name) not in REFINING_RULES or AGENTS[self.agent].refines
             require(name, getattr(self, name), allowed, f"a rule without refinement for {self.agent}")
         require("discount", self.hyper.discount, self.hyper.discount < 1 or not self.center_critics, "below 1 here")
         for name in ("warmup_lr", "acting_temperature"):
