@@ -39,7 +39,7 @@ PAGES = sorted(
 )
 STAND_FOR = {"--agent NAME": "--agent fql"}
 """Placeholders that a program would refuse, and something that fits."""
-OTHERS = {"git", "jq", "minari", "mypy", "ray", "ruff", "tensorboard"}
+OTHERS = {"git", "jq", "jupyter", "minari", "mypy", "ray", "ruff", "tensorboard"}
 """Programs of others that pages may call; what they make of their arguments is not checked."""
 MODULES = {"venv", "http.server", "build"}
 """The same for ``python -m``."""

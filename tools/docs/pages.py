@@ -36,7 +36,7 @@ _CODE = re.compile(r"^(```|~~~).*?^\1\s*$|`[^`\n]+`", re.MULTILINE | re.DOTALL)
 _OPTIONS = re.compile(r"^<!-- options: (.+?) -->$", re.MULTILINE)
 _BOX = re.compile(r"^╭─ (.*?) ─*╮\n((?:│.*│\n)+)╰", re.MULTILINE)
 _CHOICES = re.compile(r"(--[\w-]+) \[?\{([^{}]*,[^{}]*)\}(.*\.\.\..*)?")
-_SECTION = re.compile(r"^([a-z ]+):\n((?:  .*\n|\n)+)", re.MULTILINE)
+_SECTION = re.compile(r"^([a-z ]*(?:options|arguments)):\n((?:  .*\n|\n)+)", re.MULTILINE)
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
 
 
@@ -186,7 +186,7 @@ def tables_of(groups: Iterable[Options]) -> list[str]:
 def _default(mark: re.Match[str]) -> str:
     """A default in parentheses, unless it says only that there is none."""
     default = re.sub("[][,']", "", mark[1])  # of a list
-    return "" if default in ("None", "False") else f"<br>Default: `{default}`."
+    return "" if default in ("None", "False", "") else f"<br>Default: `{default}`."
 
 
 def with_formulas(page: str) -> str:
