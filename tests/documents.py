@@ -64,8 +64,14 @@ class Block(NamedTuple):
         return f"{self.page}:{self.line}"
 
 
+@functools.cache
+def parsed(page: str) -> list[Token]:
+    return MarkdownIt("commonmark").enable("table").parse((ROOT / page).read_text())
+
+
 def tokens(page: str) -> Iterator[Token]:
-    for token in MarkdownIt("commonmark").enable("table").parse((ROOT / page).read_text()):
+    """All tokens, inner ones behind their parents."""
+    for token in parsed(page):
         yield token
         yield from token.children or ()
 
@@ -84,7 +90,7 @@ def blocks(page: str, *languages: str) -> list[Block]:
 def inline_commands(page: str) -> list[Block]:
     """Commands in running text. One without arguments is there to name the program."""
     found, line = [], 0
-    for token in MarkdownIt("commonmark").enable("table").parse((ROOT / page).read_text()):
+    for token in parsed(page):
         line = token.map[0] if token.map else line
         for child in token.children or ():
             if child.type == "code_inline" and _INLINE.match(child.content):

@@ -118,6 +118,7 @@ def test_the_api_pages_have_every_public_name(package: ModuleType) -> None:
     assert [name for name in package.__all__ if f"{package.__name__}.{name}" not in directives] == []
 
 
+@pytest.mark.long("ten seconds; `make docs` does the same")
 def test_the_site_builds_and_asks_no_other_server(tmp_path: Path) -> None:
     build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
     quiet = os.environ | {"NO_MKDOCS_2_WARNING": "1"}

@@ -1,7 +1,7 @@
 """From our docstrings, which a terminal shows as they are, to those that the site's generator reads.
 
-``:func:`name``` becomes a link. Arguments that share a line, "damping, eps: ...", get one each, with its own type. What
-is returned begins with its type. A single "Example:" is one of the examples.
+``:func:`name``` becomes a link. Arguments and errors that share a line, "damping, eps: ...", get one each, arguments
+with their own type. What is returned begins with its type. A single "Example:" is one of the examples.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import griffe
 
 _ROLE = re.compile(r":(?:func|class|mod|meth):`~?([\w.]+)`")
 _SHARED = re.compile(r"^ {4}(\w+(?:,\s+\w+)+): (.*(?:\n {5,}.*)*)", re.MULTILINE)
-_ARGUMENTS = re.compile(r"^(?:Args|Attributes):\n(?: {4}.*\n?|\n)+", re.MULTILINE)
+_LISTS = re.compile(r"^(?:Args|Attributes|Raises):\n(?: {4}.*\n?|\n)+", re.MULTILINE)
 
 
 def readable(text: str, package: str, returns: str | None = None) -> str:
@@ -32,7 +32,7 @@ def readable(text: str, package: str, returns: str | None = None) -> str:
         return "\n".join(f"    {name}: {shared[2]}" for name in re.split(r",\s+", shared[1]))
 
     text = _ROLE.sub(link, text)
-    text = _ARGUMENTS.sub(lambda section: _SHARED.sub(each, section[0]), text)
+    text = _LISTS.sub(lambda section: _SHARED.sub(each, section[0]), text)
     if returns is not None:
         text = re.sub(r"^Returns:\n {4}", lambda start: f"{start[0]}{returns}: ", text, flags=re.MULTILINE)
     return re.sub(r"^Example:$", "Examples:", text, flags=re.MULTILINE)
