@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -147,7 +148,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
 def test_missing_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = Policy(network())
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(ImportError, match=r"an \.onnx needs onnxscript: pip install onnx onnxscript"):
+    with pytest.raises(ImportError, match=r"an \.onnx needs onnxscript .*: pip install onnxscript"):
         export_policy(policy, tmp_path / "a.onnx")
     monkeypatch.setitem(sys.modules, "safetensors", None)
     for call in (lambda: load_policy(tmp_path / "a"), lambda: save_policy(policy, tmp_path / "a")):
@@ -341,7 +342,6 @@ def test_pytorch_alone_runs_it(tmp_path: Path) -> None:
 def test_onnx_gives_the_same(
     kind: str, rule: str, images: bool, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    onnxruntime = pytest.importorskip("onnxruntime", reason="pip install fdkernels[onnx] onnxruntime")
     policy, file = exported(kind, rule, images), tmp_path / "policy.onnx"
     export_policy(policy, file)
     assert capfd.readouterr() == ("", "")
