@@ -134,7 +134,7 @@ def test_files_hold_what_acting_takes_and_old_ones_more(tmp_path: Path) -> None:
 
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     made = network("one-step", actor_layer_norm=True, critic_layer_norm=False)
-    policy = Policy(made, Acting("mean-flow-of-n", 4, 0.1), seed=3, env="my arm")
+    policy = Policy(made, Acting("mean-flow-of-n", np.int64(4), 0.1), seed=3, env="my arm")  # type: ignore[arg-type]
     save_policy(policy, tmp_path / "a", {"by": "me"})
     loaded, obs = load_policy(tmp_path / "a", seed=3), observations(5)
     assert (loaded.acting, loaded.env, loaded.network.config) == (policy.acting, policy.env, made.config)
@@ -363,8 +363,11 @@ def test_onnx_gives_the_same(
 def test_bad_exports(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"path must end in \.pt2 or \.onnx, got 'policy\.pt'"):
         export_policy(Policy(network()), tmp_path / "policy.pt")
-    with pytest.raises(ValueError, match=r"policy must be in float32, got torch\.float64"):
-        export_policy(Policy(network().double()), tmp_path / "policy.pt2")
+    double = Policy(network().double())
+    assert double(observations(2)).dtype == np.float64
+    for write in (export_policy, save_policy):
+        with pytest.raises(ValueError, match=rf"{write.__name__}: policy must be in float32, got torch\.float64"):
+            write(double, tmp_path / "policy.pt2")
 
 
 def test_exporting_leaves_the_policy_as_it_is(tmp_path: Path) -> None:
