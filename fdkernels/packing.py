@@ -80,9 +80,7 @@ _NAMES: dict[str, Input] = {
     **dict.fromkeys(("x_t", "xt", "act", "action", "actions", "noisy_action", "noisy_actions"), "x"),
     **dict.fromkeys(("cond", "condition", "obs", "observation", "observations"), "cond"),
 }
-"""Names of arguments that leave no doubt. "x" and "state" do: some call the action so, others the observation."""
-
-
+"""Names of arguments that leave no doubt. "x" is none: some call the action so, others the observation."""
 _INSTEAD = "every operator takes a function v(x, t, cond) that calls the module instead"
 
 
