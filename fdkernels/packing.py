@@ -167,6 +167,8 @@ def _read(module: nn.Module, roles: dict[str, Input] | None, order: tuple[Input,
     if sorted(forward.inputs) != sorted(inputs):
         raise TypeError(f"{what} {kind} must concatenate {_listed(inputs)} once, got {_listed(forward.inputs)}")
     packed = _stack(what, forward.leaves, order if roles is None else forward.inputs)  # type: ignore[arg-type]
+    if packed.device.type == "meta":
+        raise TypeError(f"{what} {kind} cannot be tried out: its weights are on meta, without numbers")
     _try_out(f"{what} {kind}", packed, call, None if roles is None else order)
     return packed
 
