@@ -30,4 +30,4 @@ __all__ = [
     "velocity_fisher_penalty",
     "velocity_to_score",
 ]
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from fdkernels.policy import Acting, load_policy
 from train import play
-from train.acting import Acting
 from train.agents import AGENTS
 from train.evaluate import evaluate
 from train.outputs.policy import save_policy
@@ -36,10 +36,10 @@ def finished(folder: Path, agent: str = "fidec", **acting: object) -> Path:
 @pytest.mark.parametrize("agent", AGENTS)
 def test_plays_what_was_trained(agent: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = finished(tmp_path / "run", agent, acting="mean-flow-of-n", acting_samples=3)
-    policy = play.load_policy(run)
+    policy = load_policy(run / "policy.safetensors")
     assert (policy.env, policy.acting) == ("hopper-medium", Acting("mean-flow-of-n", 3))
     weights = load_file(run / "policy.safetensors")
-    assert all(torch.equal(tensor, weights[name]) for name, tensor in policy.agent.state_dict().items())
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in policy.network.state_dict().items())
 
     for options, acting in (
         ((), policy.acting),
@@ -48,7 +48,7 @@ def test_plays_what_was_trained(agent: str, tmp_path: Path, capsys: pytest.Captu
     ):
         assert play.main([str(run), "--episodes", "2", "--seed", "7", *options]) == 0
         printed = capsys.readouterr().out.splitlines()
-        returns = evaluate(policy.agent, "Hopper-v5", acting, episodes=2, seed=7)["policy"]
+        returns = evaluate(policy.network, "Hopper-v5", acting, episodes=2, seed=7)["policy"]
         assert [line.split()[1] for line in printed[1:3]] == [f"{value:,.0f}" for value in returns.returns]
         assert printed[3].startswith(f"{acting} in Hopper-v5: score ")
 
@@ -95,4 +95,4 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "is no policy of this version" in error(str(fql))
     header = {"env": "hopper-medium", "agent": "fql", "hyper": json.dumps({"alhpa": 1})}
     save_file(weights, file, metadata=header)
-    assert "is no policy of this version (TypeError" in error(str(fql))
+    assert "is no policy of this version (KeyError: 'acting'" in error(str(fql))
