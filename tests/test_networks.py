@@ -80,6 +80,15 @@ def test_forwards_that_are_an_mlp(name: str) -> None:
     torch.testing.assert_close(jacobian, truth)
 
 
+def test_chunks() -> None:
+    """A network over chunks is one flattened action to the layers, and what it was to the operator."""
+    net, (x0, cond) = zoo.Chunks().double(), (torch.randn(5, 2, 1, dtype=F64), torch.randn(5, zoo.C, dtype=F64))
+    ends = [fdkernels.integrate_flow(v, x0, cond, event_dim=2) for v in (fdkernels.pack_mlp(net), net)]
+    torch.testing.assert_close(ends[0], ends[1])
+    truth = fdkernels_ref.integrate_flow(lambda x, t, cond: net(x, t[:, :1], cond), x0, cond)
+    torch.testing.assert_close(ends[0], truth)
+
+
 @pytest.mark.parametrize(
     "options",
     [
