@@ -27,6 +27,7 @@ from fdkernels.philox import philox_normal
 from fdkernels.records import Chain, Noise, PenaltyRule, TimedAffine, Way
 from fdkernels.solvers import METHODS, Solver
 from fdkernels_ref.paths import path_of
+from tests import zoo
 from tests.judge import BARS, assert_agree
 from tests.kernels.device import COMPILERS, DEVICE, INTERPRETED, guarded, on_gpu
 from tests.kernels.together import programs_together
@@ -482,6 +483,13 @@ def test_a_seed_under_vmap_is_the_seed_of_each_call() -> None:
             draws = (philox_normal(seed, (7, 4, 3), DEVICE, torch.float32, first=first) for first in (0, 84))
             truth, _ = true_penalty(mlp, cond[i], displacement[i], *draws)
             assert_agree(out, penalty(cond[i], displacement[i], seed), truth, 2 * PRECISIONS["high"])
+
+
+@pytest.mark.parametrize("implementation", ["streamed", "gemm"])
+@pytest.mark.parametrize("name", ["by hand", "loop"])
+def test_networks_read_from_their_forwards(name: str, implementation: str) -> None:
+    packed = fdkernels.pack_mlp(zoo.READABLE[name].make().to(DEVICE).eval())
+    judge_flow(packed, draw(9, zoo.D), draw(9, zoo.C), implementation, num_steps=2)
 
 
 @pytest.mark.parametrize("implementation", ["streamed", "gemm"])
