@@ -80,9 +80,7 @@ _NAMES: dict[str, Input] = {
     **dict.fromkeys(("x_t", "xt", "act", "action", "actions", "noisy_action", "noisy_actions"), "x"),
     **dict.fromkeys(("cond", "condition", "obs", "observation", "observations"), "cond"),
 }
-"""Names of arguments that leave no doubt. "x" and "state" do: some call the action so, others the observation."""
-
-
+"""Names of arguments that leave no doubt. "x" is none: some call the action so, others the observation."""
 _INSTEAD = "every operator takes a function v(x, t, cond) that calls the module instead"
 
 
@@ -169,6 +167,8 @@ def _read(module: nn.Module, roles: dict[str, Input] | None, order: tuple[Input,
     if sorted(forward.inputs) != sorted(inputs):
         raise TypeError(f"{what} {kind} must concatenate {_listed(inputs)} once, got {_listed(forward.inputs)}")
     packed = _stack(what, forward.leaves, order if roles is None else forward.inputs)  # type: ignore[arg-type]
+    if packed.device.type == "meta":
+        raise TypeError(f"{what} {kind} cannot be tried out: its weights are on meta, without numbers")
     _try_out(f"{what} {kind}", packed, call, None if roles is None else order)
     return packed
 

@@ -7,9 +7,11 @@ ask their inputs for. Here modules run as they are, hooks and parametrisations i
 
 from __future__ import annotations
 
+import contextlib
 import linecache
 import operator
 import os
+import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -17,6 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import GraphAppendingTracer, TraceError
+
+from fdkernels.backend import autocast_enabled
 
 ROWS = 2
 """A symbol stands for a tensor (ROWS, width) of unknown width, until it is reshaped."""
@@ -51,7 +55,10 @@ def run_on_symbols(module: nn.Module, inputs: Sequence[str], call: Callable[...,
     tracer = _Tracer(module, weights[0])
     symbols = [tracer.create_proxy("placeholder", name, (), {}) for name in inputs]
     try:
-        out = call(*symbols)
+        with torch.enable_grad(), _uncompiled():
+            out = call(*symbols)
+    except UnreadableError:
+        raise
     except Exception as error:  # whatever a custom forward raises
         raise UnreadableError(_failure(error, tracer.names)) from error
     if not isinstance(out, fx.Proxy):
@@ -66,17 +73,29 @@ def operation(node: fx.Node) -> str:
     return name if node.op == "placeholder" else name.rstrip("_")
 
 
+def _uncompiled() -> contextlib.AbstractContextManager:
+    """Modules run as they are written, without the compiler, if it was ever loaded."""
+    if "torch._dynamo" not in sys.modules or torch.compiler.is_compiling():
+        return contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager")
+
+
 class _Tracer(GraphAppendingTracer):
     def __init__(self, module: nn.Module, like: Tensor) -> None:
         super().__init__(fx.Graph())
         self.names = {id(child): name for name, child in module.named_modules()}
         self.device, self.dtype = like.device, like.dtype
+        self.autocast = autocast_enabled(self.device.type)
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> fx.Proxy:
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **more)
         node = proxy.node
         node.meta["dtype"] = self.dtype
-        node.meta["place"] = _place(traceback.walk_stack(None), self.names)
+        node.meta["place"] = place = _place(traceback.walk_stack(None), self.names)
+        if kind != "placeholder" and not torch.is_grad_enabled():
+            raise UnreadableError(f"a part without gradients{place}")
+        if autocast_enabled(self.device.type) != self.autocast:
+            raise UnreadableError(f"autocast, switched on or off by its forward{place}")
         made_of_rows = all(operand.meta["rows"] for operand in node.all_input_nodes)
         node.meta["rows"] = made_of_rows and operation(node) not in RESHAPES | SIZES | {"getitem"}
         return proxy

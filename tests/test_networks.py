@@ -80,6 +80,15 @@ def test_forwards_that_are_an_mlp(name: str) -> None:
     torch.testing.assert_close(jacobian, truth)
 
 
+def test_chunks() -> None:
+    """A network over chunks is one flattened action to the layers, and what it was to the operator."""
+    net, (x0, cond) = zoo.Chunks().double(), (torch.randn(5, 2, 1, dtype=F64), torch.randn(5, zoo.C, dtype=F64))
+    ends = [fdkernels.integrate_flow(v, x0, cond, event_dim=2) for v in (fdkernels.pack_mlp(net), net)]
+    torch.testing.assert_close(ends[0], ends[1])
+    truth = fdkernels_ref.integrate_flow(lambda x, t, cond: net(x, t[:, :1], cond), x0, cond)
+    torch.testing.assert_close(ends[0], truth)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -156,6 +165,8 @@ class Adapted(nn.Linear):
         (Written(lambda self, x: self.last(torch.cat([self.first(x)[:, :2], x], -1))), "with a hidden layer"),
         (Written(lambda self, x: nn.functional.linear(x, self.first.weight[:2] * x.mean())), "computed weights"),
         (Written(lambda self, x: self.last(self.first(x).detach())), "a stopped gradient"),
+        (Written(torch.no_grad()(lambda self, x: self.last(self.first(x)))), "a part without gradients, at"),
+        (Written(torch.autocast("cpu")(lambda self, x: self.last(self.first(x)))), "autocast, switched on or off"),
         (Written(lambda self, x: self.last(self.first(x.flip(-1)))), r"\(flip, at"),
         (Written(lambda self, x: self.last(self.first(x)[..., :1])), r"a slice \(getitem"),
         (Written(lambda self, x: (self.last(self.first(x)), x)), "what it returns, tuple in place of a tensor"),
@@ -173,6 +184,7 @@ class Adapted(nn.Linear):
         (nn.Sequential(Adapted(), nn.ReLU(), nn.Linear(2, 2)), "a sum of two branches"),
         (nn.Sequential(nn.utils.spectral_norm(nn.Linear(6, 2))), "weights that a hook makes at every call"),
         (nn.Sequential(nn.LazyLinear(2)), "weights without a shape yet"),
+        (nn.Sequential(nn.Linear(6, 2, device="meta")), "its weights are on meta"),
         (nn.Sequential(nn.Linear(6, 8), nn.RMSNorm(8), nn.Linear(8, 2)), r"an RMS norm \(rms_norm in 1, RMSNorm\)"),
         (nn.Sequential(nn.Linear(6, 8), nn.Mish(), nn.Linear(8, 2)), r"\(mish in 1, Mish\)"),
         (nn.Identity(), "a lack of weights"),

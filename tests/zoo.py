@@ -91,6 +91,17 @@ class Ours(nn.Module):
         return self.net(torch.cat([x, t.expand(*lead, 1), observation], dim=-1))
 
 
+class Chunks(nn.Module):
+    """Actions are chunks (B, 2, 1)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(D + C + 1, 16), nn.GELU(), nn.Linear(16, D))
+
+    def forward(self, x: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+        return self.net(torch.cat([x.flatten(1), cond, t.reshape(-1, 1)], -1)).view_as(x)
+
+
 class Unconditional(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -143,6 +154,9 @@ READABLE = {
     "any number": Readable(_concat, ("x", "cond", "t"), lambda net, x, t, cond: net(x, cond, t), ("x", "cond", "t")),
     "ours": Readable(Ours, None, lambda net, x, t, cond: net(cond, x, t), ("x", "t", "cond")),
     "reshaped": Readable(Reshaped, None, lambda net, x, t, cond: net(x, t), ("x", "t")),
+    "chunks": Readable(
+        Chunks, None, lambda net, x, t, cond: net(x.unflatten(-1, (2, 1)), t, cond).flatten(-2), ("x", "cond", "t")
+    ),
     "unconditional": Readable(Unconditional, ("x", "t"), lambda net, x, t, cond: net(x, t), ("x", "t")),
 }
 
