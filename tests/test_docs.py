@@ -21,6 +21,8 @@ from tests.documents import PAGES, ROOT, Block, blocks
 
 NOT_RUN: dict[tuple[str, str], str] = {}
 """Blocks that no test runs, by page and first line, with the reason. There are none."""
+LONG = {"docs/policies.md": "exports a policy in two formats: ten seconds"}
+"""Pages whose code `make test` leaves out."""
 INERT = {"text", "json", "toml", "yaml", "diff", "bibtex"}
 """Languages of blocks that are there to be read."""
 
@@ -41,7 +43,14 @@ def own_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=pytest.mark.long(LONG[page]) if page in LONG else ())
+        for page in PAGES
+        if blocks(page, "python")
+    ],
+)
 @pytest.mark.usefixtures("own_settings")
 def test_code_runs(page: str) -> None:
     names = documents.run_python([block for block in blocks(page, "python") if not left_out(block)])
