@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import argparse
 import datetime
 import importlib.metadata
 import json
@@ -11,20 +11,14 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 import fdkernels
-from train import options
-from train.outputs import console
-from train.outputs.console import Ending, Output
 from train.reading import read_json
 
 PROGRAM = "python benchmarks/results.py"
-EXAMPLES = ((f"{PROGRAM} penalty.json flow.json --into benchmarks/results/h100.json", "one file of several parts"),)
 PACKAGES = (
     "torch",
     "triton",
@@ -155,36 +149,26 @@ def merge_results(parts: Iterable[tuple[Path, Results]]) -> Results:
     return merged
 
 
-@dataclasses.dataclass(frozen=True)
-class MergeConfig(Output):
-    """Merge files of results of one device. Where two measured the same, the later one's row stays."""
-
-    parts: tyro.conf.Positional[tuple[Path, ...]]
-    """Files of results."""
-    into: Path
-    """File that takes their rows; made if it is not there."""
-
-    def __post_init__(self) -> None:
-        if not self.parts:
-            raise ValueError("parts must be one or more files, got none")
-
-
-def parse(argv: Sequence[str] | None) -> MergeConfig:
-    return options.parse(MergeConfig, argv, program=PROGRAM, ending=lambda: options.examples(*EXAMPLES))
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    config = parse(argv)
-    return console.conclude(lambda: merge(config), config, (ResultError,))
-
-
-def merge(config: MergeConfig) -> Ending:
-    files = [*([config.into] if config.into.exists() else []), *config.parts]
-    results = merge_results((path, load(path)) for path in files)
-    write(config.into, results)
-    rows, device = len(results["rows"]), device_of(results)
-    return Ending(f"{config.into}: {rows} rows of {device}", {"file": config.into, "rows": rows, "device": device})
+def main(argv: list[str] | None = None) -> int:
+    # not with train/options.py: benchmarks import this file on machines that have little more than PyTorch
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="Merge files of results of one device. Where two measured the same, the later one's row stays.",
+        epilog=f"example: {PROGRAM} --into benchmarks/results/h100.json penalty.json flow.json",
+    )
+    parser.add_argument("parts", type=Path, nargs="+", help="files of results")
+    parser.add_argument("--into", type=Path, required=True, help="file that takes their rows; made if it is not there")
+    args = parser.parse_args(argv)
+    try:
+        files = ([args.into] if args.into.exists() else []) + args.parts
+        results = merge_results((path, load(path)) for path in files)
+    except ResultError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    write(args.into, results)
+    print(f"{args.into}: {len(results['rows'])} rows of {device_of(results)}")
+    return 0
 
 
 if __name__ == "__main__":
-    console.start(main)
+    sys.exit(main())

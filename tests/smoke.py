@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import fdkernels
+import fdkernels.policy  # must not need what training needs
 import fdkernels_ref
 from fdkernels import backend
 from fdkernels.kernels.tuning import table

@@ -361,7 +361,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     ),
     "another width": (
         lambda: fdkernels.integrate_flow(FLOW, CHUNKS[:, 1:], COND, event_dim=2), ValueError,
-        "velocity moves 8 dimensions, got x0 with d=6",
+        "velocity moves 8 dimensions, got x0 with d=3·2=6",
     ),
     "structure for an MLP": (
         lambda: fdkernels.flow_fisher_penalty(FLOW, {"obs": COND}, CHUNKS, event_dim=2), ValueError,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -251,6 +253,36 @@ def test_bad_input(case: str) -> None:
     call, message = BAD[case]
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_the_code_of_the_page_runs() -> None:
+    """The blocks of docs/paths.md, one after another as a reader would try them."""
+    page = (Path(__file__).parents[1] / "docs" / "paths.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    assert len(blocks) == page.count("```python")
+    names: dict[str, Any] = {}
+    for block in blocks:
+        exec(block, names)
+    assert names["chunks"].shape == (8, 10, 6)
+    assert names["penalty"].shape == (8,)
+
+
+def test_a_network_of_noise_is_a_velocity() -> None:
+    """As the page has it, with the noise that a Gaussian's score is."""
+    gaussian, vp, noise = anisotropic_gaussian(3, path="vp"), fdkernels.paths.PATHS["vp"], draw(4, 6, 3)
+    t = torch.tensor(0.8, dtype=F64)
+    ε = -vp.sigma(t) * gaussian.score(noise, t)
+    velocity = vp.d_alpha(t) * (noise - vp.sigma(t) * ε) / vp.alpha(t) + vp.d_sigma(t) * ε
+    torch.testing.assert_close(velocity, gaussian.velocity(noise, t))
+    torch.testing.assert_close(fdkernels.velocity_to_score(velocity, noise, 0.8, path="vp"), gaussian.score(noise, t))
+
+
+def test_the_signs_of_the_page() -> None:
+    """v-prediction on the cosine path is −2/π times the velocity."""
+    t, a, x0 = draw(5, 1).sigmoid(), draw(5, 3), draw(5, 3, seed=1)
+    cosine = fdkernels.paths.PATHS["cosine"]
+    prediction = cosine.alpha(t) * x0 - cosine.sigma(t) * a
+    torch.testing.assert_close(-torch.pi / 2 * prediction, cosine.d_alpha(t) * a + cosine.d_sigma(t) * x0)
 
 
 def test_a_path_without_a_direction_serves_with_times_given() -> None:

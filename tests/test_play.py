@@ -77,6 +77,19 @@ def test_films(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert "error: --record" in capsys.readouterr().err
 
 
+def test_exports_what_it_played(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = finished(tmp_path / "run", "fql") / "policy.safetensors"
+    graph = tmp_path / "graphs" / "hopper.pt2"
+    assert play.main([str(file), "--episodes", "1", "--acting", "best-flow-of-n", "--export", str(graph)]) == 0
+    assert f"{graph}: {graph.stat().st_size / 1e6:.1f} MB" in capsys.readouterr().out
+    policy, noise, obs = load_policy(file, acting="best-flow-of-n"), torch.randn(4, 10, 3), torch.randn(4, 11)
+    wanted = policy.acting(policy.network, policy.network.observe(obs), noise)
+    torch.testing.assert_close(torch.export.load(graph).module()(obs, noise), wanted, rtol=1e-4, atol=1e-5)
+    with pytest.raises(SystemExit):
+        play.main([str(file), "--export", "hopper.pt"])
+    assert "--export must be a file ending in .pt2 or .onnx, got hopper.pt" in capsys.readouterr().err
+
+
 def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def error(*arguments: str) -> str:
         assert play.main([str(argument) for argument in arguments]) == 2

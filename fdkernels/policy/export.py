@@ -40,7 +40,7 @@ def export_policy(policy: Policy, path: str | os.PathLike[str]) -> None:
 
     Raises:
         ValueError: the path ends in something else, or the networks are not float32.
-        ImportError: onnx or onnxscript, which an ``.onnx`` needs, is not installed.
+        ImportError: onnxscript, which an ``.onnx`` needs, is not installed.
     """
     path = Path(path)
     if path.suffix not in SUFFIXES:
@@ -50,13 +50,12 @@ def export_policy(policy: Policy, path: str | os.PathLike[str]) -> None:
     if path.suffix == ".pt2":
         torch.export.save(trace(policy), path)
         return
-    for name in ("onnx", "onnxscript"):
-        try:
-            importlib.import_module(name)
-        except ImportError as error:
-            raise ImportError(
-                f"export_policy: an .onnx needs {name}: pip install onnx onnxscript, or fdkernels[onnx]"
-            ) from error
+    try:
+        importlib.import_module("onnxscript")
+    except ImportError as error:
+        raise ImportError(
+            f"export_policy: an .onnx needs onnxscript ({error}): pip install onnxscript, or fdkernels[onnx]"
+        ) from error
     with _quiet():
         program = torch.onnx.export(
             trace(policy),

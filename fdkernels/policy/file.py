@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import operator
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,9 +25,9 @@ from fdkernels.policy.reading import check_safetensors, parse_json, require_alik
 
 LONGEST_NAME = 200
 _OLD_KINDS = {"fidec": "displacement", "deflow": "displacement", "fql": "one-step"}
-"""Files of version 0.1.0 name the agent, not what its actor does."""
+"""Older files name the agent, not what its actor does."""
 _OLD_WEIGHTS = ("target_critic.", "encoders.target_critic.", "log_alpha")
-"""Names of weights in them that only training needed."""
+"""How the names of weights in them begin that only training needs."""
 
 
 class PolicyError(RuntimeError):
@@ -83,15 +84,20 @@ def save_policy(policy: Policy, path: str | os.PathLike[str], notes: Mapping[str
         policy: the policy.
         path: the file; one that is there is overwritten.
         notes: further entries of the file's header.
+
+    Raises:
+        ValueError: the networks are not float32.
+        ImportError: safetensors is not installed.
     """
+    if policy.network.obs_mean.dtype != torch.float32:
+        raise ValueError(f"save_policy: policy must be in float32, got {policy.network.obs_mean.dtype}")
     Path(path).write_bytes(policy_bytes(policy.network, policy.acting, policy.env, notes or {}))
 
 
 def policy_bytes(network: FlowPolicy, acting: Acting, env: str, notes: Mapping[str, str]) -> bytes:
     """The content of a policy's file."""
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in network.acting_weights().items()}
-    header = {"env": env, "actor": network.actor_kind, "hyper": json.dumps(dataclasses.asdict(network.config))}
-    header["acting"] = json.dumps(dataclasses.asdict(acting))
+    header = {"env": env, "actor": network.actor_kind, "hyper": _json(network.config), "acting": _json(acting)}
     content: bytes = _safetensors("save_policy").torch.save(weights, metadata={**notes, **header})
     return content
 
@@ -131,6 +137,10 @@ def _network(header: Mapping[str, str], weights: Mapping[str, Tensor]) -> FlowPo
     # copied, because they may lie in the file itself, which somebody may write to
     network.load_state_dict({name: tensor.clone() for name, tensor in weights.items()}, assign=True)
     return network.requires_grad_(False)
+
+
+def _json(settings: PolicyConfig | Acting) -> str:
+    return json.dumps(dataclasses.asdict(settings), default=operator.methodcaller("item"))  # of NumPy's numbers
 
 
 def _object(name: str, value: Any) -> dict[str, Any]:

@@ -25,7 +25,7 @@ def check_finite(what: str, values: Any) -> None:
     if isinstance(values, Tensor):
         if not values.is_floating_point() or values.isfinite().all():
             return
-        values = values.double().cpu()
+        values = values.cpu().double()  # in this order, because not every device has float64
     values = np.asarray(values)
     if np.issubdtype(values.dtype, np.inexact) and not np.isfinite(values).all():
         at = tuple(int(where) for where in np.argwhere(~np.isfinite(values))[0])

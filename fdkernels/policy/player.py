@@ -25,7 +25,7 @@ class Policy:
     device; each call draws on from the one before.
 
     Args:
-        network: the trained networks, whose device and weights are used as they are at each call.
+        network: the trained networks, on any device. Their weights are used as they are at each call.
         acting: how it acts: a rule with its settings, or the rule's name.
         seed: of the noise.
         env: the name of the environment that it was trained in, if known.
