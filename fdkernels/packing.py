@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fdkernels.activations import ACTIVATIONS, name_of
 from fdkernels.backend import autocast
 from fdkernels.layers import Input
-from fdkernels.networks import LayerModules, PackedMLP, VelocityMLP
+from fdkernels.networks import LayerModules, Linear, PackedMLP, VelocityMLP
 from fdkernels.reading import Leaf, read_forward
 from fdkernels.symbols import UnreadableError
 from fdkernels.validation import FLOATING, brief, is_sequence
@@ -213,6 +213,9 @@ def _pack_children(what: str, module: nn.Module, order: Sequence[Input]) -> Pack
     return _stack(what, leaves, order)
 
 
+_KNOWN_FORWARDS = (Linear.forward, nn.Linear.forward, nn.LayerNorm.forward)
+
+
 def _leaves(what: str, module: nn.Module) -> Iterator[Leaf]:
     if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
         for child in module:
@@ -221,7 +224,7 @@ def _leaves(what: str, module: nn.Module) -> Iterator[Leaf]:
         return
     elif (activation := name_of(module)) is not None:
         yield activation
-    elif isinstance(module, (nn.Linear, nn.LayerNorm)):
+    elif isinstance(module, (nn.Linear, nn.LayerNorm)) and type(module).forward in _KNOWN_FORWARDS:
         yield module
     else:
         raise TypeError(

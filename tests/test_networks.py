@@ -368,6 +368,14 @@ class Doubled(fdkernels.VelocityMLP):
         return 2 * super().forward(x, t, cond)
 
 
+def test_a_layer_of_ones_own_is_never_passed_over() -> None:
+    flow, x0, cond = fdkernels.VelocityMLP(3, 2, hidden=(6,)), torch.randn(4, 2), torch.randn(4, 3)
+    for other, named in ((Adapted(), "Adapted"), (nn.Sequential(Adapted()), "Adapted"), (Residual(), "Residual")):
+        flow.net[2] = other
+        with pytest.raises(TypeError, match=f"integrate_flow: velocity's net must be .*, got {named} in it"):
+            fdkernels.integrate_flow(flow, x0, cond)
+
+
 def test_what_a_layer_does_before_its_product_is_done() -> None:
     """Calling a packed module runs the layers themselves, with their hooks and with activations set later."""
     flow, rows = fdkernels.VelocityMLP(3, 2, hidden=(8, 8)), (torch.randn(4, 2), torch.rand(4, 1), torch.randn(4, 3))
