@@ -18,6 +18,7 @@ import fdkernels_ref
 from benchmarks import summary
 from tests import documents
 from tests.documents import PAGES, ROOT, Block, blocks
+from tools.docs import pages
 
 NOT_RUN: dict[tuple[str, str], str] = {}
 """Blocks that no test runs, by page and first line, with the reason. There are none."""
@@ -118,6 +119,32 @@ def test_tables_are_those_of_the_results() -> None:
     assert summary.filled(page.read_text(), summary.committed()) == page.read_text(), (
         "run `python benchmarks/summary.py docs/performance.md`"
     )
+
+
+PROGRAMS = sorted(
+    program
+    for page in (ROOT / "docs" / "commands").glob("*.md")
+    for program in re.findall(r"^<!-- options: (.+) -->$", page.read_text(), re.MULTILINE)
+)
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_the_tables_have_every_option_of_the_help(program: str) -> None:
+    text = pages.help_of(program)
+    rows = [option for group in pages.options_of(text) for option, _ in group.rows]
+    listed = set(re.findall(r"--[\w-]+", " ".join(rows)))
+    begins_a_line = re.findall(r"^[│ ]{0,2}(?:-h, )?(--[a-z][\w-]+)", text, re.MULTILINE)
+    assert len(begins_a_line) > 1
+    assert set(begins_a_line) <= listed
+    assert all(meaning for group in pages.options_of(text) for _, meaning in group.rows)
+
+
+def test_links_lead_to_pages_of_the_site() -> None:
+    text = (
+        "[a](../machines.md#x) [`b`](../../README.md) [c](../../train/run.py) ![d](../compare.png) [e](no.md) `[f](g)`"
+    )
+    found = pages.with_site_links(text, "docs/science/README.md")
+    assert found == "[a](../machines.md#x) [`b`](../readme.md) c ![d](../compare.png) [e](no.md) `[f](g)`"
 
 
 @pytest.mark.parametrize("package", [fdkernels, fdkernels.policy, fdkernels_ref], ids=lambda package: package.__name__)

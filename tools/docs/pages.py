@@ -15,8 +15,8 @@ import posixpath
 import re
 import sys
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path, PurePosixPath
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
@@ -29,14 +29,14 @@ OUTSIDE = {
     "CHANGELOG.md": "changelog.md",
     "tools/README.md": "tools.md",
 }
-"""Files outside docs/ that are pages of the site, if they exist, and their addresses there."""
+"""Files outside docs/ that are pages of the site, and their addresses there."""
 
 _LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]+)\)")
 _CODE = re.compile(r"^(```|~~~).*?^\1\s*$|`[^`\n]+`", re.MULTILINE | re.DOTALL)
 _OPTIONS = re.compile(r"^<!-- options: (.+?) -->$", re.MULTILINE)
 _BOX = re.compile(r"^╭─ (.*?) ─*╮\n((?:│.*│\n)+)╰", re.MULTILINE)
 _CHOICES = re.compile(r"(--[\w-]+) \[?\{([^{}]*,[^{}]*)\}(.*\.\.\..*)?")
-_SECTION = re.compile(r"^([a-z ]*(?:options|arguments)):\n((?:  .*\n|\n)+)", re.MULTILINE)
+_SECTION = re.compile(r"^((?!examples)[^\n:]+):\n((?:  .*\n|\n)+)", re.MULTILINE)
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
 
 
@@ -145,7 +145,9 @@ def _group(title: str, lines: list[str]) -> Options:
     rows: list[tuple[str, str]] = []
     for line in lines[rule + 1 :]:
         typed, _, meaning = (part.strip() for part in line.partition("  "))
-        if line and not line.startswith(" "):
+        if rows and rows[-1][0].count("{") > rows[-1][0].count("}"):  # the choices go on in this line
+            rows[-1] = rows[-1][0] + line.strip(), ""
+        elif line and not line.startswith(" "):
             rows.append((typed, meaning))
         elif line.strip():
             option, before = rows[-1]
@@ -185,8 +187,7 @@ def tables_of(groups: Iterable[Options]) -> list[str]:
 
 def _default(mark: re.Match[str]) -> str:
     """A default in parentheses, unless it says only that there is none."""
-    default = re.sub("[][,']", "", mark[1])  # of a list
-    return "" if default in ("None", "False", "") else f"<br>Default: `{default}`."
+    return "" if mark[1] in ("None", "False", "") else f"<br>Default: `{mark[1]}`."
 
 
 def with_formulas(page: str) -> str:
@@ -216,10 +217,3 @@ def with_formulas(page: str) -> str:
 def with_whole_options(page: str) -> str:
     """HTML in which short code, such as --preset, is never broken after a hyphen."""
     return re.sub(r"<code>(?=[^<\n]{1,24}</code>)", '<code class="short">', page)
-
-
-def pages_outside() -> Iterator[tuple[str, PurePosixPath]]:
-    """Files outside docs/ that are there, with their pages."""
-    for file, page in OUTSIDE.items():
-        if (ROOT / file).exists():
-            yield file, PurePosixPath(page)
