@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import importlib
-import importlib.util
 import io
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -198,7 +197,6 @@ def _check_program(script: str, args: Sequence[str], where: str) -> None:
     if not re.search("tyro|argparse|parse", source):
         assert not args, f"{where}: {script} takes no options, got {args}"
         return
-    program = importlib.import_module(script.removesuffix(".py").replace("/", "."))
     real_cli, real_parse, said = tyro.cli, argparse.ArgumentParser.parse_args, io.StringIO()
 
     def cli(*given: Any, **named: Any) -> None:
@@ -215,7 +213,7 @@ def _check_program(script: str, args: Sequence[str], where: str) -> None:
         contextlib.redirect_stderr(said),
     ):
         try:
-            program.main()
+            runpy.run_path(str(ROOT / script), run_name="__main__")
             raise AssertionError(f"{where}: {script} read no options")
         except Parsed as parsed:
             options = parsed.options
