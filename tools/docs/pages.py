@@ -205,10 +205,9 @@ def with_formulas(page: str) -> str:
         display = "block" if formula[2] == "[" else "inline"
         mathml = latex2mathml.converter.convert(html.unescape(formula[3]).strip(), display=display)
         mathml = re.sub(r'<mi mathvariant="([\w-]+)">(\w)</mi>', letter, mathml)
-        mathml = re.sub(
-            r"<mover>(?=<mi>[^<]+</mi><mo>&#x002D9;)", '<mover accent="true">', mathml
-        )  # a dot, not a limit
-        mathml = mathml.replace("&#x0007E;", "&#x0223C;")  # ~ as the relation that \\sim is
+        # a dot is an accent, not a limit; ~ is a relation
+        mathml = re.sub(r"<mover>(?=<mi>[^<]+</mi><mo>&#x002D9;)", '<mover accent="true">', mathml)
+        mathml = mathml.replace("&#x0007E;", "&#x0223C;")
         return f'<{formula[1]} class="formula">{mathml}</{formula[1]}>'
 
     return _FORMULA.sub(drawn, page)
