@@ -85,6 +85,14 @@ def test_links_lead_to_files(page: str) -> None:
         assert (ROOT / page).parent.joinpath(target.partition("#")[0]).exists(), f"{page}: {target}"
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_formulas_are_those_that_github_draws(page: str) -> None:
+    """GitHub reads a backslash before punctuation as Markdown does, and refuses operatorname."""
+    text = re.sub(r"^```.*?^```|`[^`\n]*`", "", (ROOT / page).read_text(), flags=re.MULTILINE | re.DOTALL)
+    formulas = re.findall(r"\$\$.+?\$\$|\$(?!\s)[^$\n]+(?<!\s)\$", text, re.DOTALL)
+    assert [formula for formula in formulas if re.search(r"\\([^a-zA-Z]|operatorname)", formula)] == []
+
+
 def test_the_readmes_folders_exist() -> None:
     folders = re.findall(r"^\| `([\w/]+/)`", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert folders

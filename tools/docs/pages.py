@@ -38,6 +38,14 @@ _BOX = re.compile(r"^╭─ (.*?) ─*╮\n((?:│.*│\n)+)╰", re.MULTILINE)
 _CHOICES = re.compile(r"(--[\w-]+) \[?\{([^{}]*,[^{}]*)\}(.*\.\.\..*)?")
 _SECTION = re.compile(r"^((?!examples)[^\n:]+):\n((?:  .*\n|\n)+)", re.MULTILINE)
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
+_BETTER = (
+    (r'<mrow><mi mathvariant="normal">t</mi><mi mathvariant="normal">r</mi></mrow>', "<mi>tr</mi>"),
+    (r"<(m[io])\b[^>]*>(log|det|tr)</\1>", r'\g<0><mspace width="0.17em"></mspace>'),  # functions, apart from arguments
+    (r"<mover>(?=<mi>[^<]+</mi><mo>&#x002D9;)", '<mover accent="true">'),  # a dot is no limit
+    (r"<mi>&#x0007E;</mi>", "<mo>&#x0223C;</mo>"),  # ~ is a relation
+    (r"<mo>(?=&#x02016;|&#x0007C;)", '<mo stretchy="false">'),  # bars of norms and determinants
+)
+"""What latex2mathml writes, and what browsers draw as TeX does."""
 
 
 def page_of(file: str) -> str | None:
@@ -204,10 +212,9 @@ def with_formulas(page: str) -> str:
     def drawn(formula: re.Match[str]) -> str:
         display = "block" if formula[2] == "[" else "inline"
         mathml = latex2mathml.converter.convert(html.unescape(formula[3]).strip(), display=display)
-        mathml = re.sub(r'<mi mathvariant="([\w-]+)">(\w)</mi>', letter, mathml)
-        # a dot is an accent, not a limit; ~ is a relation
-        mathml = re.sub(r"<mover>(?=<mi>[^<]+</mi><mo>&#x002D9;)", '<mover accent="true">', mathml)
-        mathml = mathml.replace("&#x0007E;", "&#x0223C;")
+        mathml = re.sub(r'<mi mathvariant="(script|double-struck)">(\w)</mi>', letter, mathml)
+        for found, better in _BETTER:
+            mathml = re.sub(found, better, mathml)
         return f'<{formula[1]} class="formula">{mathml}</{formula[1]}>'
 
     return _FORMULA.sub(drawn, page)
