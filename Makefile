@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: train test test-all tools-test fuzz check test-versions bench bench-compare gpu gpu-check gpu-tune gpu-bench gpu-train gpu-wheels clean
+.PHONY: train test test-all tools-test fuzz check test-versions dist bench bench-compare gpu gpu-check gpu-tune gpu-bench gpu-train gpu-wheels clean
 
 train: $(STAMP)
 	$(BIN)/python train/run.py --env halfcheetah-medium-expert --resume
@@ -33,6 +33,12 @@ check: $(STAMP)
 # Before a release: the library's tests under each supported PyTorch and Triton; writes docs/versions.md.
 test-versions:
 	$(PYTHON) tests/versions.py $(VERSIONS)
+
+# The wheel and the source distribution in dist/. tests/test_dist.py, which `make test-all` runs, tries them.
+dist: $(STAMP)
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/python -m twine check --strict dist/*
 
 # RESULTS is the file of results. A file under benchmarks/results belongs to its device and is refused on others.
 RESULTS ?= runs/bench.json
@@ -65,7 +71,7 @@ gpu-wheels:
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[train,onnx,ogbench,d4rl,sweep,dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[train,ogbench,d4rl,sweep,onnx,docs,dev]"
 	touch $@
 
 clean:
