@@ -47,12 +47,10 @@ def check_condition_of_states(
 ) -> None:
     """The same for a condition that must not broadcast, because it has a state for each of the rows."""
     check_condition(op, name, cond, lead, device, like)
-    parts = [(name, cond)] if isinstance(cond, Tensor) else _parts(op, name, cond, 0)
-    for label, part in parts:
+    for label, part in _parts(op, name, cond, 0):
         if part.shape[: len(lead)] != lead or (part is cond and part.ndim == len(lead)):
-            raise ValueError(
-                f"{op}: {label} must be (..., c) with {like}'s leading shape {tuple(lead)}, got {tuple(part.shape)}"
-            )
+            form = "be (..., c) with" if part is cond else "begin with"
+            raise ValueError(f"{op}: {label} must {form} {like}'s leading shape {tuple(lead)}, got {tuple(part.shape)}")
 
 
 def _parts(op: str, name: str, cond: Condition, depth: int) -> Iterator[tuple[str, Tensor]]:
