@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: train test test-all tools-test fuzz check test-versions dist bench bench-compare gpu gpu-check gpu-tune gpu-bench gpu-train gpu-wheels clean
+.PHONY: train test test-all tools-test fuzz check docs test-versions dist bench bench-compare gpu gpu-check gpu-tune gpu-bench gpu-train gpu-wheels clean
 
 train: $(STAMP)
 	$(BIN)/python train/run.py --env halfcheetah-medium-expert --resume
@@ -29,6 +29,11 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The documentation site. Strict: a broken link, anchor or reference ends the build. The tests build it too.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "built site/index.html; it opens without a server"
 
 # Before a release: the library's tests under each supported PyTorch and Triton; writes docs/versions.md.
 test-versions:
@@ -75,4 +80,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache

@@ -6,10 +6,8 @@ import copy
 import functools
 import math
 import re
-import textwrap
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -287,14 +285,6 @@ def test_which_argument_is_which(names: tuple, order: tuple | None, wanted: tupl
             fdkernels.pack_mlp(net, order)
     else:
         assert fdkernels.pack_mlp(net, order).order == wanted
-
-
-def test_the_code_of_its_page_runs() -> None:
-    page = (Path(__file__).parents[1] / "docs" / "networks.md").read_text()
-    blocks = re.findall(r"^( *)```python\n(.*?)^ *```", page, re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 4
-    for _, block in blocks:
-        exec(textwrap.dedent(block), {})
 
 
 class Penalised(nn.Module):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -257,18 +255,6 @@ def test_bad_input(case: str) -> None:
     call, message = BAD[case]
     with pytest.raises(ValueError, match=message):
         call()
-
-
-def test_the_code_of_the_page_runs() -> None:
-    """The blocks of docs/paths.md, one after another as a reader would try them."""
-    page = (Path(__file__).parents[1] / "docs" / "paths.md").read_text()
-    blocks = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
-    assert len(blocks) == page.count("```python")
-    names: dict[str, Any] = {}
-    for block in blocks:
-        exec(block, names)
-    assert names["chunks"].shape == (8, 10, 6)
-    assert names["penalty"].shape == (8,)
 
 
 def test_a_network_of_noise_is_a_velocity() -> None:
