@@ -1,0 +1,160 @@
+"""Offline reinforcement learning in one file: a flow, twin critics, and a displacement inside a trust region.
+
+    python examples/corl.py                       # all penalties on the corridor below, three seeds
+    python examples/corl.py --data transitions.npz  # yours: arrays observations, actions, rewards, next_observations, terminals
+
+Written in the style of CORL: everything between the data and the score is here, except the operators.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import math
+import time
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fdkernels
+
+
+@dataclasses.dataclass
+class Config:
+    penalty: Literal["isotropic", "fisher", "pullback"] = "fisher"
+    """What measures the displacement δ. All three are mean squares, so that alpha means the same."""
+    alpha: float = 1.0
+    """Weight of the penalty, beside a Q that is divided by its mean size."""
+    gamma: float = 0.98
+    tau: float = 0.01
+    """Share by which the target critics follow."""
+    batch: int = 128
+    lr: float = 1e-3
+    width: int = 64
+    flow_updates: int = 3_000
+    """Of the flow alone, first."""
+    updates: int = 3_000
+    """Of critics and displacement."""
+    flow_steps: int = 5
+    seed: int = 0
+
+
+class Batch(NamedTuple):
+    """Transitions: observations (n, c), actions (n, d), rewards (n,), what follows, and 1 where an episode ended."""
+
+    obs: Tensor
+    action: Tensor
+    reward: Tensor
+    next_obs: Tensor
+    terminal: Tensor
+
+    def sample(self, count: int) -> Batch:
+        rows = torch.randint(len(self.obs), (count,))
+        return Batch(*(column[rows] for column in self))
+
+
+def mlp(inputs: int, outputs: int, width: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(inputs, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, outputs)
+    )
+
+
+class Agent(nn.Module):
+    """π(s) = clip(a + δ(s, a)) with a an action of the behaviour flow."""
+
+    def __init__(self, obs_dim: int, action_dim: int, config: Config) -> None:
+        super().__init__()
+        self.config, self.action_dim = config, action_dim
+        self.flow = fdkernels.VelocityMLP(obs_dim, action_dim, hidden=(config.width,) * 3, activation="silu")
+        self.critics = nn.ModuleList(mlp(obs_dim + action_dim, 1, config.width) for _ in range(2))
+        self.targets = copy.deepcopy(self.critics).requires_grad_(False)
+        self.delta = mlp(obs_dim + action_dim, action_dim, config.width)
+        nn.init.zeros_(self.delta[-1].weight)
+        nn.init.zeros_(self.delta[-1].bias)
+
+    def behave(self, obs: Tensor) -> Tensor:
+        """Actions of the behaviour flow; no gradient."""
+        noise = torch.randn(*obs.shape[:-1], self.action_dim)
+        return fdkernels.integrate_flow(self.flow, noise, obs, num_steps=self.config.flow_steps)
+
+    def act(self, obs: Tensor) -> Tensor:
+        action = self.behave(obs)
+        return (action + self.delta(torch.cat([obs, action], -1))).clamp(-1, 1)
+
+    def q(self, critics: nn.ModuleList, obs: Tensor, action: Tensor) -> Tensor:
+        """(2, n)."""
+        return torch.stack([critic(torch.cat([obs, action], -1)).squeeze(-1) for critic in critics])
+
+    def flow_loss(self, batch: Batch) -> Tensor:
+        noise, t = torch.randn_like(batch.action), torch.rand(len(batch.action), 1)
+        x_t = (1 - t) * noise + t * batch.action
+        return F.mse_loss(self.flow(x_t, t, batch.obs), batch.action - noise)
+
+    def critic_loss(self, batch: Batch) -> Tensor:
+        with torch.no_grad():
+            next_q = self.q(self.targets, batch.next_obs, self.act(batch.next_obs)).amin(0)
+            target = batch.reward + self.config.gamma * (1 - batch.terminal) * next_q
+        return F.mse_loss(self.q(self.critics, batch.obs, batch.action), target.expand(2, -1))
+
+    def actor_loss(self, obs: Tensor) -> Tensor:
+        action = self.behave(obs)
+        delta = self.delta(torch.cat([obs, action], -1))
+        q = self.q(self.critics, obs, (action + delta).clamp(-1, 1)).mean(0)
+        return (self.config.alpha * self.penalty(obs, action, delta) - q / q.detach().abs().mean()).mean()
+
+    def penalty(self, obs: Tensor, action: Tensor, delta: Tensor) -> Tensor:
+        """The size of δ, (n,)."""
+        if self.config.penalty == "fisher":
+            return fdkernels.flow_fisher_penalty(self.flow, obs, delta, t=0.9, num_steps=self.config.flow_steps)
+        if self.config.penalty == "pullback":
+            return fdkernels.flow_pullback_penalty(self.flow, obs, action, delta)
+        return delta.square().mean(-1)
+
+
+class Corridor:
+    """A point drives round a ring-shaped corridor, as far as it can in 60 steps; hitting a wall ends the episode.
+
+    The drivers of the data vary a lot in speed and little in direction: they steer back to the middle.
+    """
+
+    obs_dim, action_dim, horizon = 2, 2, 60
+    half_width, stride = 0.1, 0.1
+
+    def reset(self, count: int) -> Tensor:
+        angle = 2 * math.pi * torch.rand(count)
+        return torch.stack([angle.cos(), angle.sin()], -1)
+
+    def step(self, position: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The next position, the reward (the angle driven, times ten) and whether a wall was hit."""
+        after = position + self.stride * action
+        turned = torch.atan2(
+            position[:, 0] * after[:, 1] - position[:, 1] * after[:, 0], (position * after).sum(-1)
+        )
+        hit = (after.norm(dim=-1) - 1).abs() > self.half_width
+        return after, 10 * turned, hit.float()
+
+    def drive(self, position: Tensor) -> Tensor:
+        """Actions of the data's drivers."""
+        radius = position.norm(dim=-1, keepdim=True)
+        outward = position / radius
+        along = torch.stack([-outward[:, 1], outward[:, 0]], -1)
+        speed = 0.4 + 0.3 * torch.randn(len(position), 1)
+        return (speed * along + (2 * (1 - radius) - 0.2 * speed + 0.08 * torch.randn_like(radius)) * outward).clamp(-1, 1)
+
+    def rollouts(self, act, count: int) -> tuple[Batch, Tensor, Tensor]:
+        """Transitions of episodes side by side, their returns and whether they hit a wall, (count,) each."""
+        position, alive, returns, steps = self.reset(count), torch.ones(count), torch.zeros(count), []
+        for _ in range(self.horizon):
+            action = act(position)
+            after, reward, hit = self.step(position, action)
+            driving = alive.bool()
+            steps.append(Batch(*(column[driving] for column in (position, action, reward, after, hit))))
+            returns += alive * reward
+            alive = alive * (1 - hit)
+            position = after
+        return Batch(*map(torch.cat, zip(*steps))), returns, 1 - alive
