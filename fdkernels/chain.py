@@ -10,12 +10,16 @@ import torch
 from torch import Tensor
 
 from fdkernels.backend import MAX_PENALTY_D, Backend, Implementation, Precision, choose_backend, choose_fused
+from fdkernels.condition import Condition, check_condition_of_states, for_samples
+from fdkernels.dtypes import nearest_float32
+from fdkernels.events import check_event, check_event_dim, flat, form, shaped
 from fdkernels.noise import check_source, draw
 from fdkernels.ops.chain import chain
 from fdkernels.ops.integrate import prepare
 from fdkernels.ops.penalty import penalty_from_score
 from fdkernels.ops.score import score_from_velocity
 from fdkernels.ops.velocity_penalty import penalty_from_velocity
+from fdkernels.paths import AffinePath, PathName, near_data
 from fdkernels.records import (
     REDUCTIONS,
     Chain,
@@ -34,20 +38,23 @@ from fdkernels.records import (
 )
 from fdkernels.solvers import Method, Solver, check_solver, integrate
 from fdkernels.torch_private import transforms_active
-from fdkernels.validation import check_choice, check_count, check_displacement, check_flag, check_floating, check_shape
+from fdkernels.validation import check_choice, check_count, check_flag, check_floating, check_shape
 from fdkernels.velocity import BoundVelocity, Velocity, bind
 
+_NEAR = 0.05
+"""How far from the data's end of a path the score is taken by default."""
 _MAX_SAMPLES = 64
 """The most samples of one state that a program of the kernel keeps together."""
 
 
 def flow_fisher_penalty(
     velocity: Velocity,
-    cond: Tensor,
+    cond: Condition,
     displacement: Tensor,
     *,
+    path: PathName | AffinePath = "linear",
     num_samples: int = 4,
-    t: float | Tensor = 0.95,
+    t: float | Tensor | None = None,
     num_steps: int = 10,
     method: Method = "euler",
     time_grid: Sequence[float] | Tensor | None = None,
@@ -65,24 +72,29 @@ def flow_fisher_penalty(
     generator: torch.Generator | None = None,
     seed: int | Tensor | None = None,
     return_score: bool = False,
+    event_dim: int = 1,
     precision: Precision | None = None,
     backend: Backend | None = None,
     implementation: Implementation | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Fisher penalty of a displacement under the behaviour flow itself.
 
-    For each state, K samples a_k of the flow are brought to time t by fresh noise, x_k = (1−t)·x0_k + t·a_k; the
-    velocity there gives the score s_k (:func:`velocity_to_score`), and the scores weigh the displacement
-    (:func:`fisher_penalty`). For a packed MLP on CUDA one launch (or, for many rows, one CUDA graph) does it all, and
-    saves the gradient to the displacement; given a ``seed``, it draws the noise as well.
+    For each state, K samples a_k of the flow are brought to time t by fresh noise, x_k = σ_t·x0_k + α_t·a_k, which is
+    (1−t)·x0_k + t·a_k on the linear path; the velocity there gives the score s_k (:func:`velocity_to_score`), and the
+    scores weigh the displacement (:func:`fisher_penalty`). For a packed MLP on CUDA one launch (or, for many rows, one
+    CUDA graph) does it all, and saves the gradient to the displacement; given a ``seed``, it draws the noise as well.
 
     Args:
         velocity: as in :func:`integrate_flow`; a callable gets x (..., K, d), t (..., K, 1), cond (..., K, c).
-        cond: states (..., c).
+        cond: states (..., c). For a callable also tensors with more dimensions, such as tokens (..., T, c), and dicts,
+            tuples and lists of tensors of any dtype, all with the displacement's leading shape, and None. The K samples
+            of a state get the same.
         displacement: δ (..., d), same leading shape and device.
+        path: the path that the flow was trained on, as in :func:`velocity_to_score`.
         num_samples: K. Ignored if ``noise``, ``bridge_noise`` or ``samples`` is given, whose K is used.
-        t: time at which the score is taken, a number in [0, 1) or a tensor that broadcasts to (..., K, 1); see
-            :func:`velocity_to_score`.
+        t: time at which the score is taken, a number in [0, 1] at which σ_t > 0, or a tensor that broadcasts to
+            (..., K, 1), for chunks to (..., K, 1, 1); see :func:`velocity_to_score`. None is 0.05 from the data's end:
+            0.95, and 0.05 on a path whose data are at t = 0.
         num_steps, method, time_grid, clip, clip_each_step: of the flow, as in :func:`integrate_flow`; the grid runs
             from noise to data.
         damping, normalize, eps, reduction: as in :func:`fisher_penalty`.
@@ -91,12 +103,16 @@ def flow_fisher_penalty(
         bridge_noise: x0_k of the bridge, (..., K, d); drawn when None.
         samples: a_k, (..., K, d), if the flow has been integrated already, as by :func:`integrate_flow_groups`.
             Nothing is integrated then, the options of the solver have no effect, and ``noise`` must be None.
-        generator: draws ``noise``, then ``bridge_noise``, in the dtype of ``cond``. PyTorch's global one when None.
+        generator: draws ``noise``, then ``bridge_noise``, in the dtype of ``cond``, or of the displacement if ``cond``
+            is not a tensor. PyTorch's global one when None.
         seed: draw with a counter-based generator instead: the same numbers on every device and backend, whatever was
             drawn before. With n the number of elements of (..., K, d), ``noise`` has positions 0 ... n - 1 and
             ``bridge_noise`` n ... 2n - 1 of :func:`fdkernels.philox.philox_normal`. An int of 64 bits, or a 0-d
             integer tensor on the device, which the host does not read.
         return_score: also return the scores (..., K, d), in the dtype of the samples.
+        event_dim: how many of the last dimensions make one action, as in :func:`integrate_flow`. For chunks it is 2:
+            δ is (..., horizon, width), noise, samples and scores are (..., K, horizon, width), and the penalty is that
+            of the flattened action, with d = horizon·width.
         precision, backend, implementation: as in :func:`integrate_flow`.
 
     Returns:
@@ -120,39 +136,41 @@ def flow_fisher_penalty(
         torch.Size([256])
     """
     op = "flow_fisher_penalty"
-    device = check_floating(op, cond=cond, displacement=displacement)
-    d = check_displacement(op, displacement)
-    if cond.ndim == 0 or cond.shape[:-1] != displacement.shape[:-1]:
-        raise ValueError(
-            f"{op}: cond must be (..., c) with the displacement's leading shape {tuple(displacement.shape[:-1])}, "
-            f"got {tuple(cond.shape)}"
-        )
+    device = check_floating(op, displacement=displacement)
+    event_dim = check_event_dim(op, event_dim)
+    event, lead = check_event(op, "displacement", displacement, event_dim), displacement.shape[:-event_dim]
+    check_condition_of_states(op, "cond", cond, lead, device, "the displacement")
     given = {"samples": samples, "noise": noise, "bridge_noise": bridge_noise}
-    shape = (*displacement.shape[:-1], _check_given(op, given, num_samples, device), d)
+    shape = (*lead, _check_given(op, given, num_samples, device, event_dim), *event)
     for name, tensor in given.items():
         if tensor is not None:
-            check_shape(op, name, tensor, shape, "(..., K, d)")
+            check_shape(op, name, tensor, shape, f"(..., K, {form(event_dim)})")
     seed = check_source(op, seed, generator, device)
-    score_rule = check_score_rule(op, "linear", convention, min_sigma)
-    t = check_time(t, score_rule, displacement, (*shape[:-1], 1))
+    score_rule = check_score_rule(op, path, convention, min_sigma)
+    t = near_data(op, score_rule.path, _NEAR) if t is None else t
+    t = check_time(t, score_rule, displacement, shape[:-event_dim], event_dim)
     rule = check_penalty_rule(op, damping, normalize, eps)
     check_choice(op, "reduction", reduction, REDUCTIONS)
     check_flag(op, "return_score", return_score)
-    solver = check_solver(op, num_steps, time_grid, method, clip, clip_each_step)
+    solver = check_solver(op, num_steps, time_grid, method, clip, clip_each_step, score_rule.path)
+    like = cond if isinstance(cond, Tensor) else displacement
     start = noise if samples is None else samples
-    bound = bind(op, velocity, cond if start is None else start, precision)
-    fused = choose_fused(op, backend, implementation, bound.packed, (displacement, cond))
+    bound = bind(op, velocity, like if start is None else start, precision, event)
+    displacement = flat(displacement, event_dim)
+    start, bridge_noise = flat(start, event_dim), flat(bridge_noise, event_dim)
+    fused = choose_fused(op, backend, implementation, bound.packed, (displacement, like))
 
     # The kernel can draw from a seed by itself, but cannot see which of its rows a transform has joined.
     transformed = not torch.compiler.is_compiling() and transforms_active()
     if not fused or seed is None or transformed:
+        shape = (*shape[:-event_dim], math.prod(event))
         with torch.no_grad():
-            start = draw(shape, cond, generator, seed) if start is None else start
+            start = draw(shape, like, generator, seed) if start is None else start
             first = math.prod(shape)
-            bridge_noise = draw(shape, cond, generator, seed, first) if bridge_noise is None else bridge_noise
+            bridge_noise = draw(shape, like, generator, seed, first) if bridge_noise is None else bridge_noise
         seed = None
     request = _Request(
-        cond, displacement, start, bridge_noise, seed, shape[-2], t,
+        cond, displacement, start, bridge_noise, seed, shape[len(lead)], t,
         solver if samples is None else solver.finished(), score_rule, rule, return_score,
     )  # fmt: skip
     if fused:
@@ -162,13 +180,16 @@ def flow_fisher_penalty(
     penalty = reduce(penalty, reduction)
     if score is None:
         return penalty
-    return penalty, score.to(cond.dtype if start is None else start.dtype)
+    return penalty, shaped(score, event).to(like.dtype if start is None else start.dtype)
 
 
 class _Request(NamedTuple):
-    """The checked arguments. Noise is drawn already, except what the kernel draws from the seed."""
+    """The checked arguments, with actions as rows (..., d).
 
-    cond: Tensor
+    Noise is drawn already, except what the kernel draws from the seed.
+    """
+
+    cond: Condition
     displacement: Tensor
     start: Tensor | None
     bridge_noise: Tensor | None
@@ -184,14 +205,16 @@ class _Request(NamedTuple):
         return "noise" if self.solver.times else "samples"
 
 
-def _check_given(op: str, given: dict[str, Tensor | None], num_samples: int, device: torch.device) -> int:
+def _check_given(
+    op: str, given: dict[str, Tensor | None], num_samples: int, device: torch.device, event_dim: int
+) -> int:
     """The number of samples: that of a given tensor, or else the one asked for."""
     tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
     if tensors:
         check_floating(op, device, **tensors)
     if given["samples"] is not None and given["noise"] is not None:
         raise ValueError(f"{op}: samples and noise exclude each other, for given samples are not integrated again")
-    counts = [tensor.shape[-2] for tensor in tensors.values() if tensor.ndim >= 2]
+    counts = [tensor.shape[-event_dim - 1] for tensor in tensors.values() if tensor.ndim > event_dim]
     if not counts:
         return check_count(op, "num_samples", num_samples)
     check_count(op, f"K, the number of samples in {' and '.join(tensors)},", counts[0])
@@ -200,25 +223,27 @@ def _check_given(op: str, given: dict[str, Tensor | None], num_samples: int, dev
 
 def _fused(request: _Request, bound: BoundVelocity, way: Way) -> tuple[Tensor, Tensor | None]:
     """Penalty (...) and, if asked, scores (..., K, d), in float32, by one launch or one graph of launches."""
-    cond, displacement, num_samples, seed = request.cond, request.displacement, request.num_samples, request.seed
-    start = cond.new_empty(0, displacement.shape[-1]) if request.start is None else request.start
-    bound.check_rows(start, cond, request.start_name(), "cond")
-    prepare(request.solver, cond.device)
+    displacement, num_samples, seed = request.displacement, request.num_samples, request.seed
+    device = displacement.device
+    drawn_as = request.cond if isinstance(request.cond, Tensor) else displacement
+    start = drawn_as.new_empty(0, displacement.shape[-1]) if request.start is None else request.start
+    cond = bound.check_rows(start, request.cond, request.start_name(), "cond")
+    prepare(request.solver, device)
     lead, d = displacement.shape[:-1], displacement.shape[-1]
     together = num_samples <= _MAX_SAMPLES
     rows = displacement.reshape(1, -1, d)
     if not together:  # too many samples for one program: compute the scores first
         rows = rows.new_zeros((1, rows.shape[1] * num_samples, d))
     if isinstance(seed, int):
-        seed = torch.full((), seed, dtype=torch.int64, device=cond.device)
+        seed = torch.full((), seed, dtype=torch.int64, device=device)
 
-    def flat(tensor: Tensor | None) -> Tensor | None:
+    def rows_of(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.detach().reshape(1, -1, tensor.shape[-1])
 
     want_score = request.return_score or not together
-    noise = Noise(flat(request.start), flat(request.bridge_noise), seed, num_samples if together else 1)
+    noise = Noise(rows_of(request.start), rows_of(request.bridge_noise), seed, num_samples if together else 1)
     at = _timed(request, (*lead, num_samples))
-    obs = flat(cond) if cond.shape[-1] else None
+    obs = rows_of(cond) if cond is not None and cond.shape[-1] else None
     penalty, score = chain(Chain(noise, obs, rows, at, bound.encoded(), request.solver, request.rule, want_score, way))
     scores = score.reshape(*lead, num_samples, d) if want_score else None
     if scores is not None and not together:
@@ -227,16 +252,17 @@ def _fused(request: _Request, bound: BoundVelocity, way: Way) -> tuple[Tensor, T
 
 
 def _timed(request: _Request, rows: tuple[int, ...]) -> TimedAffine:
-    """t, p and q of the samples; numbers if all samples have the same."""
-    t, like = request.t, request.displacement.unsqueeze(-2)
-    affine = request.score_rule.affine(t, like, like)
+    """t, α, σ, p and q of the samples; numbers if all samples have the same."""
+    t, rule, like = request.t, request.score_rule, request.displacement.unsqueeze(-2)
+    affine = rule.affine(t, like, like)
     if affine.pairs is None:
         assert not isinstance(t, Tensor)
-        return TimedAffine(None, t, affine.p, affine.q, affine.use_x)
-    at = t if isinstance(t, Tensor) else torch.full((), t, device=like.device)
-    columns = at.expand(*rows, 1), affine.pairs.expand(*rows, 2)
-    triples = torch.cat([column.to(torch.float32) for column in columns], -1).reshape(1, -1, 3)
-    return TimedAffine(triples, 0.0, affine.p, affine.q, affine.use_x)
+        alpha, sigma = rule.levels(nearest_float32(t))  # the kernel's time, and the velocity's
+        return TimedAffine(None, t, alpha, sigma, affine.p, affine.q, affine.use_x)
+    at = (t if isinstance(t, Tensor) else torch.full((1,), t, device=like.device)).to(torch.float32)
+    columns = [column.expand(*rows, 1) for column in (at, *rule.levels(at))]
+    table = torch.cat([*columns, affine.pairs.to(torch.float32).expand(*rows, 2)], -1)
+    return TimedAffine(table.reshape(1, -1, 5), 0.0, 0.0, 0.0, affine.p, affine.q, affine.use_x)
 
 
 def _step_by_step(request: _Request, bound: BoundVelocity, backend: Backend | None) -> tuple[Tensor, Tensor | None]:
@@ -247,12 +273,14 @@ def _step_by_step(request: _Request, bound: BoundVelocity, backend: Backend | No
     assert bridge_noise is not None
     with torch.no_grad():
         with bound.context(start.device):
-            field, x = bound.flow()(start, request.cond.unsqueeze(-2), request.start_name(), "cond")
+            cond = for_samples(request.cond, displacement.shape[:-1])
+            field, x = bound.flow()(start, cond, request.start_name(), "cond")
             if solver.times:
                 x = integrate(field, x, solver)
             if isinstance(t, Tensor):
                 t = t.detach().to(x.dtype)
-            x_t = (1 - t) * bridge_noise.to(x.dtype) + t * x
+            alpha, sigma = score_rule.levels(t)
+            x_t = sigma * bridge_noise.to(x.dtype) + alpha * x
             v_t = field(x_t, t)
         score = score_from_velocity(v_t, x_t, t, score_rule) if request.return_score else None
     triton = choose_backend(bound.op, backend, displacement, x_t, max_d=MAX_PENALTY_D) == "triton"

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fdkernels import groups
 from fdkernels.backend import Backend, Implementation, Precision, choose_fused
+from fdkernels.condition import Condition
 from fdkernels.cpu import field as cpu_field
+from fdkernels.events import check_event_dim, flat, shaped
 from fdkernels.ops.integrate import fused_integrate
+from fdkernels.paths import AffinePath, PathName
 from fdkernels.solvers import Method, check_solver, integrate
 from fdkernels.validation import MAX_COUNT, check_flag, is_sequence
 from fdkernels.velocity import Velocity, bind, check_start
@@ -20,8 +24,9 @@ from fdkernels.velocity import Velocity, bind, check_start
 def integrate_flow(
     velocity: Velocity,
     x0: Tensor,
-    cond: Tensor | None = None,
+    cond: Condition = None,
     *,
+    path: PathName | AffinePath = "linear",
     num_steps: int = 10,
     method: Method = "euler",
     time_grid: Sequence[float] | Tensor | None = None,
@@ -29,6 +34,7 @@ def integrate_flow(
     clip_each_step: bool = False,
     return_path: bool = False,
     differentiable: bool = False,
+    event_dim: int = 1,
     precision: Precision | None = None,
     backend: Backend | None = None,
     implementation: Implementation | None = None,
@@ -47,8 +53,12 @@ def integrate_flow(
             with x (..., d), t (..., 1) in x's dtype and cond (..., c), expanded to x's leading shape.
         x0: start of the flow (..., d), at the first time of the grid.
         cond: condition (..., c), or None. Its leading shape broadcasts to x0's: with (B, 1, c) against (B, K, d) one
-            state serves K samples.
-        num_steps: S; the times are i/S, i = 0 ... S.
+            state serves K samples. A callable may also take tensors with more dimensions behind the leading ones, such
+            as tokens (B, T, c), and dicts, tuples and lists of tensors of any dtype, each with all leading dimensions.
+        path: the path that the flow was trained on, which says in which direction its time runs; as in
+            :func:`velocity_to_score`. From noise to data, time runs from 0 to 1, but on ``"linear_reversed"`` and on
+            an :class:`AffinePath` with its data at t = 0 from 1 to 0. Only the default of ``time_grid`` depends on it.
+        num_steps: S; the times are i/S, i = 0 ... S, or the same backwards.
         method: ``"euler"``, ``"midpoint"``, ``"heun"`` (order 2) or ``"rk4"`` (order 4).
         time_grid: S + 1 times to use instead, in any direction and within ±10,000: a sequence, or a 1-d tensor (read on
             the host).
@@ -58,6 +68,10 @@ def integrate_flow(
         differentiable: let autograd reach x0, cond and the weights if gradients are enabled. Each step is checkpointed:
             it adds only the state x to memory (and 5 kB, the state of the random generator), and the backward pass
             computes it again. The weights must not change in between.
+        event_dim: how many of x0's last dimensions make one action: 2 for action chunks, x0 (..., horizon, d). A
+            callable then gets them with one leading dimension, as networks over sequences want it: x (N, horizon, d),
+            t (N, 1, 1), which broadcasts against x, and cond (N, ...). An MLP gets them flattened; its action_dim is
+            horizon·d.
         precision: of the matrix products. ``None`` takes bfloat16 or float16 under autocast, otherwise the weights' own
             dtype; float32 products follow ``torch.set_float32_matmul_precision``. ``"bf16"`` takes bfloat16 for the
             hidden layers of a packed MLP; state, first layer and norms stay float32 (on CUDA the first layer's products
@@ -75,7 +89,7 @@ def integrate_flow(
             the table.
 
     Returns:
-        (..., d), or (S + 1, ..., d) with ``return_path``, in x0's dtype. During the solve, the state of a packed MLP in
+        In x0's shape and dtype; with ``return_path`` (S + 1, ..., d). During the solve, the state of a packed MLP in
         half precision is float32.
 
     Raises:
@@ -92,30 +106,35 @@ def integrate_flow(
         tensor([[0.3679]])
     """
     op = "integrate_flow"
-    check_start(op, x0, cond, "x0", "cond")
+    event_dim = check_event_dim(op, event_dim)
+    event = check_start(op, x0, cond, "x0", "cond", event_dim)
     check_flag(op, "return_path", return_path)
     check_flag(op, "differentiable", differentiable)
-    solver = check_solver(op, num_steps, time_grid, method, clip, clip_each_step)
-    bound = bind(op, velocity, x0, precision)
-    if choose_fused(op, backend, implementation, bound.packed, (x0,), differentiable):
-        bound.check_rows(x0, cond, "x0", "cond")
-        return fused_integrate(bound.encoded(), x0, cond, solver, return_path, bound.way(implementation))
+    solver = check_solver(op, num_steps, time_grid, method, clip, clip_each_step, path)
+    bound = bind(op, velocity, x0, precision, event)
+    rows = flat(x0, event_dim)
+    if choose_fused(op, backend, implementation, bound.packed, (rows,), differentiable):
+        given = bound.check_rows(rows, cond, "x0", "cond")
+        out = fused_integrate(bound.encoded(), rows, given, solver, return_path, bound.way(implementation))
+        return shaped(out, event)
     with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()), bound.context(x0.device):
-        field, x = bound.flow()(x0, cond, "x0", "cond")
-        return integrate(field, x, solver, return_path).to(x0.dtype)
+        field, x = bound.flow()(rows, cond, "x0", "cond")
+        return shaped(integrate(field, x, solver, return_path).to(x0.dtype), event)
 
 
 def integrate_flow_groups(
     velocity: Velocity,
     x0s: Sequence[Tensor],
-    conds: Sequence[Tensor | None],
+    conds: Sequence[Condition],
     *,
+    path: PathName | AffinePath = "linear",
     num_steps: int = 10,
     method: Method = "euler",
     time_grid: Sequence[float] | Tensor | None = None,
     clip: tuple[float, float] | None = (-1.0, 1.0),
     clip_each_step: bool = False,
     differentiable: bool = False,
+    event_dim: int = 1,
     precision: Precision | None = None,
     backend: Backend | None = None,
     implementation: Implementation | None = None,
@@ -128,10 +147,11 @@ def integrate_flow_groups(
 
     Args:
         velocity: as in :func:`integrate_flow`.
-        x0s: starts, one tensor (..., d) for each group; leading shapes may differ, device and dtype may not.
+        x0s: starts, one tensor (..., d) for each group; leading shapes may differ, device and dtype may not, nor the
+            shapes of chunks.
         conds: as many conditions (..., c) or None, each broadcasting to its group's leading shape.
-        num_steps, method, time_grid, clip, clip_each_step, differentiable, precision, backend, implementation: as in
-            :func:`integrate_flow`, for all groups.
+        path, num_steps, method, time_grid, clip, clip_each_step, differentiable, event_dim, precision, backend,
+            implementation: as in :func:`integrate_flow`, for all groups.
 
     Returns:
         The ends, one (..., d) for each group, equal to those of separate calls up to rounding.
@@ -147,45 +167,52 @@ def integrate_flow_groups(
         [(8, 6), (8, 4, 6)]
     """
     op = "integrate_flow_groups"
-    x0s, conds = _check_groups(op, x0s, conds)
+    event_dim = check_event_dim(op, event_dim)
+    given, conds, event = _check_groups(op, x0s, conds, event_dim)
     check_flag(op, "differentiable", differentiable)
-    solver = check_solver(op, num_steps, time_grid, method, clip, clip_each_step)
-    if not x0s:
+    solver = check_solver(op, num_steps, time_grid, method, clip, clip_each_step, path)
+    if not given:
         return ()
-    bound = bind(op, velocity, x0s[0], precision)
+    x0s = [flat(x0, event_dim) for x0 in given]
+    bound = bind(op, velocity, x0s[0], precision, event)
     fused = choose_fused(op, backend, implementation, bound.packed, x0s, differentiable)
     for i, (x0, cond) in enumerate(zip(x0s, conds)):
         bound.check_rows(x0, cond, f"x0s[{i}]", f"conds[{i}]")
     if fused:
         rows, cond = groups.join(x0s, conds)
-        return groups.split(fused_integrate(bound.encoded(), rows, cond, solver, False, bound.way(implementation)), x0s)
+        out = fused_integrate(bound.encoded(), rows, cond, solver, False, bound.way(implementation))
+        return groups.split(out, given)
     with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()), bound.context(x0s[0].device):
         flow = bound.flow()
         if bound.packed is not None and cpu_field.serves(x0s[0]):
             field, x = flow(*groups.join(x0s, conds), "x0s", "conds")
-            return groups.split(integrate(field, x, solver).to(x0s[0].dtype), x0s)
+            return groups.split(integrate(field, x, solver).to(x0s[0].dtype), given)
         apart = []
         for i, (x0, cond) in enumerate(zip(x0s, conds)):
             field, x = flow(x0, cond, f"x0s[{i}]", f"conds[{i}]")
-            apart.append(integrate(field, x, solver).to(x0.dtype))
+            apart.append(shaped(integrate(field, x, solver).to(x0.dtype), event))
         return tuple(apart)
 
 
 def _check_groups(
-    op: str, x0s: Sequence[Tensor], conds: Sequence[Tensor | None]
-) -> tuple[list[Tensor], list[Tensor | None]]:
-    """Check that there are as many conditions as groups, and one dtype and device for all groups."""
+    op: str, x0s: Sequence[Tensor], conds: Sequence[Condition], event_dim: int
+) -> tuple[list[Tensor], list[Any], tuple[int, ...]]:
+    """Check that there are as many conditions as groups, and one dtype, device and event for all groups."""
     starts = list(itertools.islice(x0s, MAX_COUNT + 1)) if is_sequence(x0s) else None
     conditions = list(itertools.islice(conds, MAX_COUNT + 1)) if is_sequence(conds) else None
     if starts is None or conditions is None or len(starts) != len(conditions):
         raise ValueError(f"{op}: x0s and conds must be sequences of one length, one entry for each group of rows")
     if len(starts) > MAX_COUNT:
         raise ValueError(f"{op}: x0s and conds must hold at most {MAX_COUNT} groups, got more")
+    event: tuple[int, ...] = ()
     for i, (x0, cond) in enumerate(zip(starts, conditions)):
-        check_start(op, x0, cond, f"x0s[{i}]", f"conds[{i}]")
+        own = check_start(op, x0, cond, f"x0s[{i}]", f"conds[{i}]", event_dim)
+        event = event or own
+        if own != event and event_dim > 1:
+            raise ValueError(f"{op}: all groups must have chunks of one shape, got x0s[{i}] of {own} and {event}")
         if (x0.dtype, x0.device) != (starts[0].dtype, starts[0].device):
             raise ValueError(
                 f"{op}: all groups must have one dtype and device, got x0s[{i}] of {x0.dtype} on {x0.device} and "
                 f"x0s[0] of {starts[0].dtype} on {starts[0].device}"
             )
-    return starts, conditions
+    return starts, conditions, event

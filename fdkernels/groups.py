@@ -16,6 +16,6 @@ def join(x0s: Sequence[Tensor], conds: Sequence[Tensor | None]) -> tuple[Tensor,
 
 
 def split(rows: Tensor, x0s: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Split rows (N, d) into the shapes of their groups."""
-    parts = rows.split([x0.shape[:-1].numel() for x0 in x0s])
+    """Split rows (N, d) into the shapes of their groups, whose actions have d elements."""
+    parts = rows.split([x0.numel() // rows.shape[-1] for x0 in x0s])
     return tuple(part.reshape(x0.shape) for part, x0 in zip(parts, x0s))

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
+from fdkernels.torch_private import constant_when_compiled
 from fdkernels.validation import FLOATING, brief
 
 Time = TypeVar("Time", float, Tensor)
@@ -104,6 +105,38 @@ PATHS: dict[str, AffinePath] = {
         lambda t: -0.5 * math.pi * _sin(0.5 * math.pi * t),
     ),
 }
+
+
+def levels(op: str, path: AffinePath, t: float) -> tuple[float, float]:
+    """α_t and σ_t as numbers."""
+    if takes_numbers(path):
+        return path.alpha(t), path.sigma(t)  # type: ignore[arg-type, return-value]
+    return _levels_of_function(op, path, t)
+
+
+@constant_when_compiled
+def _levels_of_function(op: str, path: AffinePath, t: float) -> tuple[float, float]:
+    alpha, sigma, _, _ = path.at(op, torch.tensor(t, dtype=torch.float64, device="cpu"))
+    return float(alpha), float(sigma)
+
+
+def data_time(op: str, path: AffinePath) -> float:
+    """The data's end of the path, 1 or 0: the one with less noise. The other is the noise's."""
+    if path is PATHS["linear"]:
+        return 1.0
+    (alpha_0, sigma_0), (alpha_1, sigma_1) = levels(op, path, 0.0), levels(op, path, 1.0)
+    at_0, at_1 = abs(sigma_0 * alpha_1), abs(sigma_1 * alpha_0)
+    if at_0 == at_1 or math.isnan(at_0) or math.isnan(at_1):
+        raise ValueError(
+            f"{op}: path must run between noise and data for t and time_grid to have defaults, got α={alpha_0:g} and "
+            f"σ={sigma_0:g} at t=0, α={alpha_1:g} and σ={sigma_1:g} at t=1"
+        )
+    return 1.0 if at_0 > at_1 else 0.0
+
+
+def near_data(op: str, path: AffinePath, distance: float) -> float:
+    """The time that far from the data's end of the path."""
+    return abs(data_time(op, path) - distance)
 
 
 def takes_numbers(path: AffinePath) -> bool:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fdkernels.backend import MAX_PENALTY_D, Backend, autocast, choose_backend
+from fdkernels.events import check_event_dim, check_samples, flat, form, sizes
 from fdkernels.ops.penalty import penalty_from_score
 from fdkernels.ops.velocity_penalty import penalty_from_velocity
 from fdkernels.paths import AffinePath, PathName
@@ -19,13 +20,7 @@ from fdkernels.records import (
     check_time,
     reduce,
 )
-from fdkernels.validation import (
-    check_at_least,
-    check_choice,
-    check_floating,
-    check_samples,
-    check_shape,
-)
+from fdkernels.validation import check_at_least, check_choice, check_floating, check_shape
 
 
 def fisher_penalty(
@@ -36,6 +31,7 @@ def fisher_penalty(
     normalize: Normalize = "trace",
     eps: float = 1e-6,
     reduction: Reduction = "none",
+    event_dim: int = 1,
     backend: Backend | None = None,
 ) -> Tensor:
     r"""Fisher-weighted size δᵀF̂δ / d of a displacement, without forming the d×d matrix.
@@ -53,6 +49,9 @@ def fisher_penalty(
         normalize: ``"trace"`` for F̂; ``"none"`` for δᵀFδ / d.
         eps: ε > 0, lower bound of tr F / d.
         reduction: ``"none"`` keeps the leading shape; ``"mean"`` and ``"sum"`` give a scalar.
+        event_dim: how many of the last dimensions make one action. For chunks (horizon, width) it is 2: δ is then
+            (..., horizon, width), the scores are (..., K, horizon, width), and d is horizon·width, as if all had been
+            flattened.
         backend: ``None`` picks Triton for CUDA tensors in float32, bfloat16 or float16 with d up to 8192, otherwise
             PyTorch; ``"torch"`` and ``"triton"`` insist on one. The kernels read contiguous tensors; others are copied
             first.
@@ -79,7 +78,9 @@ def fisher_penalty(
     """
     op = "fisher_penalty"
     check_floating(op, displacement=displacement, score=score)
-    check_samples(op, displacement, "score", score)
+    event_dim = check_event_dim(op, event_dim)
+    check_samples(op, displacement, "score", score, event_dim)
+    displacement, score = flat(displacement, event_dim), flat(score, event_dim)
     rule = check_penalty_rule(op, damping, normalize, eps)
     check_choice(op, "reduction", reduction, REDUCTIONS)
     triton = choose_backend(op, backend, displacement, score, max_d=MAX_PENALTY_D) == "triton"
@@ -99,6 +100,7 @@ def velocity_fisher_penalty(
     normalize: Normalize = "trace",
     eps: float = 1e-6,
     reduction: Reduction = "none",
+    event_dim: int = 1,
     backend: Backend | None = None,
 ) -> Tensor:
     r"""Fisher penalty δᵀF̂δ / d of a displacement, from the velocities of a flow at K samples.
@@ -114,9 +116,10 @@ def velocity_fisher_penalty(
         displacement: δ, shape (..., d); float32, bfloat16, float16 or float64.
         velocity: v(x_k, t), shape (..., K, d), same leading shape and device.
         x: the K samples brought to time t, (..., K, d).
-        t: time, a number in [0, 1] at which σ_t > 0, or a tensor that broadcasts to (..., K, 1).
+        t: time, a number in [0, 1] at which σ_t > 0, or a tensor that broadcasts to (..., K, 1); to (..., K, 1, 1) for
+            chunks.
         path, convention, min_sigma: as in :func:`velocity_to_score`.
-        damping, normalize, eps, reduction: as in :func:`fisher_penalty`.
+        damping, normalize, eps, reduction, event_dim: as in :func:`fisher_penalty`.
         backend: as in :func:`fisher_penalty`.
 
     Returns:
@@ -140,17 +143,19 @@ def velocity_fisher_penalty(
     """
     op = "velocity_fisher_penalty"
     check_floating(op, displacement=displacement, velocity=velocity, x=x)
-    check_samples(op, displacement, "velocity", velocity)
-    check_shape(op, "x", x, velocity.shape, "velocity's shape (..., K, d)")
+    event_dim = check_event_dim(op, event_dim)
+    check_samples(op, displacement, "velocity", velocity, event_dim)
+    check_shape(op, "x", x, velocity.shape, f"velocity's shape (..., K, {form(event_dim)})")
+    displacement, velocity, x = (flat(tensor, event_dim) for tensor in (displacement, velocity, x))
     score_rule = check_score_rule(op, path, convention, min_sigma)
-    t = check_time(t, score_rule, velocity, (*velocity.shape[:-1], 1))
+    t = check_time(t, score_rule, velocity, velocity.shape[:-1], event_dim)
     rule = check_penalty_rule(op, damping, normalize, eps)
     check_choice(op, "reduction", reduction, REDUCTIONS)
     triton = choose_backend(op, backend, displacement, velocity, x, max_d=MAX_PENALTY_D) == "triton"
     return reduce(penalty_from_velocity(displacement, velocity, x, t, score_rule, rule, triton), reduction)
 
 
-def fisher_spectrum(score: Tensor, *, damping: float = 1e-3) -> Tensor:
+def fisher_spectrum(score: Tensor, *, damping: float = 1e-3, event_dim: int = 1) -> Tensor:
     """Eigenvalues of F = (1/K) Σ_k s_k s_kᵀ + λI, largest first: how anisotropic the behaviour density is.
 
     A diagnostic, not for hot paths. ``spectrum[..., 0] / spectrum.sum(-1)`` is the share of the stiffest direction
@@ -159,6 +164,8 @@ def fisher_spectrum(score: Tensor, *, damping: float = 1e-3) -> Tensor:
     Args:
         score: scores at K samples, (..., K, d); float32, bfloat16, float16 or float64.
         damping: λ ≥ 0.
+        event_dim: as in :func:`fisher_penalty`; the scores of chunks are (..., K, horizon, width), and their
+            eigenvalues (..., horizon·width).
 
     Returns:
         Eigenvalues (..., d), descending; float64 for a float64 input, float32 otherwise; NaN if a score of the row is
@@ -175,9 +182,14 @@ def fisher_spectrum(score: Tensor, *, damping: float = 1e-3) -> Tensor:
     """
     op = "fisher_spectrum"
     check_floating(op, score=score)
-    if score.ndim < 2 or 0 in score.shape[-2:]:
-        raise ValueError(f"{op}: score must be (..., K, d) with K and d of at least 1, got {tuple(score.shape)}")
+    event_dim = check_event_dim(op, event_dim)
+    if score.ndim <= event_dim or 0 in score.shape[-event_dim - 1 :]:
+        raise ValueError(
+            f"{op}: score must be (..., K, {form(event_dim)}) with K and {sizes(event_dim)} of at least 1, "
+            f"got {tuple(score.shape)}"
+        )
     damping = check_at_least(op, "damping", damping, 0.0)
+    score = flat(score, event_dim)
     score = score.to(torch.promote_types(score.dtype, torch.float32))
     with autocast(score.device, None):  # half precision makes small eigenvalues negative
         fisher = score.mT @ score / score.shape[-2]

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from fdkernels.backend import Backend, Precision, choose_fused
+from fdkernels.condition import Condition, check_condition_of_states, for_samples
 from fdkernels.dtypes import accumulate_dtype
+from fdkernels.events import check_event, check_event_dim, flat, form, shaped
 from fdkernels.jacobian import jacobian_along
 from fdkernels.noise import check_source, draw
+from fdkernels.paths import AffinePath, PathName, data_time, levels, near_data, resolve_path
 from fdkernels.records import REDUCTIONS, Normalize, PenaltyRule, Reduction, check_penalty_rule, reduce
 from fdkernels.solvers import METHODS, Method, Solver
 from fdkernels.validation import (
@@ -16,12 +21,14 @@ from fdkernels.validation import (
     brief,
     check_choice,
     check_count,
-    check_displacement,
     check_flag,
     check_floating,
     check_shape,
 )
 from fdkernels.velocity import Velocity, bind
+
+_VIEW = 0.2
+"""How far from the data's end of a path the views are by default."""
 
 
 def pullback_penalty(
@@ -32,6 +39,7 @@ def pullback_penalty(
     normalize: Normalize = "trace",
     eps: float = 1e-6,
     reduction: Reduction = "none",
+    event_dim: int = 1,
 ) -> Tensor:
     r"""Size δᵀM̂δ / d of a displacement, measured in the noise that a flow would need to move an action by it.
 
@@ -47,6 +55,7 @@ def pullback_penalty(
         normalize: ``"trace"`` for M̂, which makes an isotropic M give mean(δ²); ``"none"`` for δᵀMδ / d.
         eps: ε > 0, lower bound of tr M / d.
         reduction: ``"none"`` keeps the leading shape; ``"mean"`` and ``"sum"`` give a scalar.
+        event_dim: as in :func:`fisher_penalty`; for chunks δ (..., h, w) the Jacobians are (..., K, h, w, h, w).
 
     Returns:
         Penalty (...), or a scalar; float64 if an input is, float32 otherwise; computed in float64. Differentiable in
@@ -68,13 +77,17 @@ def pullback_penalty(
     """
     op = "pullback_penalty"
     check_floating(op, displacement=displacement, jacobian=jacobian)
-    d = check_displacement(op, displacement)
-    lead, samples = displacement.shape[:-1], jacobian.shape[-3] if jacobian.ndim >= 3 else 0
-    if not samples or jacobian.shape != (*lead, samples, d, d):
+    event_dim = check_event_dim(op, event_dim)
+    event, lead = check_event(op, "displacement", displacement, event_dim), displacement.shape[:-event_dim]
+    samples = jacobian.shape[-2 * event_dim - 1] if jacobian.ndim > 2 * event_dim else 0
+    if not samples or jacobian.shape != (*lead, samples, *event, *event):
+        square, own = ("d, d", f"d={event[0]}") if event_dim == 1 else ("*event, *event", f"event {event}")
         raise ValueError(
-            f"{op}: jacobian must be (..., K, d, d) with K of at least 1, the displacement's d={d} and its leading "
+            f"{op}: jacobian must be (..., K, {square}) with K of at least 1, the displacement's {own} and its leading "
             f"shape {tuple(lead)}, got {tuple(jacobian.shape)}"
         )
+    d = math.prod(event)
+    displacement, jacobian = flat(displacement, event_dim), jacobian.reshape(*lead, samples, d, d)
     rule = check_penalty_rule(op, damping, normalize, eps)
     check_choice(op, "reduction", reduction, REDUCTIONS)
     return reduce(_penalty(displacement, jacobian, rule), reduction)
@@ -82,12 +95,13 @@ def pullback_penalty(
 
 def flow_pullback_penalty(
     velocity: Velocity,
-    cond: Tensor,
+    cond: Condition,
     action: Tensor,
     displacement: Tensor,
     *,
+    path: PathName | AffinePath = "linear",
     num_samples: int = 2,
-    t: float = 0.8,
+    t: float | None = None,
     num_steps: int = 2,
     method: Method = "euler",
     damping: float = 3e-4,
@@ -98,36 +112,43 @@ def flow_pullback_penalty(
     generator: torch.Generator | None = None,
     seed: int | Tensor | None = None,
     return_jacobian: bool = False,
+    event_dim: int = 1,
     precision: Precision | None = None,
     backend: Backend | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Pull-back penalty of a displacement under the behaviour flow itself, around the action that it displaces.
 
-    The action is brought back to time t by K fresh noises, x_k = (1 − t)·ε_k + t·a, and the flow carries these noisy
-    views of it on to the end, a_k. The Jacobians J_k = ∂a_k/∂ε_k weigh the displacement (:func:`pullback_penalty`).
+    The action is brought back to time t by K fresh noises, x_k = σ_t·ε_k + α_t·a, and the flow carries these noisy
+    views of it on to the end, a_k. The Jacobians J_k = ∂a_k/∂ε_k weigh the displacement (:func:`pullback_penalty`). On
+    the linear path x_k = (1 − t)·ε_k + t·a.
 
     J_k J_kᵀ is the covariance of the behaviour given the view x_k, to first order in the noise. Where the behaviour is
-    locally Gaussian, its inverse tends to −∇² log p(a) + (t/(1 − t))²·I for many steps: the curvature of the density at
+    locally Gaussian, its inverse tends to −∇² log p(a) + (α_t/σ_t)²·I for many steps: the curvature of the density at
     the action, whose mean over actions is the Fisher matrix, and a constant. The default's two Euler steps exaggerate
-    thin directions, which the damping bounds. Compared with :func:`flow_fisher_penalty` nothing is divided by 1 − t, no
+    thin directions, which the damping bounds. Compared with :func:`flow_fisher_penalty` nothing is divided by σ_t, no
     flow is integrated from its start, and of several modes the metric sees the action's own. ``docs/science`` has
     measurements.
 
     Args:
         velocity: as in :func:`flow_jacobian`; a callable gets x (d, ..., K, d).
-        cond: states (..., c).
+        cond: states, as in :func:`flow_fisher_penalty`.
         action: a, the actions that δ is added to, (..., d); any actions, of the flow or of the data.
         displacement: δ (..., d); all three have one leading shape and device.
+        path: as in :func:`integrate_flow`.
         num_samples: K. Ignored if ``bridge_noise`` is given, whose K is used. A loss that draws fresh noise for every
             update averages over more.
-        t: time of the views, in [0, 1). Later is more local, earlier resolves wider directions.
-        num_steps: equal steps of the flow from t to 1. (1 + d)·K·num_steps rows are evaluated for each state.
+        t: time of the views, in [0, 1] but not the data's end. Nearer the data is more local, farther resolves wider
+            directions. None is 0.2 from the data's end: 0.8, and 0.2 on a path whose data are at t = 0.
+        num_steps: equal steps of the flow from t to the data's end. (1 + d)·K·num_steps rows are evaluated for each
+            state.
         method: as in :func:`integrate_flow`.
         damping, normalize, eps, reduction: as in :func:`pullback_penalty`.
         bridge_noise: ε_k, (..., K, d); drawn N(0, I) when None.
         generator: draws it in the dtype of ``cond``. PyTorch's global one when None.
         seed: draw it with a counter-based generator instead, as in :func:`flow_fisher_penalty`; positions 0 ... n − 1.
         return_jacobian: also return J_k (..., K, d, d).
+        event_dim: as in :func:`flow_jacobian`. For chunks (..., h, w) this is also the shape of ``action``, ε_k are
+            (..., K, h, w), J_k (..., K, h, w, h, w), and d is h·w.
         precision, backend: as in :func:`integrate_flow`.
 
     Returns:
@@ -149,40 +170,55 @@ def flow_pullback_penalty(
         torch.Size([256])
     """
     op = "flow_pullback_penalty"
-    device = check_floating(op, cond=cond, action=action, displacement=displacement)
-    d, lead = check_displacement(op, displacement), displacement.shape[:-1]
-    if cond.ndim == 0 or cond.shape[:-1] != lead:
-        raise ValueError(
-            f"{op}: cond must be (..., c) with the displacement's leading shape {tuple(lead)}, got {tuple(cond.shape)}"
-        )
-    check_shape(op, "action", action, displacement.shape, "(..., d)")
+    device = check_floating(op, action=action, displacement=displacement)
+    event_dim = check_event_dim(op, event_dim)
+    event, lead = check_event(op, "displacement", displacement, event_dim), displacement.shape[:-event_dim]
+    check_condition_of_states(op, "cond", cond, lead, device, "the displacement")
+    check_shape(op, "action", action, displacement.shape, f"(..., {form(event_dim)})")
     seed = check_source(op, seed, generator, device)
     if bridge_noise is None:
-        shape = (*lead, check_count(op, "num_samples", num_samples), d)
+        shape = (*lead, check_count(op, "num_samples", num_samples), *event)
     else:
         check_floating(op, device, bridge_noise=bridge_noise)
-        samples = bridge_noise.shape[-2] if bridge_noise.ndim >= 2 else 0
-        shape = (*lead, check_count(op, "K, the number of samples in bridge_noise,", samples), d)
-        check_shape(op, "bridge_noise", bridge_noise, shape, "(..., K, d)")
-    if not 0 <= as_float(t) < 1:
-        raise ValueError(f"{op}: t must be a number in [0, 1), got {brief(t)}")
-    t, num_steps = float(t), check_count(op, "num_steps", num_steps)
+        samples = bridge_noise.shape[-event_dim - 1] if bridge_noise.ndim > event_dim else 0
+        shape = (*lead, check_count(op, "K, the number of samples in bridge_noise,", samples), *event)
+        check_shape(op, "bridge_noise", bridge_noise, shape, f"(..., K, {form(event_dim)})")
+    resolved = resolve_path(op, path)
+    t, end = _check_view(op, t, resolved), data_time(op, resolved)
+    num_steps = check_count(op, "num_steps", num_steps)
     check_choice(op, "method", method, METHODS)
     rule = check_penalty_rule(op, damping, normalize, eps)
     check_choice(op, "reduction", reduction, REDUCTIONS)
     check_flag(op, "return_jacobian", return_jacobian)
-    bound = bind(op, velocity, action, precision)
-    fused = choose_fused(op, backend, None, bound.packed, (displacement, cond, action))
+    bound = bind(op, velocity, action, precision, event)
+    displacement, action = flat(displacement, event_dim), flat(action, event_dim)
+    bridge_noise = flat(bridge_noise, event_dim)
+    like = cond if isinstance(cond, Tensor) else displacement
+    fused = choose_fused(op, backend, None, bound.packed, (displacement, like, action))
     bound.check_rows(action, cond, "action", "cond")
     with torch.no_grad():
-        noise = draw(shape, cond, generator, seed) if bridge_noise is None else bridge_noise
-        view = (1 - t) * noise.to(action.dtype) + t * action.unsqueeze(-2)
-        times = [t + (1 - t) * i / num_steps for i in range(num_steps)]
-        solver = Solver([*times, 1.0], method, 0.0, 0.0, "never")
-        _, jacobian = jacobian_along(solver, bound, view, cond.unsqueeze(-2), fused)
-        jacobian = (1 - t) * jacobian
+        noise = flat(draw(shape, like, generator, seed), event_dim) if bridge_noise is None else bridge_noise
+        alpha, sigma = levels(op, resolved, t)
+        view = sigma * noise.to(action.dtype) + alpha * action.unsqueeze(-2)
+        times = [t + (end - t) * i / num_steps for i in range(num_steps)]
+        solver = Solver([*times, end], method, 0.0, 0.0, "never")
+        _, jacobian = jacobian_along(solver, bound, view, for_samples(cond, lead), fused)
+        jacobian = sigma * jacobian
     penalty = reduce(_penalty(displacement, jacobian, rule), reduction)
-    return (penalty, jacobian) if return_jacobian else penalty
+    return (penalty, shaped(jacobian, event, event)) if return_jacobian else penalty
+
+
+def _check_view(op: str, t: float | None, path: AffinePath) -> float:
+    """The time of the views: a number in [0, 1] with noise left, and not the data's end."""
+    if t is None:
+        return near_data(op, path, _VIEW)
+    end = data_time(op, path)
+    if not 0 <= as_float(t) <= 1 or as_float(t) == end:
+        raise ValueError(f"{op}: t must be a number in {'[0, 1)' if end else '(0, 1]'}, got {brief(t)}")
+    t = float(t)
+    if not levels(op, path, t)[1] > 0:
+        raise ValueError(f"{op}: t must leave some noise (σ_t > 0) for a Jacobian to exist, got t={t!r} with σ_t = 0")
+    return t
 
 
 def _penalty(displacement: Tensor, jacobian: Tensor, rule: PenaltyRule) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fdkernels.dtypes import accumulate_dtype
 from fdkernels.layers import EncodedNetwork
-from fdkernels.paths import PATHS, AffinePath, PathName, Time, resolve_path, takes_numbers
+from fdkernels.paths import PATHS, AffinePath, PathName, Time, levels, resolve_path, takes_numbers
 from fdkernels.solvers import Solver
 from fdkernels.validation import brief, check_at_least, check_broadcast, check_choice, check_floating, is_number
 
@@ -87,6 +87,13 @@ class ScoreRule(NamedTuple):
             t = torch.full((1,) * ndim, t, dtype=dtype, device=x.device)
         return Affine(torch.cat(self._coefficients(t), -1), 1.0, 0.0, self.exact)
 
+    def levels(self, t: Tensor | float) -> tuple[Any, Any]:
+        """α and σ at a number, as numbers, or at a tensor of times, in its dtype."""
+        if not isinstance(t, Tensor):
+            return levels(self.op, self.path, t)
+        alpha, sigma, _, _ = self.path.at(self.op, t.to(accumulate_dtype(t)))
+        return alpha.to(t.dtype), sigma.to(t.dtype)
+
     def _coefficients(self, t: Time) -> tuple[Time, Time]:
         alpha, sigma, d_alpha, d_sigma = self.path.at(self.op, t)
         bounded: Any = sigma.clamp(min=self.min_sigma) if isinstance(sigma, Tensor) else max(sigma, self.min_sigma)
@@ -107,26 +114,28 @@ def check_score_rule(op: str, path: PathName | AffinePath, convention: Conventio
     return ScoreRule(op, resolved, convention == "exact", min_sigma, isinstance(path, str) or takes_numbers(resolved))
 
 
-def check_time(t: Tensor | float, rule: ScoreRule, like: Tensor, shape: tuple[int, ...]) -> Tensor | float:
-    """A tensor must fit ``shape``; a number must be in [0, 1] and leave some noise (σ_t > 0), and becomes a float."""
+def check_time(
+    t: Tensor | float, rule: ScoreRule, like: Tensor, rows: tuple[int, ...], event_dim: int
+) -> Tensor | float:
+    """The time for rows of this leading shape, whose tensors have one more dimension.
+
+    A tensor must broadcast to their shape before they were flattened, with 1 for each dimension of the event. A number
+    must be in [0, 1] and leave some noise (σ_t > 0), and becomes a float.
+    """
     op, path = rule.op, rule.path
     if isinstance(t, Tensor):
         check_floating(op, like.device, t=t)
-        check_broadcast(op, "t", t, shape, "(..., 1)")
-        return t
+        ones = (1,) * event_dim
+        check_broadcast(op, "t", t, (*rows, *ones), f"(..., {', '.join(map(str, ones))})")
+        return t if event_dim == 1 else t.reshape(t.shape[: 1 - event_dim] if t.ndim >= event_dim else 1)
     if not is_number(t):
         raise TypeError(f"{op}: t must be a number or a torch.Tensor, got {type(t).__name__}")
     if not 0 <= t <= 1:
         raise ValueError(f"{op}: t must lie in [0, 1], got {brief(t)}")
     t = float(t)
-    sigma: Any = path.sigma if rule.of_numbers else lambda t: path.at(op, _single(t))[1]
-    if not sigma(t) > 0:
+    if not levels(op, path, t)[1] > 0:
         raise ValueError(f"{op}: t must leave some noise (σ_t > 0) for a score to exist, got t={t!r} with σ_t = 0")
     return t
-
-
-def _single(t: float) -> Tensor:
-    return torch.tensor(t, dtype=torch.float64, device="cpu")
 
 
 class Way(NamedTuple):
@@ -151,10 +160,12 @@ class Noise(NamedTuple):
 
 
 class TimedAffine(NamedTuple):
-    """Time, p and q of every sample: numbers, or instead a tensor (models, states·K, 3)."""
+    """Time t, α and σ there, p and q of every sample: numbers, or instead a tensor (models, states·K, 5)."""
 
-    triples: Tensor | None
+    columns: Tensor | None
     t: float
+    alpha: float
+    sigma: float
     p: float
     q: float
     use_x: bool

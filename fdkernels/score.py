@@ -34,7 +34,7 @@ def velocity_to_score(
         x: the points at which it was evaluated, (..., d), same device.
         t: time, a number in [0, 1] at which σ_t > 0, or a tensor that broadcasts to (..., 1). The values of a
             tensor are not read, because that would synchronise the device: times outside [0, 1] give NaN, and
-            ``min_sigma`` replaces a σ_t of zero.
+            ``min_sigma`` replaces a σ_t of zero. For chunks (..., horizon, d), a time of shape (..., 1, 1) serves one.
         path: ``"linear"`` (noise at t = 0, data at t = 1), ``"linear_reversed"`` (data at t = 0), ``"vp"``
             (variance preserving, β from 0.1 to 20), ``"cosine"``, or an :class:`AffinePath`.
         convention: ``"exact"`` as above. ``"velocity"`` is v / (1 − t), as in the published implementation of
@@ -67,6 +67,6 @@ def velocity_to_score(
     if velocity.ndim == 0:
         raise ValueError(f"{op}: velocity must be (..., d), got a scalar")
     rule = check_score_rule(op, path, convention, min_sigma)
-    t = check_time(t, rule, velocity, (*velocity.shape[:-1], 1))
+    t = check_time(t, rule, velocity, velocity.shape[:-1], 1)
     triton = choose_backend(op, backend, velocity, x) == "triton"
     return score_from_velocity(velocity, x, t, rule, triton)

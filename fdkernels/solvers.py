@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fdkernels.backend import autocast
+from fdkernels.paths import AffinePath, PathName, data_time, resolve_path
 from fdkernels.torch_private import transforms_active
 from fdkernels.validation import (
     MAX_COUNT,
@@ -74,22 +75,25 @@ def check_solver(
     method: Method,
     clip: tuple[float, float] | None,
     clip_each_step: bool,
+    path: PathName | AffinePath,
 ) -> Solver:
     """The solver that these arguments of a public function describe."""
+    resolved = resolve_path(op, path)
     check_choice(op, "method", method, METHODS)
     check_flag(op, "clip_each_step", clip_each_step)
     if clip is None and clip_each_step:
         raise ValueError(f"{op}: clip_each_step needs bounds, got clip=None")
     low, high = (0.0, 0.0) if clip is None else check_bounds(op, "clip", clip)
     when = "never" if clip is None else "step" if clip_each_step else "end"
-    return Solver(_check_times(op, num_steps, time_grid), method, low, high, when)
+    return Solver(_check_times(op, num_steps, time_grid, resolved), method, low, high, when)
 
 
-def _check_times(op: str, num_steps: int, time_grid: Sequence[float] | Tensor | None) -> list[float]:
-    """The S + 1 times: those of ``time_grid``, or i/S."""
+def _check_times(op: str, num_steps: int, time_grid: Sequence[float] | Tensor | None, path: AffinePath) -> list[float]:
+    """The S + 1 times: those of ``time_grid``, or i/S from the path's noise to its data."""
     if time_grid is None:
         num_steps = check_count(op, "num_steps", num_steps)
-        return [i / num_steps for i in range(num_steps + 1)]
+        times = [i / num_steps for i in range(num_steps + 1)]
+        return times if data_time(op, path) == 1 else times[::-1]
     listed = _on_host(time_grid)
     if not is_sequence(listed):
         raise TypeError(f"{op}: time_grid must be a sequence of times, got {type(time_grid).__name__}")

@@ -23,12 +23,23 @@ MAX_NUMBER = 1e30
 
 def check_floating(op: str, device: torch.device | None = None, **tensors: Tensor) -> torch.device:
     """Check that all are dense floating-point tensors on one device, and return the device."""
+    return _check_tensors(op, device, tensors, FLOATING)
+
+
+def check_dense(op: str, device: torch.device | None = None, **tensors: Tensor) -> torch.device:
+    """The same for tensors of any dtype."""
+    return _check_tensors(op, device, tensors, None)
+
+
+def _check_tensors(
+    op: str, device: torch.device | None, tensors: dict[str, Tensor], dtypes: tuple[torch.dtype, ...] | None
+) -> torch.device:
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(tensor).__name__}")
         if tensor.layout != torch.strided or tensor.is_nested:
             raise TypeError(f"{op}: {name} must be a dense tensor, got one that is {_layout(tensor)}")
-        if tensor.dtype not in FLOATING:
+        if dtypes is not None and tensor.dtype not in dtypes:
             raise TypeError(f"{op}: {name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
         if device is not None and tensor.device != device:
             raise ValueError(f"{op}: all tensors must be on one device, got {name} on {tensor.device} and {device}")
@@ -121,24 +132,6 @@ def check_broadcast(op: str, name: str, tensor: Tensor, shape: tuple[int, ...], 
     sizes = tensor.shape
     if len(sizes) > len(shape) or not all(a == b or a == 1 for a, b in zip(reversed(sizes), reversed(shape))):
         raise ValueError(f"{op}: {name} must broadcast to {wants} = {tuple(shape)}, got {tuple(sizes)}")
-
-
-def check_displacement(op: str, displacement: Tensor) -> int:
-    """Check that displacement is (..., d) with d of at least 1, and return d."""
-    if displacement.ndim == 0 or displacement.shape[-1] == 0:
-        raise ValueError(f"{op}: displacement must be (..., d) with d of at least 1, got {tuple(displacement.shape)}")
-    return displacement.shape[-1]
-
-
-def check_samples(op: str, displacement: Tensor, name: str, samples: Tensor) -> None:
-    """Check that displacement is (..., d) and ``samples`` (..., K, d), with d and K at least 1."""
-    d = check_displacement(op, displacement)
-    lead_fits = samples.ndim >= 2 and samples.shape[:-2] == displacement.shape[:-1] and samples.shape[-1] == d
-    if not lead_fits or samples.shape[-2] == 0:
-        raise ValueError(
-            f"{op}: {name} must be (..., K, d) with K of at least 1, the displacement's d={d} and its leading shape "
-            f"{tuple(displacement.shape[:-1])}, got {tuple(samples.shape)}"
-        )
 
 
 def brief(value: Any) -> str:

@@ -18,17 +18,19 @@ from fdkernels.backend import (
     check_precision,
     settle_precision,
 )
+from fdkernels.condition import Condition, check_condition, each, joined, spread
 from fdkernels.cpu import field as cpu_field
 from fdkernels.cpu import processor
+from fdkernels.events import check_event
 from fdkernels.layers import EncodedNetwork, Network, encode
 from fdkernels.networks import PackedMLP, is_known, pack_known
 from fdkernels.records import Way
 from fdkernels.solvers import Field
 from fdkernels.torch_private import transforms_active
-from fdkernels.validation import check_broadcast, check_floating
+from fdkernels.validation import brief, check_floating
 
-Velocity: TypeAlias = PackedMLP | nn.Module | Callable[[Tensor, Tensor, Tensor | None], Tensor]
-Flow: TypeAlias = Callable[[Tensor, "Tensor | None", str, str], "tuple[Field, Tensor]"]
+Velocity: TypeAlias = PackedMLP | nn.Module | Callable[[Tensor, Tensor, Any], Tensor]
+Flow: TypeAlias = Callable[[Tensor, Condition, str, str], "tuple[Field, Tensor]"]
 """Maps x0, cond and their names in messages to v(x, t) and x0 in the dtype of the solver's state."""
 
 
@@ -45,6 +47,8 @@ class BoundVelocity(NamedTuple):
     settled: str
     """The precision that results: "highest", "high", "bf16" or "fp16"."""
     autocast: bool
+    event: tuple[int, ...]
+    """The shape of one action. Rows hold its elements in one dimension."""
 
     def way(self, implementation: str | None) -> Way:
         """How the kernels integrate."""
@@ -68,13 +72,14 @@ class BoundVelocity(NamedTuple):
         """The flow on the PyTorch path, with the weights as they are now."""
         return self._flow_of_callable() if self.packed is None else self._flow_of_mlp(self.packed)
 
-    def tangent_field(self, x0: Tensor, cond: Tensor | None) -> tuple[Tensor, Field]:
+    def tangent_field(self, x0: Tensor, cond: Condition) -> tuple[Tensor, Field]:
         """x0 in the dtype of the solver's state, and the field of rows and their tangents, without gradients.
 
         Both have shape (1 + d, ..., d); the field is v(x, t) of the first row, and ∂v/∂x times each other one.
         """
         if self.packed is None:
             return x0, self._tangent_field_of_callable(x0, cond)
+        assert cond is None or isinstance(cond, Tensor), "check_rows checks this"
         network = self._network(self.packed)
         return x0.to(torch.promote_types(self.packed.dtype, torch.float32)), network.tangent_field(cond)
 
@@ -88,48 +93,53 @@ class BoundVelocity(NamedTuple):
     def _flow_of_mlp(self, packed: PackedMLP) -> Flow:
         network, outer = self._network(packed), torch.promote_types(packed.dtype, torch.float32)
 
-        def flow(x0: Tensor, cond: Tensor | None, x0_name: str, cond_name: str) -> tuple[Field, Tensor]:
-            self.check_rows(x0, cond, x0_name, cond_name)
+        def flow(x0: Tensor, cond: Condition, x0_name: str, cond_name: str) -> tuple[Field, Tensor]:
+            given = self.check_rows(x0, cond, x0_name, cond_name)
             x = x0.to(outer)
             if cpu_field.serves(x):
-                return cpu_field.CpuField(network, cond, x.shape[:-1]), x
-            return network.field(cond), x
+                return cpu_field.CpuField(network, given, x.shape[:-1]), x
+            return network.field(given), x
 
         return flow
 
     def _flow_of_callable(self) -> Flow:
-        op, velocity = self.op, self.velocity
+        op, velocity, event = self.op, self.velocity, self.event
+        of_chunks = len(event) > 1
 
-        def flow(x0: Tensor, cond: Tensor | None, x0_name: str, cond_name: str) -> tuple[Field, Tensor]:
+        def flow(x0: Tensor, cond: Condition, x0_name: str, cond_name: str) -> tuple[Field, Tensor]:
             lead = x0.shape[:-1]
-            spread = cond if cond is None or cond.shape[:-1] == lead else cond.expand(*lead, cond.shape[-1])
+            given, shape = spread(cond, lead), tuple(x0.shape)
+            if of_chunks:
+                given, shape = joined(given, lead), (lead.numel(), *event)
 
             def field(x: Tensor, t: float | Tensor) -> Tensor:
                 if not isinstance(t, Tensor):
                     t = torch.full((), t, dtype=x.dtype, device=x.device)
-                v = velocity(x, t.expand(*lead, 1), spread)
+                z, t = x, t.expand(*lead, 1)
+                if of_chunks:
+                    z, t = x.reshape(shape), t.reshape(shape[0], *(1 for _ in event))
+                v = velocity(z, t, given)
                 check_floating(op, x.device, **{"velocity's result": v})
-                if v.shape != x.shape:
-                    raise ValueError(f"{op}: velocity must return x's shape {tuple(x.shape)}, got {tuple(v.shape)}")
-                return v.to(x.dtype)
+                if v.shape != shape:
+                    raise ValueError(f"{op}: velocity must return x's shape {shape}, got {tuple(v.shape)}")
+                return v.to(x.dtype).reshape(x.shape)
 
             return field, x0
 
         return flow
 
-    def _tangent_field_of_callable(self, x: Tensor, cond: Tensor | None) -> Field:
+    def _tangent_field_of_callable(self, x: Tensor, cond: Condition) -> Field:
         """d copies of the rows go through the velocity at once, and copy i gives the derivatives of output i.
 
         The backward pass thus runs once, as a compiled network requires.
         """
         op, d = self.op, x.shape[-1]
-        if cond is not None:
-            cond = cond.expand(*x.shape[:-1], cond.shape[-1])
+        cond = spread(cond, x.shape[:-1])
         functional = torch.compiler.is_compiling() or transforms_active()
         if not functional and torch.is_inference_mode_enabled():  # whose tensors autograd cannot use
             with torch.inference_mode(False):
-                x, cond = x.clone(), None if cond is None else cond.clone()
-        copies = x.expand(d, *x.shape)
+                x, cond = x.clone(), each(torch.clone, cond)
+        copies, cond = x.expand(d, *x.shape), each(lambda part: part.expand(d, *part.shape), cond)
         field, _ = self._flow_of_callable()(copies, cond, "x0", "cond")
 
         def velocity(rows: Tensor, t: float | Tensor) -> Tensor:
@@ -153,11 +163,16 @@ class BoundVelocity(NamedTuple):
 
         return velocity
 
-    def check_rows(self, x: Tensor, cond: Tensor | None, x_name: str, cond_name: str) -> None:
-        """Check that x and cond have the widths of a packed MLP and, without autocast, the dtype of its weights."""
+    def check_rows(self, x: Tensor, cond: Condition, x_name: str, cond_name: str) -> Any:
+        """Check that x and cond have the widths of a packed MLP and, without autocast, the dtype of its weights.
+
+        Returns cond, which for a packed MLP is a tensor or None.
+        """
         op, packed = self.op, self.packed
         if packed is None:
-            return
+            return cond
+        if cond is not None and not (isinstance(cond, Tensor) and cond.ndim <= x.ndim):
+            raise ValueError(f"{op}: velocity is an MLP, whose {cond_name} is a tensor (..., c), got {brief(cond)}")
         if x.shape[-1] != packed.action_dim:
             raise ValueError(f"{op}: velocity moves {packed.action_dim} dimensions, got {x_name} with d={x.shape[-1]}")
         if x.device != packed.device:
@@ -173,10 +188,17 @@ class BoundVelocity(NamedTuple):
                     f"{op}: velocity's weights are {packed.dtype}, got {name} of {tensor.dtype}; convert one, or use "
                     "autocast"
                 )
+        return cond
 
 
-def bind(op: str, velocity: Velocity, like: Tensor, precision: Precision | None) -> BoundVelocity:
-    """Bind the velocity to the dtype and device of ``like``. A :class:`VelocityMLP` is packed."""
+def bind(
+    op: str, velocity: Velocity, like: Tensor, precision: Precision | None, event: tuple[int, ...]
+) -> BoundVelocity:
+    """Bind the velocity to the dtype and device of ``like``. A :class:`VelocityMLP` is packed.
+
+    Args:
+        event: the shape of one action.
+    """
     if is_known(velocity):
         velocity = pack_known(f"{op}: velocity", velocity)
     if not callable(velocity):
@@ -189,17 +211,14 @@ def bind(op: str, velocity: Velocity, like: Tensor, precision: Precision | None)
     check_precision(op, precision, dtype, like.dtype)
     device = like.device.type
     settled = settle_precision(precision, dtype, device)
-    return BoundVelocity(op, velocity, packed, precision, settled, autocast_enabled(device))
+    return BoundVelocity(op, velocity, packed, precision, settled, autocast_enabled(device), event)
 
 
-def check_start(op: str, x0: Tensor, cond: Tensor | None, x0_name: str, cond_name: str) -> None:
-    """Check that x0 is (..., d), and that the leading shape of cond (..., c) broadcasts to x0's."""
-    check_floating(op, None, **({x0_name: x0} if cond is None else {x0_name: x0, cond_name: cond}))
-    if x0.ndim == 0:
-        raise ValueError(f"{op}: {x0_name} must be (..., d), got a scalar")
-    if cond is None:
-        return
-    if cond.ndim == 0:
-        raise ValueError(f"{op}: {cond_name} must be (..., c), got a scalar")
-    shape = (*x0.shape[:-1], cond.shape[-1])
-    check_broadcast(op, cond_name, cond, shape, f"(..., c) with {x0_name}'s leading shape")
+def check_start(
+    op: str, x0: Tensor, cond: Condition, x0_name: str, cond_name: str, event_dim: int, least: int = 0
+) -> tuple[int, ...]:
+    """Check that x0 is (..., *event), and that the leading shape of cond broadcasts to x0's; return the event."""
+    device = check_floating(op, None, **{x0_name: x0})
+    event = check_event(op, x0_name, x0, event_dim, least)
+    check_condition(op, cond_name, cond, x0.shape[:-event_dim], device, x0_name)
+    return event

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fdkernels_ref.paths import AffinePath, data_time
+
 Velocity = Callable[[Tensor, Tensor, Any], Tensor]  # v(x, t, cond): x (..., d), t (..., 1), cond as given -> (..., d)
 Field = Callable[[Tensor, float], Tensor]  # the same with cond fixed and t a number
 
@@ -43,6 +45,7 @@ def integrate_flow(
     x0: Tensor,
     cond: Tensor | None = None,
     *,
+    path: str | AffinePath = "linear",
     num_steps: int = 10,
     method: str = "euler",
     time_grid: Sequence[float] | Tensor | None = None,
@@ -59,9 +62,10 @@ def integrate_flow(
         velocity: any v(x, t, cond) -> (..., d); t has shape (..., 1) and the dtype of x0, cond is passed on as given.
         x0: noise, (..., d).
         cond: the state s, (..., c).
+        path: as in `velocity_to_score`; where its data are at t = 0, the times run backwards.
         num_steps: S.
         method: "euler", "midpoint", "heun" or "rk4".
-        time_grid: the S + 1 times t_i in place of i/S, rising or falling; `num_steps` is then ignored.
+        time_grid: the S + 1 times t_i in place of these, rising or falling; `num_steps` is then ignored.
         clip: lower and upper bound of a, or None for no clipping.
         clip_each_step: clip after every step, not only the last.
         return_path: return every x_i instead of a alone.
@@ -70,14 +74,18 @@ def integrate_flow(
         a, (..., d), in the dtype of x0; with `return_path` x_0 to x_S, (S + 1, ..., d), the last one clipped.
         Differentiable in x0, cond and the velocity's parameters, through every step.
     """
-    times = [i / num_steps for i in range(num_steps + 1)] if time_grid is None else [float(t) for t in time_grid]
+    if time_grid is None:
+        times = [i / num_steps for i in range(num_steps + 1)]
+        times = times if data_time(path) == 1 else times[::-1]
+    else:
+        times = [float(t) for t in time_grid]
 
     def field(x: Tensor, t: float) -> Tensor:
         return velocity(x, torch.full_like(x[..., :1], t), cond)
 
-    path = [x0]
+    states = [x0]
     for t, t_next in itertools.pairwise(times):
-        path.append(_METHODS[method](field, path[-1], t, t_next - t))
-        if clip is not None and (clip_each_step or len(path) == len(times)):
-            path[-1] = path[-1].clamp(*clip)
-    return torch.stack(path) if return_path else path[-1]
+        states.append(_METHODS[method](field, states[-1], t, t_next - t))
+        if clip is not None and (clip_each_step or len(states) == len(times)):
+            states[-1] = states[-1].clamp(*clip)
+    return torch.stack(states) if return_path else states[-1]

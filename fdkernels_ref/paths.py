@@ -81,3 +81,15 @@ PATHS: dict[str, AffinePath] = {
     ),
     "vp": _Path(_vp_alpha, _vp_sigma, _vp_d_alpha, _vp_d_sigma),
 }
+
+
+def path_of(path: str | AffinePath) -> AffinePath:
+    """The path itself, or the one of that name."""
+    return PATHS[path] if isinstance(path, str) else path
+
+
+def data_time(path: str | AffinePath) -> float:
+    """The data's end of a path, 1 or 0: where noise weighs less beside data, σ_0·α_1 > σ_1·α_0 or the reverse."""
+    ends, path = torch.tensor([0.0, 1.0], dtype=torch.float64), path_of(path)
+    (alpha_0, alpha_1), (sigma_0, sigma_1) = path.alpha(ends), path.sigma(ends)
+    return 1.0 if sigma_0 * alpha_1 > sigma_1 * alpha_0 else 0.0

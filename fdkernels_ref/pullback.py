@@ -9,6 +9,7 @@ from einops import einsum, rearrange, reduce, repeat
 from torch import Tensor
 
 from fdkernels_ref.flow import Velocity, integrate_flow
+from fdkernels_ref.paths import AffinePath, data_time, path_of
 from fdkernels_ref.penalty import normalize_fisher, reduce_penalty
 
 
@@ -17,6 +18,7 @@ def flow_jacobian(
     x0: Tensor,
     cond: Tensor | None = None,
     *,
+    path: str | AffinePath = "linear",
     num_steps: int = 10,
     method: str = "euler",
     time_grid: Sequence[float] | Tensor | None = None,
@@ -25,8 +27,8 @@ def flow_jacobian(
     """The action a = clip(x_S) of `integrate_flow`, and J = ∂x_S/∂x0, differentiated through every step.
 
     Args:
-        velocity, x0, cond, num_steps, method, time_grid: as in `integrate_flow`. A row of v depends on its own row
-            of x only.
+        velocity, x0, cond, path, num_steps, method, time_grid: as in `integrate_flow`. A row of v depends on its own
+            row of x only.
         clip: bounds of a; J is that of the action before clipping.
 
     Returns:
@@ -34,7 +36,9 @@ def flow_jacobian(
     """
     with torch.enable_grad():
         x0 = x0.detach().requires_grad_()
-        end = integrate_flow(velocity, x0, cond, num_steps=num_steps, method=method, time_grid=time_grid, clip=None)
+        end = integrate_flow(
+            velocity, x0, cond, path=path, num_steps=num_steps, method=method, time_grid=time_grid, clip=None
+        )
         rows = [torch.autograd.grad(end[..., i].sum(), x0, retain_graph=True)[0] for i in range(x0.shape[-1])]
     action = end.detach()
     return action if clip is None else action.clamp(*clip), torch.stack(rows, dim=-2)
@@ -94,8 +98,9 @@ def flow_pullback_penalty(
     action: Tensor,
     displacement: Tensor,
     *,
+    path: str | AffinePath = "linear",
     num_samples: int = 2,
-    t: float = 0.8,
+    t: float | None = None,
     num_steps: int = 2,
     method: str = "euler",
     damping: float = 3e-4,
@@ -105,20 +110,21 @@ def flow_pullback_penalty(
     bridge_noise: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """`pullback_penalty` of a δ that is added to ``action``, from K noisy views of that action (linear path).
+    """`pullback_penalty` of a δ that is added to ``action``, from K noisy views of that action.
 
-        x_k = (1 − t)·ε_k + t·a,    J_k = ∂a_k/∂ε_k for the a_k that the flow carries x_k to = (1 − t)·∂a_k/∂x_k
+        x_k = σ_t·ε_k + α_t·a,    J_k = ∂a_k/∂ε_k for the a_k that the flow carries x_k to = σ_t·∂a_k/∂x_k
 
     J_k·J_kᵀ is, to first order in the noise, the covariance of the behaviour given the view x_k. For a Gaussian and
-    many steps it is Cov[a | x_k] itself, with the inverse −∇² log p(a) + (t/(1 − t))²·I.
+    many steps it is Cov[a | x_k] itself, with the inverse −∇² log p(a) + (α_t/σ_t)²·I.
 
     Args:
         velocity, cond: as in `integrate_flow`; cond is (..., c).
         action: a, the action that δ is added to, (..., d).
         displacement: δ, (..., d).
+        path: as in `velocity_to_score`.
         num_samples: K.
-        t: the time of the views.
-        num_steps: equal steps of the flow from t to 1.
+        t: the time of the views. None is 0.2 from the data's end of the path.
+        num_steps: equal steps of the flow from t to the data's end.
         method: as in `integrate_flow`.
         damping, normalize, eps, reduction: as in `pullback_penalty`.
         bridge_noise: ε_k, (..., K, d); drawn from N(0, I) in the dtype of displacement when None.
@@ -131,10 +137,14 @@ def flow_pullback_penalty(
     if bridge_noise is None:
         shape = (*batch, num_samples, d)
         bridge_noise = torch.randn(shape, generator=generator, dtype=displacement.dtype, device=displacement.device)
-    view = (1 - t) * bridge_noise + t * rearrange(action, "... i -> ... 1 i")
+    end = data_time(path)
+    t = abs(end - 0.2) if t is None else t
+    at = torch.tensor(t, dtype=torch.float64)
+    alpha, sigma = path_of(path).alpha(at), path_of(path).sigma(at)
+    view = sigma * bridge_noise + alpha * rearrange(action, "... i -> ... 1 i")
     cond = repeat(cond, "... c -> ... k c", k=bridge_noise.shape[-2])
-    times = [t + (1 - t) * i / num_steps for i in range(num_steps + 1)]
+    times = [t + (end - t) * i / num_steps for i in range(num_steps + 1)]
     _, jacobian = flow_jacobian(velocity, view, cond, method=method, time_grid=times)
     return pullback_penalty(
-        displacement, (1 - t) * jacobian, damping=damping, normalize=normalize, eps=eps, reduction=reduction
+        displacement, sigma * jacobian, damping=damping, normalize=normalize, eps=eps, reduction=reduction
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fdkernels_ref.paths import PATHS, AffinePath
+from fdkernels_ref.paths import AffinePath, path_of
 
 
 def velocity_to_score(
@@ -48,7 +48,7 @@ def velocity_to_score(
         return velocity / (1 - t).clamp(min=min_sigma)
     if convention != "exact":
         raise ValueError(f"velocity_to_score: convention must be 'exact' or 'velocity', got {convention!r}")
-    p = PATHS[path] if isinstance(path, str) else path
+    p = path_of(path)
     alpha, sigma, d_alpha, d_sigma = p.alpha(t), p.sigma(t), p.d_alpha(t), p.d_sigma(t)
     bracket = d_alpha * sigma - alpha * d_sigma
     return (alpha * velocity - d_alpha * x) / (sigma.clamp(min=min_sigma) * bracket)

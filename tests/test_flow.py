@@ -503,7 +503,7 @@ def solve_groups(x0s: Any, conds: Any, **options: Any) -> tuple[Tensor, ...]:
 
 BAD = {
     "no tensor": (lambda: solve([1.0]), TypeError, "x0 must be a torch.Tensor, got list"),
-    "scalar": (lambda: solve(torch.tensor(1.0)), ValueError, r"x0 must be \(\.\.\., d\), got a scalar"),
+    "scalar": (lambda: solve(torch.tensor(1.0)), ValueError, r"x0 must be \(\.\.\., d\), got \(\)"),
     "scalar cond": (lambda: solve(cond=torch.tensor(1.0)), ValueError, r"cond must be \(\.\.\., c\), got a scalar"),
     "steps": (lambda: solve(num_steps=0), ValueError, "num_steps must"),
     "method": (lambda: solve(method="rk5"), ValueError, "method must be one of 'euler'"),

@@ -16,7 +16,7 @@ FILES = sorted((ROOT / "fdkernels").rglob("*.py"))
 # stands for all of its modules.
 FLOORS = [
     {"torch_private", "validation", "dtypes"},
-    {"backend", "philox", "noise", "groups", "paths", "solvers"},
+    {"backend", "philox", "noise", "groups", "events", "condition", "paths", "solvers"},
     {"cpu.processor", "cpu.layers"},
     {"activations"},
     {"layers"},

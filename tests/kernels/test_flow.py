@@ -26,6 +26,7 @@ from fdkernels.ops.register import Layout
 from fdkernels.philox import philox_normal
 from fdkernels.records import Chain, Noise, PenaltyRule, TimedAffine, Way
 from fdkernels.solvers import METHODS, Solver
+from fdkernels_ref.paths import path_of
 from tests.judge import BARS, assert_agree
 from tests.kernels.device import COMPILERS, DEVICE, INTERPRETED, guarded, on_gpu
 from tests.kernels.together import programs_together
@@ -239,14 +240,14 @@ def judge_chain(
 
     reference = in_double(mlp)
     spread = cond.double().unsqueeze(-2).expand(*lead, num_samples, cond_dim)
-    samples = (
-        noise.double() if from_samples else fdkernels_ref.integrate_flow(reference, noise.double(), spread, num_steps=3)
-    )
+    of_score = {name: options.pop(name) for name in ("path", "convention") if name in options}
+    path, samples = of_score.get("path", "linear"), noise.double()
+    if not from_samples:
+        samples = fdkernels_ref.integrate_flow(reference, samples, spread, num_steps=3, path=path)
     time = t.double() if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64)
     time = time.expand(*lead, num_samples, 1)
-    x_t = (1 - time) * bridge.double() + time * samples
-    convention = options.pop("convention", "exact")
-    scores = fdkernels_ref.velocity_to_score(reference(x_t, time, spread), x_t, time, convention=convention)
+    x_t = path_of(path).sigma(time) * bridge.double() + path_of(path).alpha(time) * samples
+    scores = fdkernels_ref.velocity_to_score(reference(x_t, time, spread), x_t, time, **of_score)
     truth_leaf = displacement.double().requires_grad_()
     truth = fdkernels_ref.fisher_penalty(truth_leaf, scores, **options)
     (truth_gradient,) = torch.autograd.grad(truth, truth_leaf, upstream.double())
@@ -272,6 +273,19 @@ def test_chain_options(implementation: str) -> None:
     judge(from_samples=True)
     judge(t=0.5 + 0.4 * draw(2, 5, 3, 1).sigmoid())
     judge(t=torch.full((1,), 0.5), from_samples=True)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_chain_on_other_paths(implementation: str) -> None:
+    mlp = network(5, 3, (32, 32))
+    judge = functools.partial(judge_chain, mlp, (2, 5), 3, implementation)
+    square = fdkernels.AffinePath(  # data at t = 0
+        lambda t: (1 - t) ** 2, lambda t: t, lambda t: 2 * (t - 1), lambda t: torch.ones_like(t)
+    )
+    judge(path="linear_reversed", t=0.1)
+    judge(path="vp", t=0.9, from_samples=True)
+    judge(path="cosine", t=0.5 + 0.4 * draw(2, 5, 3, 1).sigmoid())
+    judge(path=square, t=0.2)
 
 
 @pytest.mark.parametrize("implementation", ["streamed", "gemm"])
@@ -607,7 +621,7 @@ def test_opcheck(requires_grad: bool) -> None:
         torch.library.opcheck(torch.ops.fdkernels.integrate_flow.default, Layout(integrate_op.Call).flat(call))
     chain = Chain(
         Noise(x0, x0, None, 4), cond[:, :2].contiguous(), displacement.requires_grad_(requires_grad),
-        TimedAffine(None, 0.5, 1.0, -2.0, True), encoded, solver, PenaltyRule(1e-3, True, 1e-6), True, way,
+        TimedAffine(None, 0.5, 0.5, 0.5, 1.0, -2.0, True), encoded, solver, PenaltyRule(1e-3, True, 1e-6), True, way,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.fdkernels.flow_fisher_penalty.default, Layout(Chain).flat(chain))
 

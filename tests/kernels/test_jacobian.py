@@ -37,7 +37,7 @@ NEVER = (0.0, 0.0, "never")
 def jacobian(
     velocity: Any, x0: Tensor, cond: Tensor | None, solver: Solver | None = None, precision: str = "highest"
 ) -> tuple[Tensor, Tensor]:
-    bound = bind("flow_jacobian", velocity, x0, precision)
+    bound = bind("flow_jacobian", velocity, x0, precision, (x0.shape[-1],))
     solver = solver or Solver(TIMES, "euler", *NEVER)
     return fused_jacobian(bound.encoded(), x0, cond, solver, bound.way("streamed"))
 
@@ -188,7 +188,7 @@ def test_inputs_of_any_layout(layout: str) -> None:
 def test_half_precision(dtype: torch.dtype) -> None:
     """Products in the weights' dtype have at most twice the error of the plain maths in that dtype."""
     mlp, x0, cond = mlp_on(network(17, 6, (64, 64)), DEVICE, dtype), draw(9, 6, dtype=dtype), draw(9, 17, dtype=dtype)
-    bound = bind("flow_jacobian", mlp, guarded(x0), None)
+    bound = bind("flow_jacobian", mlp, guarded(x0), None, (x0.shape[-1],))
     solver, way = Solver(TIMES, "euler", *NEVER), bound.way("streamed")
     out = fused_jacobian(bound.encoded(), guarded(x0), guarded(cond), solver, way)
     assert (out[0].dtype, out[1].dtype) == (dtype, torch.float32)

@@ -21,7 +21,7 @@ from fdkernels.solvers import Solver
 from tools.cases import FlowCase
 from tools.ptx.run import emulate
 
-P, Q, T = 3.0, -4.0, 0.75
+AT = TimedAffine(None, t=0.75, alpha=0.6, sigma=0.8, p=3.0, q=-4.0, use_x=True)
 SEED = 2**40 + 17
 
 
@@ -54,7 +54,7 @@ class Problem:
         self.obs = draw(models, states, case.cond_dim, dtype=dtype) if case.cond_dim else None
         self.start, self.bridge = draw(models, rows, d, dtype=dtype), draw(models, rows, d, dtype=dtype)
         self.displacement = draw(models, states, d, dtype=dtype)
-        self.triples = torch.rand(models, rows, 3) if case.times else None
+        self.columns = torch.rand(models, rows, 5) if case.times else None
         self.seed = torch.tensor(SEED) if case.seed else None
         if case.seed:
             whole, total = (models, rows, d), models * rows * d
@@ -94,8 +94,10 @@ class Problem:
             path = fdkernels_ref.integrate_flow(
                 velocity, start, cond, num_steps=self.steps, clip=None, return_path=True
             )
-            t, p, q = [T, P, Q] if self.triples is None else self.triples[model].double()[..., None].unbind(1)
-            x = (1 - t) * bridge + t * path[-1]
+            t, alpha, sigma, p, q = (
+                AT[1:-1] if self.columns is None else self.columns[model].double()[..., None].unbind(1)
+            )
+            x = sigma * bridge + alpha * path[-1]
             score = p * velocity(x, torch.ones_like(x[:, :1]) * t, cond) + q * x
             leaf = self.displacement[model].double().requires_grad_()
             penalty = fdkernels_ref.fisher_penalty(leaf, score.reshape(self.states, k, d))
@@ -117,7 +119,7 @@ class Problem:
         start, bridge = (None, None) if self.seed is not None else (self.start, self.bridge)
         call = Chain(
             Noise(start, bridge, self.seed, self.case.num_samples), self.obs, self.displacement,
-            TimedAffine(self.triples, T, P, Q, True), self.network, self.solver, PenaltyRule(1e-3, True, 1e-6),
+            AT._replace(columns=self.columns), self.network, self.solver, PenaltyRule(1e-3, True, 1e-6),
             self.case.times, self.way,
         )  # fmt: skip
         with self.entry():

@@ -29,13 +29,15 @@ class Rows(NamedTuple):
 
 
 class Bridge(NamedTuple):
-    """Noise and times that bring samples back to time t."""
+    """Noise, times and coefficients that bring samples back to time t, x_t = α·a + σ·x0'."""
 
     noise: Tensor | None
     """x0'. If None, the kernel draws it from the seed."""
-    triples: Tensor | None
-    """(t, p, q) of each row, or None if numbers serve all rows."""
+    columns: Tensor | None
+    """(t, α, σ, p, q) of each row, or None if numbers serve all rows."""
     t: float
+    alpha: float
+    sigma: float
 
 
 class Fisher(NamedTuple):

@@ -31,7 +31,7 @@ class Inputs(NamedTuple):
     cond: Tensor | None
     seed: Tensor | None = None
     bridge: Tensor | None = None
-    triples: Tensor | None = None
+    columns: Tensor | None = None
     displacement: Tensor | None = None
 
 
@@ -75,7 +75,7 @@ def fisher(inputs: Inputs, parameters: list[Tensor | None], solve: Solve) -> tup
     x_t, velocity = _solve(inputs, EncodedNetwork(parameters, solve.text), solve, shape, None)
     samples = (models, states, closing.num_samples, d)
     x_t, velocity = x_t.view(samples), velocity.view(samples)
-    pairs = None if inputs.triples is None else inputs.triples[..., 1:].reshape(*samples[:-1], 2)
+    pairs = None if inputs.columns is None else inputs.columns[..., 3:].reshape(*samples[:-1], 2)
     affine = Affine(pairs, closing.at.p, closing.at.q, closing.at.use_x)
     score = score_launch.score(velocity, x_t, affine) if closing.want_score else x_t.new_empty(0)
     closed = penalty_launch.velocity_penalty(displacement, velocity, x_t, affine, closing.rule, True)
@@ -97,10 +97,11 @@ def _solve(
         return torch.empty(models, rows, width, dtype=dtype, device=share.device)
 
     x, total = fresh(d), fresh(d)
-    given = inputs.start, inputs.bridge, inputs.triples
-    start, noise, triples = (None if tensor is None else tensor.contiguous() for tensor in given)
+    given = inputs.start, inputs.bridge, inputs.columns
+    start, noise, columns = (None if tensor is None else tensor.contiguous() for tensor in given)
     rows_given = Rows(start, inputs.seed, None, table.on(share.device))
-    bridge = None if solve.closing is None else Bridge(noise, triples, solve.closing.at.t)
+    at = None if solve.closing is None else solve.closing.at
+    bridge = None if at is None else Bridge(noise, columns, at.t, at.alpha, at.sigma)
     last_turn = num_evals + (bridge is not None)
     last_hidden, steps_done = None, 0
     for turn in range(last_turn + 1):

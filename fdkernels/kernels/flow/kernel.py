@@ -7,7 +7,7 @@ Runge-Kutta method is a table with one line for each evaluation of the velocity:
                                          at its end:          z = x = x + total, total = 0
 
 The network therefore appears in the code once, for every method. Fisher samples take one more evaluation: at the end
-of the solve z becomes x_t = (1 − t)·x0' + t·a, and the velocity there gives the score p·v + q·x_t.
+of the solve z becomes x_t = σ·x0' + α·a, and the velocity there gives the score p·v + q·x_t.
 """
 
 import triton
@@ -85,15 +85,22 @@ def flow_kernel(
         if path_ptr is not None:
             tl.store(path_ptr + at, x.to(path_ptr.dtype.element_ty), mask=writer)
         t_row = tl.zeros((ROWS,), tl.float32)
+        alpha = tl.zeros((ROWS,), tl.float32)
+        sigma = tl.zeros((ROWS,), tl.float32)
         p_row = tl.zeros((ROWS,), tl.float32)
         q_row = tl.zeros((ROWS,), tl.float32)
         if FISHER:
-            if fisher.bridge.triples is not None:
-                t_row = tl.load(fisher.bridge.triples + 3 * row, mask=keep, other=0.0)
-                p_row = tl.load(fisher.bridge.triples + 3 * row + 1, mask=keep, other=0.0)
-                q_row = tl.load(fisher.bridge.triples + 3 * row + 2, mask=keep, other=0.0)
+            if fisher.bridge.columns is not None:
+                columns = fisher.bridge.columns + 5 * row
+                t_row = tl.load(columns, mask=keep, other=0.0)
+                alpha = tl.load(columns + 1, mask=keep, other=0.0)
+                sigma = tl.load(columns + 2, mask=keep, other=0.0)
+                p_row = tl.load(columns + 3, mask=keep, other=0.0)
+                q_row = tl.load(columns + 4, mask=keep, other=0.0)
             else:
                 t_row += fisher.bridge.t
+                alpha += fisher.bridge.alpha
+                sigma += fisher.bridge.sigma
                 p_row += fisher.p
                 q_row += fisher.q
             bridge = noise(fisher.bridge.noise, rows.seed, at, total_size, mask)
@@ -104,7 +111,7 @@ def flow_kernel(
         steps_done = 0
         if FISHER:
             if num_evals == 0:
-                z = (1 - t_row)[:, None] * bridge + t_row[:, None] * x
+                z = sigma[:, None] * bridge + alpha[:, None] * x
         # Fisher samples are evaluated once more, at x_t; that evaluation does not advance the state.
         for e in tl.range(0, num_evals + FISHER, num_stages=1):
             line = rows.table + 4 * tl.maximum(tl.minimum(e, num_evals - 1), 0)
@@ -128,7 +135,7 @@ def flow_kernel(
                         tl.store(to + at, x.to(path_ptr.dtype.element_ty), mask=writer)
                     if FISHER:
                         if last:
-                            z = (1 - t_row)[:, None] * bridge + t_row[:, None] * x
+                            z = sigma[:, None] * bridge + alpha[:, None] * x
 
         if end_ptr is not None:
             tl.store(end_ptr + at, x.to(end_ptr.dtype.element_ty), mask=writer)

@@ -70,15 +70,15 @@ def fisher(call: Chain) -> tuple[Tensor, Tensor, Tensor]:
     table = timetable(call.solver, call.way.precision)
     plan = _plan("flow_fisher_penalty", call.network, device, shape, call.way)
     if plan.implementation == "gemm":
-        inputs = gemm.Inputs(noise.start, call.cond, noise.seed, noise.bridge, at.triples, displacement)
-        closing = gemm.Closing(noise.num_samples, at._replace(triples=None), rule, call.want_score)
+        inputs = gemm.Inputs(noise.start, call.cond, noise.seed, noise.bridge, at.columns, displacement)
+        closing = gemm.Closing(noise.num_samples, at._replace(columns=None), rule, call.want_score)
         solve = gemm.Solve(call.network.text, plan, table, False, closing)
         with _without_autocast(device):
             penalty, gradient, score = replayed(gemm.fisher, inputs, call.network.parameters, solve)
         return penalty, gradient, score
     closing_arguments = Fisher(
-        Bridge(_contiguous(noise.bridge), _contiguous(at.triples), at.t), at.p, at.q, rule.damping, rule.eps,
-        displacement.contiguous(), penalty, gradient, score if call.want_score else None,
+        Bridge(_contiguous(noise.bridge), _contiguous(at.columns), at.t, at.alpha, at.sigma), at.p, at.q,
+        rule.damping, rule.eps, displacement.contiguous(), penalty, gradient, score if call.want_score else None,
     )  # fmt: skip
     rows = Rows(_contiguous(noise.start), noise.seed, _contiguous(call.cond), table.on(device))
     job = Job(call.network, plan, table, shape)

@@ -68,12 +68,16 @@ def turn_kernel(
         t = tl.zeros((ROWS,), tl.float32) + tl.load(line)
         if FISHER:
             if arrived:
-                if bridge.triples is None:
+                if bridge.columns is None:
                     t = tl.zeros((ROWS,), tl.float32) + bridge.t
+                    alpha = tl.zeros((ROWS,), tl.float32) + bridge.alpha
+                    sigma = tl.zeros((ROWS,), tl.float32) + bridge.sigma
                 else:
-                    t = tl.load(bridge.triples + 3 * row)
+                    t = tl.load(bridge.columns + 5 * row)
+                    alpha = tl.load(bridge.columns + 5 * row + 1)
+                    sigma = tl.load(bridge.columns + 5 * row + 2)
                 first = tl.num_programs(1).to(tl.int64) * num_rows * D
-                z = (1 - t)[:, None] * noise(bridge.noise, rows.seed, at, first, mask) + t[:, None] * x
+                z = sigma[:, None] * noise(bridge.noise, rows.seed, at, first, mask) + alpha[:, None] * x
                 tl.store(x_ptr + at, z, mask=mask)
         for n0 in tl.range(0, FIRST_WIDTH, BLOCK_N, num_stages=1):
             n = n0 + tl.arange(0, BLOCK_N)
