@@ -1,7 +1,7 @@
-"""A problem whose answer is known, so that an example can say what its penalty cost: states on a circle, thin Gaussians.
+"""Problems whose answer is known, so that an example can say what its penalty cost: thin Gaussians, a linear reward.
 
-The behaviour's actions are Gaussian, wide in some directions and thin in others, which turn with the state. The reward
-is linear, r(s, a) = g·a. A policy that pays KL(π ‖ behaviour) = κ on average can then gain √(2κ·E[gᵀΣg]) at most, by
+States are angles. The behaviour's actions are Gaussian, wide in some directions and thin in others. The reward is
+linear, r(s, a) = g·a. A policy that pays KL(π ‖ behaviour) = κ on average can then gain √(2κ·E[gᵀΣg]) at most, by
 moving each state's density by a multiple of Σg; what a policy gains, as a share of that, needs no choice of a budget.
 """
 
@@ -21,8 +21,17 @@ from benchmarks.evidence.densities import Gaussian, observe
 Policy = Callable[[Tensor, Tensor], Tensor]
 """Maps noise (n, d) and observations (n, 2) to actions (n, d)."""
 
-BEHAVIOUR = Gaussian("two thin Gaussians", ((0.25, 0.05), (0.2, 0.05)), turns=(1, -1), centre=0.3)
-OBS, ACT = 2, BEHAVIOUR.d
+
+class Problem(NamedTuple):
+    behaviour: Gaussian
+    g: Tensor
+    """(d,)."""
+
+
+TURNING = Problem(
+    Gaussian("two thin Gaussians", ((0.25, 0.05), (0.2, 0.05)), turns=(1, -1), centre=0.3), torch.full((4,), 0.5)
+)
+OBS = 2
 STATES, ACTIONS = 256, 256  # of the judge
 
 
@@ -30,32 +39,28 @@ class Verdict(NamedTuple):
     gain: float
     """Reward above the behaviour's."""
     kl: float
-    """KL(π ‖ behaviour) in nats, of Gaussians with the policy's means and covariances; the true one if π is Gaussian."""
+    """KL(π ‖ behaviour) in nats, with π a Gaussian of the policy's mean and covariance in each state."""
     added: float
     """The same without what the flow itself pays, because it is not the behaviour exactly."""
     share: float
     """The gain, as a share of what the best policy gains for a KL of ``added``."""
 
 
-def direction(d: int) -> Tensor:
-    """g: no axis of the behaviour, for those turn with the state."""
-    return torch.full((d,), d**-0.5)
-
-
-def offline_data(count: int, density: Gaussian = BEHAVIOUR, noise: float = 0.05) -> tuple[Tensor, Tensor, Tensor]:
+def offline_data(count: int, problem: Problem = TURNING, noise: float = 0.05) -> tuple[Tensor, Tensor, Tensor]:
     """Observations (n, 2), actions (n, d) and noisy rewards (n,) of the behaviour."""
     angle = 2 * math.pi * torch.rand(count)
-    action = density.sample(angle)
-    return observe(angle), action, action @ direction(density.d) + noise * torch.randn(count)
+    action = problem.behaviour.sample(angle)
+    return observe(angle), action, action @ problem.g + noise * torch.randn(count)
 
 
 @torch.no_grad()
-def judge(policy: Policy, flow: Verdict | None = None, density: Gaussian = BEHAVIOUR) -> Verdict:
+def judge(policy: Policy, flow: Verdict | None = None, problem: Problem = TURNING) -> Verdict:
     """What a policy gains and pays, beyond the flow that it refines."""
     angle = 2 * math.pi * torch.arange(STATES, dtype=torch.float64) / STATES
     obs = observe(angle.float()).repeat_interleave(ACTIONS, 0)
+    density, g = problem.behaviour, problem.g.double()
     actions = policy(torch.randn(len(obs), density.d), obs).double().unflatten(0, (STATES, ACTIONS))
-    mean, covariance, g = density.parts(angle)[0], density.covariance(angle), direction(density.d).double()
+    mean, covariance = density.parts(angle)[0], density.covariance(angle)
     moved = actions.mean(1)
     centred = actions - moved.unsqueeze(1)
     behaviour = MultivariateNormal(mean, covariance)

@@ -4,7 +4,7 @@
 
 ReinFlow (arXiv 2505.22094) integrates in a few steps of length 1/K, evaluates the velocity at linspace(0, 1, K), so at
 t = 1 too, and clips after each step. To explore, it injects noise into every step and improves the noisy chain by PPO.
-docs/examples/reinflow.md shows the diff.
+docs/examples/reinflow.md has the diff.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import itertools
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -20,7 +22,10 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 
 import fdkernels
-from examples.closed_form import ACT, OBS, Verdict, compare, direction, judge, offline_data
+from examples.closed_form import OBS, TURNING, Verdict, compare, judge, offline_data
+
+ACT = TURNING.behaviour.d
+PENALTIES = ("square", "fisher", "pullback")
 
 
 @dataclasses.dataclass
@@ -49,9 +54,9 @@ class FlowMLP(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.register_buffer("frequencies", 2.0 ** torch.arange(4))
-        self.net = nn.Sequential(
-            nn.Linear(OBS + ACT + 8, width), nn.Mish(), nn.Linear(width, width), nn.Mish(), nn.Linear(width, ACT)
-        )
+        widths = [OBS + ACT + 8, width, width, width]
+        layers = [layer for pair in itertools.pairwise(widths) for layer in (nn.Linear(*pair), nn.Mish())]
+        self.net = nn.Sequential(*layers, nn.Linear(width, ACT))
 
     def forward(self, action: Tensor, time: Tensor, obs: Tensor) -> Tensor:
         phase = time * self.frequencies
@@ -153,7 +158,7 @@ def collect(agent: ReinFlow, count: int) -> Chains:
     """Try out as many noisy actions, in episodes of one step."""
     obs, _, _ = offline_data(count)
     states, log_prob = agent.explore(obs)
-    reward = states[-1] @ direction(ACT)
+    reward = states[-1] @ TURNING.g
     with torch.no_grad():
         advantage = reward - agent.value(obs).squeeze(-1)
     return Chains(obs, states, log_prob, (advantage - advantage.mean()) / advantage.std(), reward)
@@ -174,14 +179,12 @@ def experiment(seed: int, config: Config) -> dict[str, Verdict]:
     """How far each penalty lets the same flow go."""
     torch.manual_seed(seed)
     pretrained = pretrain(config)
-    verdicts: dict[str, Verdict] = {}
-    for penalty in ("square", "fisher", "pullback"):
+    verdicts = {"flow": judge(partial(ReinFlow(pretrained, config).act, pretrained))}
+    for penalty in PENALTIES:
         torch.manual_seed(seed)
         agent = ReinFlow(copy.deepcopy(pretrained), dataclasses.replace(config, penalty=penalty))
-        if not verdicts:
-            verdicts["flow"] = judge(lambda noise, obs: agent.act(agent.behaviour, noise, obs))
         finetune(agent)
-        verdicts[penalty] = judge(lambda noise, obs: agent.act(agent.flow, noise, obs), verdicts["flow"])
+        verdicts[penalty] = judge(partial(agent.act, agent.flow), verdicts["flow"])
     return verdicts
 
 

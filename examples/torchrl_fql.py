@@ -3,7 +3,8 @@
     python -m examples.torchrl_fql            # needs TorchRL: pip install "fdkernels[examples]"
 
 TorchRL 0.14.1 has no flow policy and no FQL loss; its development version has both. The loss below has the same parts
-and names, from TorchRL's own LossModule, MLP, ValueOperator and SoftUpdate. docs/examples/torchrl_fql.md shows the diff.
+and names, from TorchRL's own LossModule, MLP, ValueOperator and SoftUpdate. docs/examples/torchrl_fql.md
+has the diff.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from torchrl.modules import MLP, ValueOperator
 from torchrl.objectives import LossModule, SoftUpdate
 
 import fdkernels
-from examples.closed_form import ACT, OBS, Verdict, compare, judge, offline_data
+from examples.closed_form import OBS, TURNING, Verdict, compare, judge, offline_data
 
+ACT = TURNING.behaviour.d
 PENALTIES = ("square", "fisher", "pullback")
 
 
@@ -75,6 +77,7 @@ class FQLLoss(LossModule):
     flow_policy_params: TensorDictParams
     actor_network_params: TensorDictParams
     qvalue_network_params: TensorDictParams
+    target_flow_policy_params: TensorDictParams
     target_actor_network_params: TensorDictParams
     target_qvalue_network_params: TensorDictParams
 
@@ -155,7 +158,12 @@ def make_data(count: int) -> TensorDict:
 
 
 def minimise(
-    loss: Callable[[TensorDict], Tensor], weights: Iterator[Tensor], data: TensorDict, updates: int, config: Config
+    loss: Callable[[TensorDict], Tensor],
+    weights: Iterator[Tensor],
+    data: TensorDict,
+    updates: int,
+    config: Config,
+    after: Callable[[], None] = lambda: None,
 ) -> None:
     optimizer = torch.optim.Adam(list(weights), lr=config.lr, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)
@@ -165,15 +173,17 @@ def minimise(
         loss(batch).backward()
         optimizer.step()
         schedule.step()
+        after()
 
 
 def experiment(seed: int, config: Config) -> dict[str, Verdict]:
     """How far each penalty lets the one-step policy go, from the same flow, critics and first weights."""
     torch.manual_seed(seed)
     data, loss = make_data(20_000), make_loss(config)
-    updater = SoftUpdate(loss, tau=0.005)
+    target = SoftUpdate(loss, tau=0.005)
     minimise(loss.flow_loss, loss.flow_policy_params.parameters(), data, config.flow_updates, config)
-    minimise(loss.q_loss, loss.qvalue_network_params.parameters(), data, config.critic_updates, config)
+    critics = loss.qvalue_network_params.parameters()
+    minimise(loss.q_loss, critics, data, config.critic_updates, config, target.step)
     with loss.flow_policy_params.to_module(loss.flow_policy):
         flow = judge(lambda noise, obs: loss.flow_policy(obs, noise))
     verdicts, start = {"flow": flow}, loss.actor_network_params.data.clone()
