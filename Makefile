@@ -65,7 +65,7 @@ gpu-wheels:
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[train,ogbench,d4rl,sweep,dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[train,ogbench,d4rl,sweep,examples,dev]"
 	touch $@
 
 clean:

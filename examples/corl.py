@@ -43,7 +43,7 @@ class Config:
     width: int = 64
     flow_updates: int = 3_000
     """Of the flow alone, first."""
-    updates: int = 3_000
+    updates: int = 1_000
     """Of critics and displacement."""
     flow_steps: int = 5
 
@@ -124,41 +124,44 @@ class Agent(nn.Module):
 class Corridor:
     """A point drives round a ring-shaped corridor, as far as it can in 60 steps; hitting a wall ends the episode.
 
-    The drivers of the data vary a lot in speed and little in direction: they steer back to the middle.
+    It observes the direction from the centre (2) and its distance from the middle of the corridor, in half widths. The
+    drivers of the data vary a lot in speed and little in direction: they steer back to the middle.
     """
 
-    obs_dim, action_dim, horizon = 2, 2, 60
+    obs_dim, action_dim, horizon = 3, 2, 60
     half_width, stride = 0.15, 0.1
 
+    def observe(self, position: Tensor) -> Tensor:
+        radius = position.norm(dim=-1, keepdim=True)
+        return torch.cat([position / radius, (radius - 1) / self.half_width], -1)
+
     def reset(self, count: int) -> Tensor:
-        angle, radius = 2 * math.pi * torch.rand(count), 1 + 0.03 * torch.randn(count)
+        angle, radius = 2 * math.pi * torch.rand(count), 1 + 0.05 * torch.randn(count)
         return torch.stack([radius * angle.cos(), radius * angle.sin()], -1)
 
     def step(self, position: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The next position, the reward (the angle driven, times ten) and whether a wall was hit."""
         after = position + self.stride * action
         turned = torch.atan2(position[:, 0] * after[:, 1] - position[:, 1] * after[:, 0], (position * after).sum(-1))
-        hit = (after.norm(dim=-1) - 1).abs() > self.half_width
+        hit = self.observe(after)[:, 2].abs() > 1
         return after, 10 * turned, hit.float()
 
-    def drive(self, position: Tensor) -> Tensor:
+    def drive(self, obs: Tensor) -> Tensor:
         """Actions of the data's drivers."""
-        radius = position.norm(dim=-1, keepdim=True)
-        outward = position / radius
+        outward, offset = obs.split([2, 1], -1)
         along = torch.stack([-outward[:, 1], outward[:, 0]], -1)
-        speed = 0.4 + 0.3 * torch.randn(len(position), 1)
-        return (speed * along + (2 * (1 - radius) - 0.2 * speed + 0.08 * torch.randn_like(radius)) * outward).clamp(
-            -1, 1
-        )
+        speed = 0.4 + 0.25 * torch.randn_like(offset)
+        steer = -0.3 * offset - 0.2 * speed + 0.06 * torch.randn_like(offset)
+        return (speed * along + steer * outward).clamp(-1, 1)
 
     def rollouts(self, act: Callable[[Tensor], Tensor], count: int) -> tuple[Batch, Tensor, Tensor]:
         """Transitions of episodes side by side, their returns and whether they hit a wall, (count,) each."""
         position, alive, returns, steps = self.reset(count), torch.ones(count), torch.zeros(count), []
         for _ in range(self.horizon):
-            action = act(position)
+            obs, driving = self.observe(position), alive.bool()
+            action = act(obs)
             after, reward, hit = self.step(position, action)
-            driving = alive.bool()
-            steps.append(Batch(*(column[driving] for column in (position, action, reward, after, hit))))
+            steps.append(Batch(*(column[driving] for column in (obs, action, reward, self.observe(after), hit))))
             returns += alive * reward
             alive = alive * (1 - hit)
             position = after

@@ -23,6 +23,7 @@ from benchmarks.evidence.densities import Gaussian, observe
 from examples.closed_form import OBS, Problem, Verdict, compare, judge, offline_data
 
 HORIZON, ACT = 8, 2
+PENALTIES = ("square", "fisher")
 
 
 @dataclasses.dataclass
@@ -163,7 +164,7 @@ def experiment(seed: int, config: Config) -> dict[str, Verdict]:
         return sample(flow, noise.unflatten(1, (HORIZON, ACT)), state)
 
     verdicts = {"flow": judge(lambda noise, state: chunk_of(noise, state).flatten(1), None, REACH)}
-    for penalty in ("square", "fisher"):
+    for penalty in PENALTIES:
         torch.manual_seed(seed)
         refinement = Refinement(flow, learned, dataclasses.replace(config, penalty=penalty))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -13,9 +13,21 @@ from torch.func import functional_call
 
 ROWS = 8
 NAMES = ("torchrl_fql", "reinflow", "robot_chunks", "corl")
-PENALTIES = [(name, penalty) for name in NAMES for penalty in ("fisher", "pullback") if name != "robot_chunks"]
-CASES = [*PENALTIES, ("robot_chunks", "fisher")]
+CASES = [
+    *((name, penalty) for name in ("torchrl_fql", "reinflow", "corl") for penalty in ("fisher", "pullback")),
+    ("robot_chunks", "fisher"),
+]
+SLOW = pytest.mark.long("imports TorchRL, which takes seconds")
 
+
+def named(names: Iterable[str]) -> list[Any]:
+    """The scripts as parameters, those that import TorchRL marked long."""
+    return [pytest.param(name, marks=SLOW if name == "torchrl_fql" else ()) for name in names]
+
+
+each_drop_in = pytest.mark.parametrize(
+    ("name", "penalty"), [pytest.param(*case, marks=SLOW if case[0] == "torchrl_fql" else ()) for case in CASES]
+)
 DropIn = tuple[nn.Module, Callable[[slice], tuple[Any, ...]]]
 """The module, and its arguments for some of the rows."""
 
@@ -74,7 +86,7 @@ def robot_chunks(penalty: str) -> DropIn:
 
 def corl(penalty: str) -> DropIn:
     module = script("corl")
-    agent, data = module.Agent(2, 2, module.Config(penalty=penalty, width=16)), module.Corridor()
+    agent, data = module.Agent(3, 2, module.Config(penalty=penalty, width=16)), module.Corridor()
     nn.init.normal_(agent.delta[-1].weight, std=0.05)
     batch, _, _ = data.rollouts(data.drive, 2)
 

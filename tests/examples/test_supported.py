@@ -13,10 +13,9 @@ from torch.func import grad_and_value, vmap
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from tests.examples.drop_ins import CASES, ROWS, flat, gradients, make, with_weights
+from tests.examples.drop_ins import CASES, ROWS, each_drop_in, flat, gradients, make, with_weights
 
 EVERY = slice(0, ROWS)
-each_drop_in = pytest.mark.parametrize(("name", "penalty"), CASES)
 
 
 def same(found: tuple[float, Tensor], expected: tuple[float, Tensor], tolerance: float) -> None:
