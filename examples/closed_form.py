@@ -32,7 +32,7 @@ TURNING = Problem(
     Gaussian("two thin Gaussians", ((0.25, 0.05), (0.2, 0.05)), turns=(1, -1), centre=0.3), torch.full((4,), 0.5)
 )
 OBS = 2
-STATES, ACTIONS = 256, 256  # of the judge
+ACTIONS = 256  # for each state, of the judge
 
 
 class Verdict(NamedTuple):
@@ -54,12 +54,12 @@ def offline_data(count: int, problem: Problem = TURNING, noise: float = 0.05) ->
 
 
 @torch.no_grad()
-def judge(policy: Policy, flow: Verdict | None = None, problem: Problem = TURNING) -> Verdict:
+def judge(policy: Policy, flow: Verdict | None = None, problem: Problem = TURNING, states: int = 256) -> Verdict:
     """What a policy gains and pays, beyond the flow that it refines."""
-    angle = 2 * math.pi * torch.arange(STATES, dtype=torch.float64) / STATES
+    angle = 2 * math.pi * torch.arange(states, dtype=torch.float64) / states
     obs = observe(angle.float()).repeat_interleave(ACTIONS, 0)
     density, g = problem.behaviour, problem.g.double()
-    actions = policy(torch.randn(len(obs), density.d), obs).double().unflatten(0, (STATES, ACTIONS))
+    actions = policy(torch.randn(len(obs), density.d), obs).double().unflatten(0, (states, ACTIONS))
     mean, covariance = density.parts(angle)[0], density.covariance(angle)
     moved = actions.mean(1)
     centred = actions - moved.unsqueeze(1)

@@ -163,7 +163,7 @@ def experiment(seed: int, config: Config) -> dict[str, Verdict]:
     def chunk_of(noise: Tensor, state: Tensor) -> Tensor:
         return sample(flow, noise.unflatten(1, (HORIZON, ACT)), state)
 
-    verdicts = {"flow": judge(lambda noise, state: chunk_of(noise, state).flatten(1), None, REACH)}
+    verdicts = {"flow": judge(lambda noise, state: chunk_of(noise, state).flatten(1), None, REACH, states=32)}
     for penalty in PENALTIES:
         torch.manual_seed(seed)
         refinement = Refinement(flow, learned, dataclasses.replace(config, penalty=penalty))
@@ -177,7 +177,7 @@ def experiment(seed: int, config: Config) -> dict[str, Verdict]:
             return (chunk + refinement.displacement(state, chunk)).flatten(1)
 
         minimise(refine_loss, refinement, config.refine_updates, 5e-3)
-        verdicts[penalty] = judge(policy, verdicts["flow"], REACH)
+        verdicts[penalty] = judge(policy, verdicts["flow"], REACH, states=32)
     return verdicts
 
 

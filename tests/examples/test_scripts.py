@@ -25,7 +25,6 @@ TINY: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", named(TINY))
 def test_an_experiment_runs(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(closed_form, "STATES", 4)
     monkeypatch.setattr(closed_form, "ACTIONS", 32)
     module = script(name)
     closed_form.compare(lambda seed: module.experiment(seed, module.Config(**TINY[name])), 2)
@@ -100,3 +99,21 @@ def test_a_page_shows_lines_of_its_script(name: str) -> None:
         for line in lines:
             assert re.sub(r"\s+", "", line) in text, line
     assert f"python -m examples.{name}" in page
+
+
+def test_reinflow_integrates_as_reinflow_does() -> None:
+    """Steps of 1/K at the times linspace(0, 1, K), clipped each time."""
+    module = script("reinflow")
+    torch.manual_seed(0)
+    flow, obs, start, steps = module.FlowMLP(16), torch.randn(5, module.OBS), torch.randn(5, module.ACT), 4
+    with torch.no_grad():
+        flow.net[-1].weight.mul_(20)  # so that clipping matters
+    seen: list[float] = []
+    flow.register_forward_pre_hook(lambda flow, args: seen.append(args[1].flatten()[0].item()))
+    found = module.ReinFlow(flow, module.Config(steps=steps)).act(flow, start, obs)
+    assert seen == pytest.approx([0, 1 / 3, 2 / 3, 1], abs=1e-6)
+    expected = start
+    for time in torch.linspace(0, 1, steps):
+        expected = (expected + flow(expected, time.expand(5, 1), obs) / steps).clamp(-1, 1)
+    torch.testing.assert_close(found, expected.detach())
+    assert (found.abs() == 1).any()
