@@ -33,13 +33,14 @@ PENALTIES = ("isotropic", "fisher", "pullback")
 class Config:
     penalty: str = "fisher"
     """One of PENALTIES, which measures the displacement δ. All three are mean squares, so that alpha means the same."""
-    alpha: float = 1.0
+    alpha: float = 0.3
     """Weight of the penalty, beside a Q that is divided by its mean size."""
     gamma: float = 0.98
     tau: float = 0.01
     """Share by which the target critics follow."""
     batch: int = 128
     lr: float = 1e-3
+    flow_lr: float = 2e-3
     width: int = 64
     flow_updates: int = 3_000
     """Of the flow alone, first."""
@@ -174,12 +175,12 @@ def load(path: Path) -> Batch:
         return Batch(*(torch.from_numpy(file[name].astype(np.float32)) for name in names))
 
 
-def adam(weights: Iterable[Tensor], config: Config) -> torch.optim.Adam:
-    return torch.optim.Adam(weights, config.lr, fused=True)
+def adam(weights: Iterable[Tensor], lr: float) -> torch.optim.Adam:
+    return torch.optim.Adam(weights, lr, fused=True)
 
 
 def train_flow(agent: Agent, data: Batch) -> None:
-    config, optimizer = agent.config, adam(agent.flow.parameters(), agent.config)
+    config, optimizer = agent.config, adam(agent.flow.parameters(), agent.config.flow_lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.flow_updates)
     for _ in range(config.flow_updates):
         optimizer.zero_grad()
@@ -192,7 +193,8 @@ def train_flow(agent: Agent, data: Batch) -> None:
 def train(agent: Agent, data: Batch) -> None:
     """Critics and displacement."""
     config = agent.config
-    critic_optimizer, actor_optimizer = adam(agent.critics.parameters(), config), adam(agent.delta.parameters(), config)
+    critic_optimizer = adam(agent.critics.parameters(), config.lr)
+    actor_optimizer = adam(agent.delta.parameters(), config.lr)
     for _ in range(config.updates):
         batch = data.sample(config.batch)
         critic_optimizer.zero_grad()
@@ -246,7 +248,7 @@ def main() -> None:
     parser.add_argument("--save", type=Path, default=Path("agent.pt"), help="where the weights go, with --data")
     parser.add_argument("--penalty", choices=PENALTIES, default=Config.penalty, help="with --data")
     parser.add_argument("--alpha", type=float, default=Config.alpha)
-    parser.add_argument("--seeds", type=int, default=3, help="without --data")
+    parser.add_argument("--seeds", type=int, default=2, help="without --data")
     given = parser.parse_args()
     torch.set_num_threads(1)
     config = Config(penalty=given.penalty, alpha=given.alpha)

@@ -34,7 +34,7 @@ def test_an_experiment_runs(name: str, monkeypatch: pytest.MonkeyPatch, capsys: 
 
 
 def test_a_perfect_policy_has_a_share_of_one() -> None:
-    """Moving each density by a multiple of Σg, by its known parts; g itself gets what algebra says."""
+    """Moving each density by a multiple of Σg, by its known parts. A step along g has the share that algebra says."""
     problem = closed_form.TURNING
     torch.manual_seed(0)
 
@@ -52,7 +52,7 @@ def test_a_perfect_policy_has_a_share_of_one() -> None:
     assert abs(start.gain) < 0.01
     assert start.kl < 0.05  # of 256 draws for each state
     assert closed_form.judge(policy("best"), start).share == pytest.approx(1, abs=0.1)
-    assert closed_form.judge(policy("g"), start).share == pytest.approx(0.43, abs=0.05)
+    assert closed_form.judge(policy("g"), start).share == pytest.approx(0.42, abs=0.04)
 
 
 def test_the_one_file_agent_trains_on_given_data(tmp_path: Path) -> None:
