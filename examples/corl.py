@@ -170,8 +170,10 @@ class Corridor:
 
 
 def load(path: Path) -> Batch:
+    names = ("observations", "actions", "rewards", "next_observations", "terminals")
     with np.load(path) as file:
-        names = ("observations", "actions", "rewards", "next_observations", "terminals")
+        if missing := [name for name in names if name not in file]:
+            raise SystemExit(f"{path}: lacks {', '.join(missing)}")
         return Batch(*(torch.from_numpy(file[name].astype(np.float32)) for name in names))
 
 

@@ -32,7 +32,7 @@ PENALTIES = ("square", "fisher", "pullback")
 class Config:
     penalty: str = "fisher"
     """Of the behaviour cloning loss: square, as ReinFlow has it, fisher or pullback."""
-    bc_coef: float = 200.0
+    bc_coef: float = 60.0
     """Its weight, which means the same for all three."""
     steps: int = 4
     """K."""

@@ -64,6 +64,9 @@ def test_the_one_file_agent_trains_on_given_data(tmp_path: Path) -> None:
     columns = ("observations", "actions", "rewards", "next_observations", "terminals")
     np.savez(tmp_path / "data.npz", **{name: column.numpy() for name, column in zip(columns, batch)})
     data = corl.load(tmp_path / "data.npz")
+    np.savez(tmp_path / "less.npz", observations=batch.obs.numpy(), actions=batch.action.numpy())
+    with pytest.raises(SystemExit, match=r"less.npz: lacks rewards, next_observations, terminals"):
+        corl.load(tmp_path / "less.npz")
     agent = corl.Agent(3, 2, corl.Config(width=8, flow_updates=2, updates=2))
     before = {name: weight.clone() for name, weight in agent.named_parameters()}
     corl.train_flow(agent, data)

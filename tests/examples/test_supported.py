@@ -67,15 +67,26 @@ def test_torch_func(name: str, penalty: str) -> None:
     assert values[1] != values[0]
 
 
-@pytest.mark.long("compiles each drop-in")
-@each_drop_in
-def test_compile(name: str, penalty: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch._inductor.config.fallback_random", True)  # the numbers that eager PyTorch draws
+def compare_compiled(name: str, penalty: str, backend: str, tolerance: float) -> None:
     module, rows = make(name, penalty)
     plain = gradients(module, lambda: module(*rows(EVERY)))
     torch._dynamo.reset()
-    compiled = torch.compile(module)
-    same(gradients(module, lambda: compiled(*rows(EVERY))), plain, 1e-4)
+    compiled = torch.compile(module, backend=backend)
+    same(gradients(module, lambda: compiled(*rows(EVERY))), plain, tolerance)
+
+
+@pytest.mark.long("traces each drop-in")
+@each_drop_in
+def test_compile(name: str, penalty: str) -> None:
+    """Traced forwards and backwards; PyTorch runs the graphs."""
+    compare_compiled(name, penalty, "aot_eager", 1e-5)
+
+
+@pytest.mark.long("compiles C++")
+@pytest.mark.parametrize("name", ["corl", "robot_chunks"])
+def test_compile_by_inductor(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch._inductor.config.fallback_random", True)  # the numbers that eager PyTorch draws
+    compare_compiled(name, "fisher", "inductor", 1e-4)
 
 
 def half(name: str, penalty: str, rank: int) -> tuple[nn.Module, tuple[object, ...]]:
