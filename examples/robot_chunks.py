@@ -30,7 +30,7 @@ PENALTIES = ("square", "fisher")
 class Config:
     penalty: str = "fisher"
     """Of the displacement: square or fisher."""
-    alpha: float = 30.0
+    alpha: float = 100.0
     """Its weight, which means the same for both."""
     width: int = 64
     batch: int = 128
