@@ -76,7 +76,7 @@ gpu-wheels:
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[train,ogbench,d4rl,sweep,onnx,docs,dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[train,ogbench,d4rl,sweep,onnx,examples,docs,dev]"
 	touch $@
 
 clean:

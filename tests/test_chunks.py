@@ -377,7 +377,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     ),
     "one state for all": (
         lambda: fdkernels.flow_fisher_penalty(FUNCTION, {"a": COND[:1]}, CHUNKS, event_dim=2), ValueError,
-        r"cond\['a'\] must be",
+        r"cond\['a'\] must begin with the displacement's leading shape \(5,\), got \(1, 6\)",
     ),
     "no tensor inside": (
         lambda: fdkernels.integrate_flow(FUNCTION, CHUNKS, {"a": "x"}, event_dim=2), TypeError,

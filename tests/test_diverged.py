@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train.loop
-from fdkernels.policy.finite import NotFinite
+from fdkernels.policy import DisplacementPolicy, NotFinite
 from train import diverged, play
 from train.agents import AGENTS
 from train.agents.base import Agent
@@ -477,7 +477,7 @@ def test_a_policy_without_numbers_is_not_played(
 ) -> None:
     out = tmp_path / "run"
     shutil.copytree(straight, out)
-    monkeypatch.setattr(AGENTS["fidec"], "act", lambda agent, obs, noise: torch.full_like(noise, torch.nan))
+    monkeypatch.setattr(DisplacementPolicy, "act", lambda agent, obs, noise: torch.full_like(noise, torch.nan))
     assert play.main([str(out), "--acting", "sample", "--episodes", "2"]) == 2
     assert "the policy's action has nan at (0, 0)" in capsys.readouterr().err
     assert main([*TINY, "--steps", "25", "--out", str(out), "--resume"]) == 3

@@ -247,7 +247,8 @@ def test_a_run_for_scripts(datasets: None, tmp_path: Path, capsys: pytest.Captur
     from tests.test_run import TINY
 
     out = tmp_path / "run"
-    command = [sys.executable, "-W", "default", "train/run.py", *TINY, "--out", str(out), "--json", "--quiet"]
+    few = ["--eval-episodes", "1", "--interim-episodes", "1", "--acting", "sample"]
+    command = [sys.executable, "-W", "default", "train/run.py", *TINY, *few, "--out", str(out), "--json", "--quiet"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=ROOT)
     assert done.stderr == "", "no warnings of dependencies either"
     result: dict[str, Any] = json.loads(done.stdout)

@@ -177,11 +177,15 @@ def test_a_grid_beyond_the_steps_with_a_clip_at_each() -> None:
 
 
 @pytest.mark.parametrize(
-    "path",
-    ["linear_reversed", pytest.param(SQUARE, marks=pytest.mark.long("compiles another path"))],
-    ids=["name", "own"],
+    ("path", "dynamic"),
+    [
+        ("linear_reversed", False),
+        pytest.param(SQUARE, False, marks=pytest.mark.long("compiles another path")),
+        pytest.param("vp", True, marks=pytest.mark.long("compiles another path")),
+    ],
+    ids=["reversed", "own", "vp"],
 )
-def test_compiles_without_a_graph_break(path: Any) -> None:
+def test_compiles_without_a_graph_break(path: Any, dynamic: bool) -> None:
     flow, cond, displacement, noise = flow_of(), draw(5, 4), draw(5, 3), draw(5, 2, 3)
 
     def run(displacement: Tensor) -> Tensor:
@@ -192,7 +196,7 @@ def test_compiles_without_a_graph_break(path: Any) -> None:
         return penalty + fdkernels.flow_pullback_penalty(flow, cond, actions[:, 0], displacement, **options, **view)
 
     torch.compiler.reset()
-    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(run, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     gradients = []
     for call in (compiled, run):
         leaf = displacement.clone().requires_grad_()

@@ -89,7 +89,7 @@ class Explorer:
 
     def _play(self, action: Tensor) -> tuple[Tensor, Tensor, bool, bool]:
         """Take the action: the state it led to, the reward as offline rewards are scaled, terminated, truncated."""
-        observation, reward, terminated, truncated, info = self.env.step(action.numpy())
+        observation, reward, terminated, truncated, info = self.env.step(action.cpu().numpy())
         state = self._standardized(observation)
         scaled = torch.tensor(float(reward), dtype=self.reward_std.dtype) / self.reward_std
         check_finite(f"the observation {self._when}", state.cpu())

@@ -23,7 +23,7 @@ from train.exits import Exit
 from train.loop import Run, captures, check_data
 from train.memory import keep_freed_memory
 from train.outputs import console
-from train.outputs.console import Ending
+from train.outputs.console import Ending, Output
 from train.outputs.folder import check_folder, lock_folders, prepare_folder
 from train.presets import choose_preset, preset_config, preset_table
 from train.settings import RunConfig, RunError
@@ -141,9 +141,10 @@ def main(argv: Sequence[str] | None = None, *, patience: float = 0.0) -> int:
             silent = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(contextlib.redirect_stdout(silent))
         config = parse(sys.argv[1:] if argv is None else argv)
+        output = config if place.leads else Output(quiet=True)
         who = f" (process {place.rank})" if place.total > 1 else ""
         again = "--resume goes on from the newest checkpoint"
-        return console.conclude(lambda: _join_and_train(config, patience), config, REFUSALS, again, who)
+        return console.conclude(lambda: _join_and_train(config, patience), output, REFUSALS, again, who)
 
 
 def _join_and_train(config: RunConfig, patience: float) -> Ending:

@@ -280,7 +280,7 @@ class RunConfig(Schedule, Data, Evaluation, Online, Algorithm, Hardware, Folder,
         return [dataclasses.replace(config, out=self.out / f"{config.agent}-seed{config.seed}") for config in alone]
 
     def as_json(self) -> dict[str, Any]:
-        """The settings as they come back from JSON: tuples as lists, paths as text. What is printed is none."""
+        """The settings as they come back from JSON: tuples as lists, paths as text. How to print is none of them."""
         settings = {"env": self.env, "agent": self.agent} | dataclasses.asdict(self)
         for field in dataclasses.fields(Output):
             del settings[field.name]

@@ -651,7 +651,7 @@ def test_opcheck(requires_grad: bool) -> None:
         torch.library.opcheck(torch.ops.fdkernels.integrate_flow.default, Layout(integrate_op.Call).flat(call))
     chain = Chain(
         Noise(x0, x0, None, 4), cond[:, :2].contiguous(), displacement.requires_grad_(requires_grad),
-        TimedAffine(None, 0.5, 0.5, 0.5, 1.0, -2.0, True), encoded, solver, PenaltyRule(1e-3, True, 1e-6), True, way,
+        TimedAffine(None, 0.5, 0.6, 0.8, 1.0, -2.0, True), encoded, solver, PenaltyRule(1e-3, True, 1e-6), True, way,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.fdkernels.flow_fisher_penalty.default, Layout(Chain).flat(chain))
 
