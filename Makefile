@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: train test test-all tools-test fuzz check test-versions bench bench-compare gpu gpu-check gpu-tune gpu-bench gpu-train gpu-wheels clean
+.PHONY: train test test-all tools-test fuzz check docs test-versions dist bench bench-compare gpu gpu-check gpu-tune gpu-bench gpu-train gpu-wheels clean
 
 train: $(STAMP)
 	$(BIN)/python train/run.py --env halfcheetah-medium-expert --resume
@@ -30,9 +30,20 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The documentation site. Strict: a broken link, anchor or reference ends the build. The tests build it too.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "built site/index.html; it opens without a server"
+
 # Before a release: the library's tests under each supported PyTorch and Triton; writes docs/versions.md.
 test-versions:
 	$(PYTHON) tests/versions.py $(VERSIONS)
+
+# The wheel and the source distribution in dist/. tests/test_dist.py, which `make test-all` runs, tries them.
+dist: $(STAMP)
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/python -m twine check --strict dist/*
 
 # RESULTS is the file of results. A file under benchmarks/results belongs to its device and is refused on others.
 RESULTS ?= runs/bench.json
@@ -65,8 +76,8 @@ gpu-wheels:
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[train,ogbench,d4rl,sweep,examples,dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[train,ogbench,d4rl,sweep,onnx,examples,docs,dev]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache

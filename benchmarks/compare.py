@@ -1,7 +1,5 @@
 """Compare a run with a saved one on the same device, as ratios with their spread, to see what a change did.
 
-    python benchmarks/compare.py BASE.json NEW.json
-
 "time" is old over new, so values above 1 are faster; its interval comes from the quartiles of both. Machines drift
 between runs, so the verdict uses the speed-ups over the eager baseline, which was timed in the same rounds: "against
 eager" is the new speed-up divided by the old one. A contestant counts as faster or slower if that whole interval lies
@@ -10,14 +8,38 @@ more than 2 % away from 1.
 
 from __future__ import annotations
 
-import argparse
-import sys
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import tyro
+
 from benchmarks.results import IDENTITY, ResultError, Results, device_of, load
+from train import options
+from train.outputs import console
+from train.outputs.console import Ending, Output
 
 MARGIN = 0.02
+PROGRAM = "python benchmarks/compare.py"
+EXAMPLES = (
+    (
+        f"{PROGRAM} saved.json runs/bench-now.json",
+        "what a change did; `make bench-compare BASE=...` measures first",
+    ),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class CompareConfig(Output):
+    """Compare a run with a saved one on the same device. "time" is old over new, so values above 1 are faster. Machines
+    drift, so the verdict uses "against eager", the new speed-up over eager PyTorch divided by the old one: a contestant
+    is faster or slower if that whole interval lies more than 2 % away from 1."""
+
+    base: tyro.conf.Positional[Path]
+    """File of the saved run."""
+    new: tyro.conf.Positional[Path]
+    """File of the new run."""
 
 
 class Ratio(NamedTuple):
@@ -75,21 +97,22 @@ def text(changes: list[Change], lonely: list[str]) -> str:
     return "\n".join([*lines, "", *lonely])
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("base", type=Path, help="file of the saved run")
-    parser.add_argument("new", type=Path, help="file of the new run")
-    args = parser.parse_args(argv)
-    try:
-        changes, lonely = compare(load(args.base), load(args.new))
-    except ResultError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(text(changes, lonely))
-    slower = [change for change in changes if change.verdict == "slower"]
-    print(f"{len(changes)} compared: {sum(c.verdict == 'faster' for c in changes)} faster, {len(slower)} slower")
-    return 0
+def parse(argv: Sequence[str] | None) -> CompareConfig:
+    return options.parse(CompareConfig, argv, program=PROGRAM, ending=lambda: options.examples(*EXAMPLES))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    config = parse(argv)
+    return console.conclude(lambda: compared(config), config, (ResultError,))
+
+
+def compared(config: CompareConfig) -> Ending:
+    changes, lonely = compare(load(config.base), load(config.new))
+    counts = {verdict: sum(change.verdict == verdict for change in changes) for verdict in ("faster", "slower")}
+    last = f"{len(changes)} compared: {counts['faster']} faster, {counts['slower']} slower"
+    rows = [change._asdict() for change in changes]
+    return Ending(f"{text(changes, lonely)}\n{last}", {**counts, "rows": rows, "only_in_one": lonely})
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console.start(main)

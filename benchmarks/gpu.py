@@ -1,18 +1,16 @@
-"""Everything that needs a CUDA GPU, in four parts with limited time: tests, tuning, benchmarks, training.
+"""Everything that needs a CUDA GPU, in four parts with limited time: tests,
+tuning, benchmarks, training.
 
-    make gpu                                   # all four parts, half an hour at most
-    python benchmarks/gpu.py check tune        # 9.5 minutes
-    python benchmarks/gpu.py bench             # 9.5
-    python benchmarks/gpu.py train             # 9.5; a second call continues from the last checkpoint
-    python benchmarks/gpu.py --dry-run         # the same commands on a CPU and in small, to see whether they work
+A part is a sequence of commands. A command that has used up its time is
+interrupted, and the next one begins; it also gets the time that earlier ones
+left over. Results go into the folder of --out ($OUT, or runs/gpu/out) as they
+appear, and all output into `log.txt` there; the last lines printed give the
+outcome of each command. `tune` writes the library's own table of
+implementations and tiles, which all later commands use.
 
-A part is a sequence of commands. A command that has used up its time is interrupted, and the next one begins; it also
-gets the time that earlier ones left over. Results go into the folder of --out ($OUT, or runs/gpu/out) as they appear,
-and all output into `log.txt` there; the last lines printed give the outcome of each command. `tune` writes the
-library's own table of implementations and tiles, which all later commands use.
-
-Installed packages are used, whatever their version. If the machine lacks some and cannot download them, --wheels names
-a folder of their wheels (`make gpu-wheels` fills one). Without git, BENCH_COMMIT gives the commit.
+Installed packages are used, whatever their version. If the machine lacks some
+and cannot download them, --wheels names a folder of their wheels
+(`make gpu-wheels` fills one). Without git, BENCH_COMMIT gives the commit.
 """
 
 from __future__ import annotations
@@ -32,8 +30,24 @@ import tarfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import NoReturn, TextIO
 
+PROGRAM = "python benchmarks/gpu.py"
+ENDING = f"""\
+examples:
+
+  make gpu
+      all four parts, half an hour at most
+  {PROGRAM} check tune
+      two parts, 9.5 minutes; bench and train take as long each
+  {PROGRAM} train
+      a second call continues from the last checkpoint
+  {PROGRAM} --dry-run
+      the same commands on a CPU and in small, to see whether they work
+
+exit codes: 0 done, 1 a command failed, 2 refused, 130 stopped; see
+docs/commands/exit-codes.md
+"""
 ROOT = Path(__file__).parents[1]
 WORK = ROOT / "runs" / "gpu"
 """Kept between calls, so that one call can continue another's work."""
@@ -217,7 +231,7 @@ def install(wheels: Path, log: TextIO) -> Path:
     site = WORK / "site"
     found = sorted(map(str, wheels.glob("*.whl")))
     if not found:
-        raise SystemExit(f"gpu.py: --wheels: there are none in {wheels}")
+        refuse(f"--wheels: there are none in {wheels}")
     options = ["--quiet", "--no-index", "--no-deps", "--upgrade", "--target", str(site)]
     subprocess.run([sys.executable, "-m", "pip", "install", *options, *found], check=True, stdout=log, stderr=log)
     return site
@@ -234,10 +248,12 @@ def tail(log: Path, start: int, lines: int = 25) -> str:
         return "\n".join(file.read().decode(errors="replace").splitlines()[-lines:])
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM, description=__doc__, epilog=ENDING, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("parts", nargs="*", help=f"some of {', '.join(PARTS)}; all when none is named")
-    parser.add_argument("--out", type=Path, help="folder of findings; $OUT, or out in runs/gpu")
+    parser.add_argument("--out", type=Path, help="folder of findings (default: $OUT, or runs/gpu/out)")
     parser.add_argument("--wheels", type=Path, help="folder of wheels to install for these commands")
     parser.add_argument("--dry-run", action="store_true", help="on a CPU, in small")
     args = parser.parse_args(argv)
@@ -245,7 +261,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"parts: there is no {' or '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
     if not args.dry_run and not has_gpu():
         parser.error("there is no CUDA GPU here; --dry-run shows on a CPU whether the commands work")
+    return args
 
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # else ignored in a shell's background
     work = WORK.with_name("gpu-dry-run") if args.dry_run else WORK
     if args.dry_run:
@@ -291,8 +311,13 @@ def has_gpu() -> bool:
     try:
         import torch
     except ImportError as error:
-        raise SystemExit(f"gpu.py: no PyTorch in {sys.executable}; make gpu PYTHON=... names another Python") from error
+        refuse(f"no PyTorch in {sys.executable} ({error}); make gpu PYTHON=... names another Python")
     return torch.cuda.is_available()
+
+
+def refuse(problem: str) -> NoReturn:
+    print(f"error: {problem}", file=sys.stderr)
+    raise SystemExit(2)
 
 
 def write_summary(path: Path, outcomes: Sequence[Outcome]) -> None:
@@ -303,4 +328,8 @@ def write_summary(path: Path, outcomes: Sequence[Outcome]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:  # without the training loop's console.start, because the packages that it needs may be in --wheels
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)

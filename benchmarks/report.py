@@ -1,24 +1,28 @@
-"""Draw tables and pictures from files of results.
-
-python benchmarks/report.py runs/bench.json                       # into runs/bench-report/
-python benchmarks/report.py penalty.json flow.json --out DIR      # several parts, all from one device
-"""
+"""Draw tables and pictures from files of results."""
 
 from __future__ import annotations
 
-import argparse
-import sys
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+import tyro
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from benchmarks.results import ResultError, Results, device_of, load, merge_results
+from train import options
+from train.outputs import console
+from train.outputs.console import Ending, Output
 
+PROGRAM = "python benchmarks/report.py"
+EXAMPLES = (
+    (f"{PROGRAM} runs/bench.json", "into runs/bench-report"),
+    (f"{PROGRAM} penalty.json flow.json --out DIR", "several parts, all from one device"),
+)
 Row = dict[str, Any]
 OURS = ["#dc2626", "#f97316", "#7f1d1d", "#f9a8d4", "#b45309", "#fb7185", "#facc15", "#be185d"]  # warm
 THEIRS = ["#1f2937", "#2563eb", "#0d9488", "#9333ea", "#0ea5e9", "#65a30d", "#64748b", "#67e8f9"]  # cold
@@ -268,30 +272,43 @@ def _save(figure: Any, path: Path) -> None:
 PICTURES = {"speedups.png": draw_speedups, "roofline.png": draw_roofline, "rows.png": draw_rows}
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, nargs="+", help="files of results of one device")
-    parser.add_argument(
-        "--out", type=Path, help="folder for report.md and the pictures; default: beside the first file"
-    )
-    args = parser.parse_args(argv)
-    out = args.out or args.results[0].with_name(f"{args.results[0].stem}-report")
-    try:
-        results = merge_results((path, load(path)) for path in args.results)
-    except ResultError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+@dataclasses.dataclass(frozen=True)
+class ReportConfig(Output):
+    """Draw tables and pictures from files of results."""
+
+    results: tyro.conf.Positional[tuple[Path, ...]]
+    """Files of results of one device."""
+    out: Path | None = None
+    """Folder for report.md and the pictures. None: beside the first file."""
+
+    def __post_init__(self) -> None:
+        if not self.results:
+            raise ValueError("results must be one or more files, got none")
+
+
+def parse(argv: Sequence[str] | None) -> ReportConfig:
+    return options.parse(ReportConfig, argv, program=PROGRAM, ending=lambda: options.examples(*EXAMPLES))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    config = parse(argv)
+    return console.conclude(lambda: report(config), config, (ResultError,))
+
+
+def report(config: ReportConfig) -> Ending:
+    out = config.out or config.results[0].with_name(f"{config.results[0].stem}-report")
+    results = merge_results((path, load(path)) for path in config.results)
     out.mkdir(parents=True, exist_ok=True)
-    text = markdown(results, args.results)
+    text = markdown(results, config.results)
     for name, draw in PICTURES.items():
         (out / name).unlink(missing_ok=True)
         draw(results, out / name)
         if (out / name).exists():
             text += f"\n![{name.removesuffix('.png')}]({name})\n"
     (out / "report.md").write_text(text)
-    print(f"{out}/report.md: {len(results['rows'])} rows of {device_of(results)}")
-    return 0
+    rows, device = len(results["rows"]), device_of(results)
+    return Ending(f"{out}/report.md: {rows} rows of {device}", {"folder": out, "rows": rows, "device": device})
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console.start(main)

@@ -1,7 +1,4 @@
-"""Files of results: rows, each with a reference to its run. A run on another device never overwrites them.
-
-python benchmarks/results.py --into benchmarks/results/h100.json penalty.json flow.json   # merge parts
-"""
+"""Files of results: rows, each with a reference to its run. A run on another device never overwrites them."""
 
 from __future__ import annotations
 
@@ -21,6 +18,7 @@ from typing import Any
 import fdkernels
 from train.reading import read_json
 
+PROGRAM = "python benchmarks/results.py"
 PACKAGES = (
     "torch",
     "triton",
@@ -152,7 +150,12 @@ def merge_results(parts: Iterable[tuple[Path, Results]]) -> Results:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    # not with train/options.py: benchmarks import this file on machines that have little more than PyTorch
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="Merge files of results of one device. Where two measured the same, the later one's row stays.",
+        epilog=f"example: {PROGRAM} --into benchmarks/results/h100.json penalty.json flow.json",
+    )
     parser.add_argument("parts", type=Path, nargs="+", help="files of results")
     parser.add_argument("--into", type=Path, required=True, help="file that takes their rows; made if it is not there")
     args = parser.parse_args(argv)

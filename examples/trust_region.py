@@ -7,6 +7,7 @@ trust region is such that all refinements pay the same true KL divergence (``ben
 
 from __future__ import annotations
 
+import argparse
 import math
 from pathlib import Path
 
@@ -84,6 +85,10 @@ def draw_regions(ax: Axes, bill: Bill, at: Tensor, colour: str) -> None:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description="Draw what metrics call equally far, and their steps. Takes minutes.")
+    path = ROOT / "docs" / "trust_region.png"
+    parser.add_argument("--out", type=Path, default=path, help="the picture (default: docs/trust_region.png)")
+    out: Path = parser.parse_args().out
     torch.set_num_threads(1)
     figure, axes = plt.subplots(len(ROWS), len(DENSITIES), figsize=(11, 8.6), layout="constrained")
     for column, name in enumerate(DENSITIES):
@@ -108,13 +113,12 @@ def main() -> None:
                 ax.set_title(question.density.title, fontsize=11)
             if column == 0:
                 ax.set_ylabel(title, fontsize=11, color=colour)
-    path = ROOT / "docs" / "trust_region.png"
     title = (
         f"What a metric calls equally far, and its step towards Q = a₂; all pay {BUDGET} nats of KL (drawn {LONGER}×)"
     )
     figure.suptitle(title, x=0.02, ha="left", fontsize=12)
-    figure.savefig(path, dpi=110)
-    print(f"wrote {path}")
+    figure.savefig(out, dpi=110)
+    print(f"wrote {out}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ The maths in plain form is in the sister package ``fdkernels_ref``.
 from fdkernels.chain import flow_fisher_penalty
 from fdkernels.flow import integrate_flow, integrate_flow_groups
 from fdkernels.jacobian import flow_jacobian
-from fdkernels.networks import PackedMLP, VelocityMLP, build_mlp, pack_mlp
+from fdkernels.networks import PackedMLP, VelocityMLP, build_mlp
+from fdkernels.packing import pack_mlp
 from fdkernels.paths import AffinePath
 from fdkernels.penalty import fisher_penalty, fisher_spectrum, velocity_fisher_penalty
 from fdkernels.pullback import flow_pullback_penalty, pullback_penalty
@@ -29,4 +30,4 @@ __all__ = [
     "velocity_fisher_penalty",
     "velocity_to_score",
 ]
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"

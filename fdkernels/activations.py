@@ -32,6 +32,8 @@ class Activation(NamedTuple):
     function: Callable[[Tensor], Tensor]
     slope: Callable[[Tensor], Tensor]
     """Its derivative."""
+    torch: tuple[str, str]
+    """PyTorch's name for the function, and its form if it has several."""
     onednn: tuple[str, str] | None
     """oneDNN's name and form of it; None if oneDNN does not fuse it into a product."""
 
@@ -52,16 +54,20 @@ def _silu_slope(h: Tensor) -> Tensor:
     return torch.ops.aten.silu_backward(torch.ones_like(h), h)
 
 
+def _tanh_slope(h: Tensor) -> Tensor:
+    return 1 - torch.tanh(h).square()
+
+
 def _relu_slope(h: Tensor) -> Tensor:
     return torch.where(h.isnan(), h, (h > 0).to(h.dtype))
 
 
 ACTIVATIONS: dict[str, Activation] = {
-    "gelu_tanh": Activation(GELU, _is_gelu("tanh"), gelu_tanh, _gelu_slope("tanh"), ("gelu", "tanh")),
-    "gelu": Activation(nn.GELU, _is_gelu("none"), F.gelu, _gelu_slope("none"), ("gelu", "none")),
-    "silu": Activation(nn.SiLU, _is(nn.SiLU), F.silu, _silu_slope, ("swish", "")),
-    "relu": Activation(nn.ReLU, _is(nn.ReLU), F.relu, _relu_slope, ("relu", "")),
-    "tanh": Activation(nn.Tanh, _is(nn.Tanh), torch.tanh, lambda h: 1 - torch.tanh(h).square(), ("tanh", "")),
+    "gelu_tanh": Activation(GELU, _is_gelu("tanh"), gelu_tanh, _gelu_slope("tanh"), ("gelu", "tanh"), ("gelu", "tanh")),
+    "gelu": Activation(nn.GELU, _is_gelu("none"), F.gelu, _gelu_slope("none"), ("gelu", "none"), ("gelu", "none")),
+    "silu": Activation(nn.SiLU, _is(nn.SiLU), F.silu, _silu_slope, ("silu", ""), ("swish", "")),
+    "relu": Activation(nn.ReLU, _is(nn.ReLU), F.relu, _relu_slope, ("relu", ""), ("relu", "")),
+    "tanh": Activation(nn.Tanh, _is(nn.Tanh), torch.tanh, _tanh_slope, ("tanh", ""), ("tanh", "")),
 }
 
 

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from fdkernels.backend import MAX_PENALTY_D, Backend, Implementation, Precision, choose_backend, choose_fused
 from fdkernels.condition import Condition, check_condition_of_states, for_samples
-from fdkernels.dtypes import nearest_float32
 from fdkernels.events import check_event, check_event_dim, flat, form, shaped
 from fdkernels.noise import check_source, draw
 from fdkernels.ops.chain import chain
@@ -19,7 +18,7 @@ from fdkernels.ops.integrate import prepare
 from fdkernels.ops.penalty import penalty_from_score
 from fdkernels.ops.score import score_from_velocity
 from fdkernels.ops.velocity_penalty import penalty_from_velocity
-from fdkernels.paths import AffinePath, PathName, near_data
+from fdkernels.paths import PATHS, AffinePath, PathName, near_data
 from fdkernels.records import (
     REDUCTIONS,
     Chain,
@@ -41,8 +40,6 @@ from fdkernels.torch_private import transforms_active
 from fdkernels.validation import check_choice, check_count, check_flag, check_floating, check_shape
 from fdkernels.velocity import BoundVelocity, Velocity, bind
 
-_NEAR = 0.05
-"""How far from the data's end of a path the score is taken by default."""
 _MAX_SAMPLES = 64
 """The most samples of one state that a program of the kernel keeps together."""
 
@@ -85,12 +82,14 @@ def flow_fisher_penalty(
     CUDA graph) does it all, and saves the gradient to the displacement; given a ``seed``, it draws the noise as well.
 
     Args:
-        velocity: as in :func:`integrate_flow`; a callable gets x (..., K, d), t (..., K, 1), cond (..., K, c).
+        velocity: as in :func:`integrate_flow`; a callable gets x (..., K, d), t (..., K, 1), cond (..., K, c), and for
+            chunks x (N, horizon, width), t (N, 1, 1), cond (N, ...), with the K rows of a state next to each other.
         cond: states (..., c). For a callable also tensors with more dimensions, such as tokens (..., T, c), and dicts,
             tuples and lists of tensors of any dtype, all with the displacement's leading shape, and None. The K samples
             of a state get the same.
         displacement: δ (..., d), same leading shape and device.
-        path: the path that the flow was trained on, as in :func:`velocity_to_score`.
+        path: the path that the flow was trained on, as in :func:`velocity_to_score` and :func:`integrate_flow`. The
+            flow starts from N(0, I), so σ should be 1 at the noise's end; give ``noise`` or ``samples`` if it is not.
         num_samples: K. Ignored if ``noise``, ``bridge_noise`` or ``samples`` is given, whose K is used.
         t: time at which the score is taken, a number in [0, 1] at which σ_t > 0, or a tensor that broadcasts to
             (..., K, 1), for chunks to (..., K, 1, 1); see :func:`velocity_to_score`. None is 0.05 from the data's end:
@@ -147,7 +146,7 @@ def flow_fisher_penalty(
             check_shape(op, name, tensor, shape, f"(..., K, {form(event_dim)})")
     seed = check_source(op, seed, generator, device)
     score_rule = check_score_rule(op, path, convention, min_sigma)
-    t = near_data(op, score_rule.path, _NEAR) if t is None else t
+    t = near_data(op, score_rule.path, 0.05) if t is None else t
     t = check_time(t, score_rule, displacement, shape[:-event_dim], event_dim)
     rule = check_penalty_rule(op, damping, normalize, eps)
     check_choice(op, "reduction", reduction, REDUCTIONS)
@@ -257,12 +256,12 @@ def _timed(request: _Request, rows: tuple[int, ...]) -> TimedAffine:
     affine = rule.affine(t, like, like)
     if affine.pairs is None:
         assert not isinstance(t, Tensor)
-        alpha, sigma = rule.levels(nearest_float32(t))  # the kernel's time, and the velocity's
+        alpha, sigma = (None, None) if rule.path is PATHS["linear"] else rule.levels(t)
         return TimedAffine(None, t, alpha, sigma, affine.p, affine.q, affine.use_x)
     at = (t if isinstance(t, Tensor) else torch.full((1,), t, device=like.device)).to(torch.float32)
     columns = [column.expand(*rows, 1) for column in (at, *rule.levels(at))]
     table = torch.cat([*columns, affine.pairs.to(torch.float32).expand(*rows, 2)], -1)
-    return TimedAffine(table.reshape(1, -1, 5), 0.0, 0.0, 0.0, affine.p, affine.q, affine.use_x)
+    return TimedAffine(table.reshape(1, -1, 5), 0.0, None, None, affine.p, affine.q, affine.use_x)
 
 
 def _step_by_step(request: _Request, bound: BoundVelocity, backend: Backend | None) -> tuple[Tensor, Tensor | None]:

@@ -46,13 +46,11 @@ def check_condition_of_states(
     op: str, name: str, cond: Condition, lead: torch.Size, device: torch.device, like: str
 ) -> None:
     """The same for a condition that must not broadcast, because it has a state for each of the rows."""
-    check_condition(op, name, cond, lead, device, like)
-    parts = [(name, cond)] if isinstance(cond, Tensor) else _parts(op, name, cond, 0)
-    for label, part in parts:
+    for label, part in _parts(op, name, cond, 0):
+        check_tensors, form = (check_floating, "be (..., c) with") if part is cond else (check_dense, "begin with")
+        check_tensors(op, device, **{label: part})
         if part.shape[: len(lead)] != lead or (part is cond and part.ndim == len(lead)):
-            raise ValueError(
-                f"{op}: {label} must be (..., c) with {like}'s leading shape {tuple(lead)}, got {tuple(part.shape)}"
-            )
+            raise ValueError(f"{op}: {label} must {form} {like}'s leading shape {tuple(lead)}, got {tuple(part.shape)}")
 
 
 def _parts(op: str, name: str, cond: Condition, depth: int) -> Iterator[tuple[str, Tensor]]:

@@ -156,8 +156,7 @@ def integrate_flow_groups(
     Returns:
         The ends, one (..., d) for each group, equal to those of separate calls up to rounding.
 
-    Raises:
-        As :func:`integrate_flow`; the message names the group.
+    Raises the errors of :func:`integrate_flow`; the message names the group.
 
     Example:
         >>> import torch, fdkernels

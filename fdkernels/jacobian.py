@@ -42,9 +42,9 @@ def flow_jacobian(
 
     Args:
         velocity: as in :func:`integrate_flow`. A row of its result may depend on its own row of x only. A callable
-            must be differentiable in x, and gets x (d, ..., d) with cond expanded to that, or for chunks d·N of them
-            with d = horizon·width. If it computes under
-            ``torch.no_grad``, that is noticed in plain calls, but not under a compiler or a ``torch.func`` transform.
+            must be differentiable in x, and gets x (d, ..., d) with cond expanded to that, or for chunks
+            (d·N, horizon, width) with d = horizon·width. If it computes under ``torch.no_grad``, that is noticed in
+            plain calls, but not under a compiler or a ``torch.func`` transform.
         x0: start of the flow (..., d), at the first time of the grid.
         cond: condition (..., c) whose leading shape broadcasts to x0's, or None, or what :func:`integrate_flow` takes.
         path, num_steps, method, time_grid, event_dim: as in :func:`integrate_flow`.

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import weakref
-from collections.abc import Iterator, Sequence
-from typing import TypeGuard
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from fdkernels.activations import ACTIVATIONS, ActivationName, name_of
-from fdkernels.backend import autocast
+from fdkernels.activations import ACTIVATIONS, ActivationName
 from fdkernels.cpu.layers import linear
 from fdkernels.layers import Input, Layer, Network, Norm
-from fdkernels.validation import FLOATING, brief, check_at_least, check_choice, check_count, check_flag, is_sequence
+from fdkernels.validation import brief, check_at_least, check_choice, check_count, check_flag, is_sequence
 
 
 class Linear(nn.Linear):
@@ -160,7 +157,7 @@ def _read_norm(norm: nn.LayerNorm | None) -> Norm | None:
 
 @dataclasses.dataclass(frozen=True)
 class PackedMLP:
-    """A stack of layers whose weights are read, never copied. Made by :func:`pack_mlp`; callable as v(x, t, cond)."""
+    """A stack of layers whose weights are read, never copied. Made by ``pack_mlp``; callable as v(x, t, cond)."""
 
     layers: tuple[LayerModules, ...]
     order: tuple[Input, ...]
@@ -202,158 +199,3 @@ class PackedMLP:
         middle = tuple(layer.to(hidden).to(products or hidden) for layer in rest[:-1])
         last = rest[-1].to(outer) if rest else None
         return Network(dict(zip(self.order, columns)), first.to(outer), middle, last, hidden)
-
-
-def pack_mlp(module: nn.Module, order: Sequence[Input] = ("cond", "x", "t")) -> PackedMLP:
-    """Use an existing stack of Linear / activation / LayerNorm as a velocity field, in place.
-
-    Nothing is copied: the next call sees an optimiser step on ``module``. Activations are the modules of
-    ``fdkernels.activations.ACTIVATIONS``; a LayerNorm comes after or before the activation. Nested ``nn.Sequential``
-    and modules that wrap exactly one child are unwrapped; ``nn.Identity`` and ``nn.Dropout`` in eval mode are skipped.
-    What a custom ``forward`` does besides calling its children cannot be seen, so it is tried out on two rows.
-
-    Args:
-        module: a :class:`VelocityMLP`, an ``nn.Sequential``, or a module that wraps one.
-        order: how the inputs are concatenated; leave ``"cond"`` out for an unconditional flow. Ignored for a
-            :class:`VelocityMLP`, which knows its own.
-
-    Returns:
-        The packed MLP, callable as v(x, t, cond) and accepted wherever a velocity is.
-
-    Raises:
-        TypeError: the module holds anything else, or itself, or does not compute what its stack computes.
-        ValueError: widths do not chain, weights are on several devices, or ``order`` is not a permutation of its names.
-
-    Example:
-        >>> import torch, fdkernels
-        >>> net = torch.nn.Sequential(torch.nn.Linear(3 + 2 + 1, 16), torch.nn.SiLU(), torch.nn.Linear(16, 2))
-        >>> velocity = fdkernels.pack_mlp(net)
-        >>> velocity(torch.zeros(5, 2), torch.zeros(5, 1), torch.zeros(5, 3)).shape
-        torch.Size([5, 2])
-    """
-    if isinstance(module, PackedMLP):
-        return module
-    what = "pack_mlp: module"
-    if is_known(module):
-        return pack_known(what, module)
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"{what} must be a torch.nn.Module, got {type(module).__name__}")
-    names = tuple(itertools.islice(order, 4)) if is_sequence(order) else ()
-    if not all(isinstance(name, str) for name in names) or names not in _ORDERS:
-        raise ValueError(
-            f"pack_mlp: order must name 'x', 't' and, unless unconditional, 'cond' once, got {brief(order)}"
-        )
-    packed = _pack(what, module, names)
-    _try_out(module, packed)
-    return packed
-
-
-_ORDERS = (*itertools.permutations(("cond", "x", "t")), *itertools.permutations(("x", "t")))
-
-
-_known: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[object, ...], PackedMLP]] = weakref.WeakKeyDictionary()
-
-
-def is_known(module: object) -> TypeGuard[VelocityMLP]:
-    """Whether it is a VelocityMLP with its own forward."""
-    return isinstance(module, VelocityMLP) and type(module).forward is VelocityMLP.forward
-
-
-def pack_known(what: str, module: VelocityMLP) -> PackedMLP:
-    """Packing takes half as long as a launch, so the result is kept until the module changes.
-
-    Args:
-        what: the operator and the argument, for messages.
-    """
-    stack = module.net
-    if torch.compiler.is_compiling() or not isinstance(stack, nn.Sequential):
-        return _pack(what, stack, module.order)
-    settings = ((layer.training, getattr(layer, "approximate", None)) for layer in stack)
-    made_of = (*module.order, *stack, *settings)
-    before, packed = _known.get(module, ((), None))
-    if packed is None or made_of != before:
-        packed = _pack(what, stack, module.order)
-        if all(next(layer.children(), None) is None for layer in stack):  # changes further down would go unnoticed
-            _known[module] = made_of, packed
-    return packed
-
-
-def _pack(what: str, module: nn.Module, order: Sequence[Input]) -> PackedMLP:
-    try:
-        leaves = list(_leaves(what, module))
-    except RecursionError:
-        raise TypeError(f"{what} must not contain itself") from None
-    layers = tuple(_layers(what, leaves))
-    packed = PackedMLP(layers, tuple(order))
-    for layer in layers:
-        for norm in (layer.norm_before, layer.norm_after):
-            if norm is not None and norm.normalized_shape != (layer.linear.out_features,):
-                raise ValueError(f"{what}'s {norm} must normalise the {layer.linear.out_features} outputs before it")
-    for before, after in itertools.pairwise(layers):
-        if before.linear.out_features != after.linear.in_features:
-            raise ValueError(f"{what}'s widths do not chain: {before.linear} is followed by {after.linear}")
-        if before.linear.weight.device != after.linear.weight.device:
-            raise ValueError(f"{what}'s weights must be on one device, got {before.linear.weight.device} and others")
-    for layer in layers:
-        if layer.linear.weight.dtype not in FLOATING:
-            raise TypeError(
-                f"{what}'s weights must be float32, bfloat16, float16 or float64, got {layer.linear.weight.dtype}"
-            )
-    if packed.action_dim < 1 or packed.cond_dim < 0 or ("cond" in order) != (packed.cond_dim > 0):
-        raise ValueError(
-            f"{what}: with order={tuple(order)} and {packed.action_dim} outputs the first layer must take "
-            f"{'cond_dim + ' if 'cond' in order else ''}{packed.action_dim} + 1 inputs, got "
-            f"{layers[0].linear.in_features}"
-        )
-    return packed
-
-
-@torch.no_grad()
-def _try_out(module: nn.Module, packed: PackedMLP) -> None:
-    """Check that the module computes what the layers found in it compute."""
-    width = packed.layers[0].linear.in_features
-    rows = torch.linspace(-1, 1, 2 * width, dtype=packed.dtype, device=packed.device).view(2, width)
-    try:
-        with autocast(packed.device, None):
-            same = torch.allclose(module(rows), packed.run(rows), rtol=1e-3, atol=1e-5, equal_nan=True)
-    except Exception as error:  # whatever a custom forward raises
-        raise TypeError(
-            f"pack_mlp: module {type(module).__name__} cannot be called with the concatenated inputs alone "
-            f"({type(error).__name__}: {error}); pass the nn.Sequential inside it"
-        ) from error
-    if not same:
-        raise TypeError(f"pack_mlp: module {type(module).__name__} computes something other than the layers inside it")
-
-
-def _leaves(what: str, module: nn.Module) -> Iterator[nn.Module]:
-    """The modules that compute, in order of execution as far as it can be known."""
-    if isinstance(module, nn.Sequential):
-        for child in module:
-            yield from _leaves(what, child)
-    elif isinstance(module, nn.Identity) or (isinstance(module, nn.Dropout) and not module.training):
-        return
-    elif isinstance(module, (nn.Linear, nn.LayerNorm)) or name_of(module) is not None:
-        yield module
-    else:
-        children = list(module.children())
-        if len(children) != 1:
-            raise TypeError(
-                f"{what} must be a VelocityMLP, an nn.Sequential of Linear, activation ({', '.join(ACTIVATIONS)}) and "
-                f"LayerNorm, or a module that wraps one; got {type(module).__name__}"
-            )
-        yield from _leaves(what, children[0])
-
-
-def _layers(what: str, leaves: list[nn.Module]) -> Iterator[LayerModules]:
-    if not leaves or not isinstance(leaves[0], nn.Linear) or not isinstance(leaves[-1], nn.Linear):
-        raise TypeError(f"{what} must begin and end with nn.Linear")
-    starts = [i for i, leaf in enumerate(leaves) if isinstance(leaf, nn.Linear)]
-    for start, end in zip(starts, [*starts[1:], len(leaves)]):
-        linear, rest = leaves[start], leaves[start + 1 : end]
-        kinds = "".join("n" if isinstance(leaf, nn.LayerNorm) else "a" for leaf in rest)
-        if kinds not in ("", "a", "n", "na", "an", "nan"):
-            raise TypeError(f"{what} must have between two nn.Linear at most norm, activation, norm, got {rest}")
-        before = rest[0] if kinds.startswith("n") else None
-        after = rest[-1] if kinds.endswith("n") and len(kinds) > 1 else None
-        activation = name_of(rest[kinds.index("a")]) if "a" in kinds else None
-        yield LayerModules(linear, before, activation, after)  # type: ignore[arg-type]

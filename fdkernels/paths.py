@@ -69,12 +69,11 @@ def _cos(t: Time) -> Time:
     return torch.cos(t) if isinstance(t, Tensor) else math.cos(t)
 
 
-_BETA_MIN, _BETA_MAX = 0.1, 20.0  # Ho et al., 2020, in the continuous form of Song et al., 2021
-
-
+# β rises from 0.1 to 20: Ho et al., 2020, in the continuous form of Song et al., 2021. The numbers have no names,
+# because with dynamic shapes a compiler takes a global number for one that may change.
 def _vp_log_alpha(t: Time) -> Time:
     s = 1 - t
-    return -0.25 * s * s * (_BETA_MAX - _BETA_MIN) - 0.5 * s * _BETA_MIN
+    return -0.25 * s * s * (20.0 - 0.1) - 0.5 * s * 0.1
 
 
 def _vp_alpha(t: Time) -> Time:
@@ -87,7 +86,7 @@ def _vp_sigma(t: Time) -> Time:
 
 
 def _vp_d_alpha(t: Time) -> Time:
-    return 0.5 * ((1 - t) * (_BETA_MAX - _BETA_MIN) + _BETA_MIN) * _vp_alpha(t)
+    return 0.5 * ((1 - t) * (20.0 - 0.1) + 0.1) * _vp_alpha(t)
 
 
 def _vp_d_sigma(t: Time) -> Time:
@@ -109,21 +108,24 @@ PATHS: dict[str, AffinePath] = {
 
 def levels(op: str, path: AffinePath, t: float) -> tuple[float, float]:
     """α_t and σ_t as numbers."""
-    if takes_numbers(path):
-        return path.alpha(t), path.sigma(t)  # type: ignore[arg-type, return-value]
-    return _levels_of_function(op, path, t)
+    return (t, 1 - t) if path is PATHS["linear"] else _levels(op, path, t)
 
 
 @constant_when_compiled
-def _levels_of_function(op: str, path: AffinePath, t: float) -> tuple[float, float]:
+def _levels(op: str, path: AffinePath, t: float) -> tuple[float, float]:
+    if takes_numbers(path):
+        return path.alpha(t), path.sigma(t)  # type: ignore[arg-type, return-value]
     alpha, sigma, _, _ = path.at(op, torch.tensor(t, dtype=torch.float64, device="cpu"))
     return float(alpha), float(sigma)
 
 
 def data_time(op: str, path: AffinePath) -> float:
     """The data's end of the path, 1 or 0: the one with less noise. The other is the noise's."""
-    if path is PATHS["linear"]:
-        return 1.0
+    return 1.0 if path is PATHS["linear"] else _data_time(op, path)
+
+
+@constant_when_compiled
+def _data_time(op: str, path: AffinePath) -> float:
     (alpha_0, sigma_0), (alpha_1, sigma_1) = levels(op, path, 0.0), levels(op, path, 1.0)
     at_0, at_1 = abs(sigma_0 * alpha_1), abs(sigma_1 * alpha_0)
     if at_0 == at_1 or math.isnan(at_0) or math.isnan(at_1):

@@ -27,9 +27,6 @@ from fdkernels.validation import (
 )
 from fdkernels.velocity import Velocity, bind
 
-_VIEW = 0.2
-"""How far from the data's end of a path the views are by default."""
-
 
 def pullback_penalty(
     displacement: Tensor,
@@ -211,7 +208,7 @@ def flow_pullback_penalty(
 def _check_view(op: str, t: float | None, path: AffinePath) -> float:
     """The time of the views: a number in [0, 1] with noise left, and not the data's end."""
     if t is None:
-        return near_data(op, path, _VIEW)
+        return near_data(op, path, 0.2)
     end = data_time(op, path)
     if not 0 <= as_float(t) <= 1 or as_float(t) == end:
         raise ValueError(f"{op}: t must be a number in {'[0, 1)' if end else '(0, 1]'}, got {brief(t)}")

@@ -164,8 +164,9 @@ class TimedAffine(NamedTuple):
 
     columns: Tensor | None
     t: float
-    alpha: float
-    sigma: float
+    alpha: float | None
+    sigma: float | None
+    """None: with numbers, α = t and σ = 1 − t, as on the linear path."""
     p: float
     q: float
     use_x: bool

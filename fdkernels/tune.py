@@ -1,13 +1,14 @@
-"""Time the kernels' configurations on the GPU at hand, and use the best from then on.
+"""Time the kernels' configurations on the GPU at hand, and use the best from
+then on.
 
-    python -m fdkernels.tune                                            # the published network, 4 x 512
-    python -m fdkernels.tune --only flow --hidden 256 256 256 --cond-dim 29 --action-dim 8 --rows 256 16384
-    python -m fdkernels.tune --dry-run                                  # only print
+Writes the winners to the user's table, $FDKERNELS_CONFIGS or
+~/.cache/fdkernels/configs.json, under the GPU's name; processes started
+afterwards use it. Without it they use the shipped table, or heuristics for GPUs
+that are not in it.
 
-Writes the winners to the user's table, $FDKERNELS_CONFIGS or ~/.cache/fdkernels/configs.json, under the GPU's name;
-processes started afterwards use it. Without it they use the shipped table, or heuristics for GPUs that are not in it.
-Each of the flow's candidates takes seconds to compile. One process per core compiles them, one precision at a time,
-while the precision before is timed. Each winner is written as soon as it is known, so a run may be interrupted.
+Each of the flow's candidates takes seconds to compile. One process per core
+compiles them, one precision at a time, while the precision before is timed.
+Each winner is written as soon as it is known, so a run may be interrupted.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import itertools
 import math
 import multiprocessing
 import os
+import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -38,6 +41,19 @@ from fdkernels.kernels.tuning.tiles import next_power_of_two
 from fdkernels.records import Affine, PenaltyRule
 
 Timer: TypeAlias = Callable[[Callable[[], object]], float]
+PROGRAM = "python -m fdkernels.tune"
+ENDING = f"""\
+examples:
+
+  {PROGRAM}
+      the published network, 4 x 512
+  {PROGRAM} --only flow --hidden 256 256 256 --cond-dim 29 --rows 256
+      another network
+  {PROGRAM} --dry-run
+      only print
+
+exit codes: 0 done, 1 failed, 2 refused, 130 stopped
+"""
 SIZES = [(4, 6), (4, 17), (16, 60), (64, 256), (256, 1024)]  # (K, d)
 PRECISIONS = {"bf16": "half", "high": "high", "highest": "highest"}  # option -> name in the table
 
@@ -164,17 +180,31 @@ def _graph_time(run: Callable[[], object]) -> float:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m fdkernels.tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=PROGRAM, description=__doc__, epilog=ENDING, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", nargs="+", choices=WORKLOADS, default=list(WORKLOADS), help="the kernels to time")
-    parser.add_argument("--elements", type=int, default=2**27, help="of the scores: half a gigabyte")
-    parser.add_argument("--cond-dim", type=int, default=17, help="of the flow's network: width of the condition")
-    parser.add_argument("--action-dim", type=int, default=6)
-    parser.add_argument("--hidden", type=int, nargs="+", default=[512] * 4, help="widths of its hidden layers")
-    parser.add_argument("--rows", type=int, nargs="+", default=[16, 256, 512, 1536, 4096, 16384], help="to integrate")
-    parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
-    parser.add_argument("--dry-run", action="store_true", help="print the timings and write nothing")
-    parser.add_argument("--ship", action="store_true", help="write the library's own table, for the GPU's whole family")
+    what = parser.add_argument_group("what to time")
+    what.add_argument(
+        "--only", nargs="+", choices=WORKLOADS, default=list(WORKLOADS), help="some of the kernels (default: all)"
+    )
+    elements = "scores to weigh, in numbers of four bytes (default: 2^27, half a GiB, larger than any cache)"
+    what.add_argument("--elements", type=int, default=2**27, metavar="N", help=elements)
+    flow = parser.add_argument_group("the flow's network, and what it integrates")
+    for name, of, default in (("cond", "condition", 17), ("action", "action", 6)):
+        text = f"numbers in a row of the {of} (default: {default})"
+        flow.add_argument(f"--{name}-dim", type=int, default=default, metavar="N", help=text)
+    flow.add_argument(
+        "--hidden", type=int, nargs="+", default=[512] * 4, metavar="N", help="hidden widths (default: 512 512 512 512)"
+    )
+    rows = [16, 256, 512, 1536, 4096, 16384]
+    text = f"rows to integrate at once (default: {' '.join(map(str, rows))})"
+    flow.add_argument("--rows", type=int, nargs="+", default=rows, metavar="N", help=text)
+    text = f"of matrix products, some of {', '.join(PRECISIONS)} (default: all)"
+    flow.add_argument("--precision", nargs="+", choices=PRECISIONS, default=list(PRECISIONS), metavar="NAME", help=text)
+    written = parser.add_argument_group("what to write")
+    written.add_argument("--dry-run", action="store_true", help="print the timings and write nothing")
+    written.add_argument(
+        "--ship", action="store_true", help="write the library's own table, for the GPU's whole family"
+    )
     return parser.parse_args(arguments)
 
 
@@ -185,23 +215,37 @@ def main() -> None:
     elif backend.INTERPRETER and args.dry_run:  # shows that everything runs, not how fast
         args.device, timer = torch.device("cpu"), _wall_time
     else:
-        raise SystemExit("fdkernels.tune: no CUDA GPU here to measure; nothing was written")
+        print("error: no CUDA GPU here to measure; nothing was written", file=sys.stderr)
+        raise SystemExit(2)
     gpu = table.gpu_of(args.device)
     source = f"timed on {gpu.name}, {datetime.date.today()}, torch {torch.__version__}, triton {triton.__version__}"
     file, key = (table.SHIPPED_FILE, gpu.family) if args.ship else (table.user_file(), gpu.name)
-    spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), mp_context=spawn) as pool:
-        compiling = {
-            PRECISIONS[precision]: [pool.submit(_compile, args, precision, i) for i in range(len(FLOWS))]
-            for precision in args.precision
-            if "flow" in args.only
-        }
-        for workload in itertools.chain.from_iterable(WORKLOADS[name](args) for name in args.only):
-            for job in compiling.get(workload.problem.get("precision", ""), []):
-                job.result()  # raises errors that no candidate may cause
-            best = tune(workload, gpu, timer)
-            if best and not args.dry_run:
-                table.write(file, key, {workload.kernel: [best | {"source": source}]})
+    pool = concurrent.futures.ProcessPoolExecutor(
+        os.cpu_count(),
+        mp_context=multiprocessing.get_context("spawn"),
+        # Ctrl-C goes to all processes; this one ends the others
+        initializer=signal.signal,
+        initargs=(signal.SIGINT, signal.SIG_IGN),
+    )
+    with pool:
+        try:
+            compiling = {
+                PRECISIONS[precision]: [pool.submit(_compile, args, precision, i) for i in range(len(FLOWS))]
+                for precision in args.precision
+                if "flow" in args.only
+            }
+            for workload in itertools.chain.from_iterable(WORKLOADS[name](args) for name in args.only):
+                for job in compiling.get(workload.problem.get("precision", ""), []):
+                    job.result()  # raises errors that no candidate may cause
+                best = tune(workload, gpu, timer)
+                if best and not args.dry_run:
+                    table.write(file, key, {workload.kernel: [best | {"source": source}]})
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for worker in multiprocessing.active_children():
+                worker.terminate()
+            print("stopped; the winners so far are kept", file=sys.stderr)
+            raise SystemExit(130) from None
     if not args.dry_run:
         print(f"wrote {file}")
 

@@ -23,7 +23,8 @@ from fdkernels.cpu import field as cpu_field
 from fdkernels.cpu import processor
 from fdkernels.events import check_event
 from fdkernels.layers import EncodedNetwork, Network, encode
-from fdkernels.networks import PackedMLP, is_known, pack_known
+from fdkernels.networks import PackedMLP
+from fdkernels.packing import is_known, pack_known
 from fdkernels.records import Way
 from fdkernels.solvers import Field
 from fdkernels.torch_private import transforms_active
@@ -122,7 +123,8 @@ class BoundVelocity(NamedTuple):
                 check_floating(op, x.device, **{"velocity's result": v})
                 if v.shape != shape:
                     raise ValueError(f"{op}: velocity must return x's shape {shape}, got {tuple(v.shape)}")
-                return v.to(x.dtype).reshape(x.shape)
+                v = v.to(x.dtype)
+                return v.reshape(x.shape) if of_chunks else v
 
             return field, x0
 
@@ -174,7 +176,10 @@ class BoundVelocity(NamedTuple):
         if cond is not None and not (isinstance(cond, Tensor) and cond.ndim <= x.ndim):
             raise ValueError(f"{op}: velocity is an MLP, whose {cond_name} is a tensor (..., c), got {brief(cond)}")
         if x.shape[-1] != packed.action_dim:
-            raise ValueError(f"{op}: velocity moves {packed.action_dim} dimensions, got {x_name} with d={x.shape[-1]}")
+            size = "·".join(map(str, self.event)) + "=" if len(self.event) > 1 else ""
+            raise ValueError(
+                f"{op}: velocity moves {packed.action_dim} dimensions, got {x_name} with d={size}{x.shape[-1]}"
+            )
         if x.device != packed.device:
             raise ValueError(f"{op}: velocity's weights are on {packed.device}, got {x_name} on {x.device}")
         given = 0 if cond is None else cond.shape[-1]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import fdkernels_ref
-from train import acting
+from fdkernels.policy import acting
 from train.agents import AGENTS
 from train.agents.base import Agent, Draws, Parts
 from train.agents.decorator import DecoratorAgent

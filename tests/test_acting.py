@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from train.acting import FOR_REFINING_AGENTS, RULES, Acting, flow_alone
+from fdkernels.policy import Acting
+from fdkernels.policy.acting import REFINING_RULES, RULES
 from train.agents import AGENTS
 from train.agents.base import Agent
 
@@ -43,7 +46,7 @@ def test_every_rule_is_a_policy(name: str, rule: str) -> None:
     agent, acting = make(name), Acting(rule, num_samples=7)  # type: ignore[arg-type]
     obs, noise = torch.randn(3, 5), acting.draw(agent, 3, torch.Generator().manual_seed(0))
     assert noise.shape == (3, 7 if rule.endswith("-n") else 1, 2)
-    if rule in FOR_REFINING_AGENTS and not agent.refines:
+    if rule in REFINING_RULES and not agent.refines:
         with pytest.raises(TypeError, match=f"{type(agent).__name__} has nothing that does"):
             acting(agent, obs, noise)
         return
@@ -66,7 +69,7 @@ def test_what_each_rule_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
     }.items():
         actions = Acting(rule)(agent, OBS[:2], noise)  # type: ignore[arg-type]
         torch.testing.assert_close(actions, torch.tensor(expected), msg=rule)
-    assert torch.equal(flow_alone(agent, OBS[:2], noise), noise[:, 0])
+    assert torch.equal(Acting("flow")(agent, OBS[:2], noise), noise[:, 0])
 
 
 def test_the_mean_is_weighted_by_value(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,7 +90,7 @@ def test_the_mean_is_weighted_by_value(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("rule", ["best-flow-of-n", "mean-flow-of-n"])
 def test_of_one_there_is_no_choice(rule: str) -> None:
     agent, obs, noise = make(), torch.randn(3, 5), torch.randn(3, 1, 2)
-    torch.testing.assert_close(Acting(rule)(agent, obs, noise), flow_alone(agent, obs, noise))  # type: ignore[arg-type]
+    torch.testing.assert_close(Acting(rule)(agent, obs, noise), Acting("flow")(agent, obs, noise))  # type: ignore[arg-type]
     torch.testing.assert_close(Acting("best-of-n")(agent, obs, noise), Acting("sample")(agent, obs, noise))
 
 
@@ -99,6 +102,6 @@ def test_names_and_bad_settings() -> None:
     ]
     with pytest.raises(ValueError, match=r"rule must be one of 'sample', .*, got 'best'"):
         Acting("best")  # type: ignore[arg-type]
-    for bad in ({"num_samples": 0}, {"temperature": 0.0}):
-        with pytest.raises(ValueError, match="num_samples and temperature must be positive"):
-            Acting(**bad)  # type: ignore[arg-type]
+    for name, bad in (("num_samples", 0), ("num_samples", 10_001), ("temperature", 0.0), ("temperature", math.nan)):
+        with pytest.raises(ValueError, match=f"Acting: {name} must be .*, got {bad}"):
+            Acting(**{name: bad})  # type: ignore[arg-type]

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from fdkernels.policy import PolicyError, load_policy
 from tests.faults.harness import TINY
 from train import play
 from train.evaluate import evaluate
 from train.member import Member
 from train.outputs.best import best_file, best_files, keep_best, prune_best
 from train.outputs.checkpoint import KEPT, steps_in
-from train.outputs.policy import PolicyError, load_policy
 from train.run import main
 
 FREQUENT = [*TINY, "--eval-every", "3"]
@@ -34,8 +34,8 @@ def test_it_is_the_best_of_the_summary(finished: Path) -> None:
     best = results["policy"]["best"]
     assert best["step"] < results["policy"]["last"]["step"], "there is nothing to tell apart"
     assert best_file(finished) == finished / "checkpoints" / f"best-{best['step']:09d}.safetensors"
-    policy = load_policy(finished, best_file(finished))
-    played = evaluate(policy.agent, "Hopper-v5", policy.acting, episodes=best["episodes"], seed=1_000_000)["policy"]
+    policy = load_policy(best_file(finished))
+    played = evaluate(policy.network, "Hopper-v5", policy.acting, episodes=best["episodes"], seed=1_000_000)["policy"]
     assert float(played.returns.mean()) == best["return_mean"]
 
 

@@ -15,9 +15,9 @@ from torch.autograd import forward_ad
 import fdkernels
 from fdkernels import torch_private
 from fdkernels.cpu import layers as cpu_layers
+from fdkernels.policy.critic import TwinCritic
 from tests.judge import assert_close, with_gradients
 from tests.processors import PROCESSORS, run_as
-from train.agents.critic import TwinCritic
 
 F64 = torch.float64
 gelu = functools.partial(F.gelu, approximate="tanh")

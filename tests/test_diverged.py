@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train.loop
+from fdkernels.policy import DisplacementPolicy, NotFinite
 from train import diverged, play
 from train.agents import AGENTS
 from train.agents.base import Agent
@@ -33,7 +34,6 @@ from train.outputs.checkpoint import newest_step, read_checkpoint
 from train.outputs.diverged import FILE, Diverged, read_diverged
 from train.run import main, parse
 from train.settings import RunError
-from train.simulator import NotFinite
 
 TINY = (  # noqa: SIM905 (reads as typed)
     "--env hopper-medium --actor-hidden 16 16 --critic-hidden 16 --flow-steps 2 --batch-size 32 --flow-warmup 6 "
@@ -193,7 +193,7 @@ def test_the_update_at_which_numbers_go_wrong_is_not_made_and_can_be_made_again(
     arguments = [*TINY, "--agent", agent, "--out", str(out)]
     with monkeypatch.context() as patch:
         before_update(patch, 18, spoil)
-        assert main(arguments) == 2
+        assert main(arguments) == 3
         error = capsys.readouterr().err
         assert f"error: seed 0 diverged at update 18 ({agent}): not finite are {names}" in error
         assert f"its state: {out / FILE}" in error
@@ -221,7 +221,7 @@ def test_the_saved_state_is_that_before_the_update(
     straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before_update(monkeypatch, 16, in_batch("rewards", torch.nan))
-    assert main([*TINY, "--out", str(tmp_path / "run")]) == 2
+    assert main([*TINY, "--out", str(tmp_path / "run")]) == 3
     saved = read_checkpoint(tmp_path / "run" / FILE)
     of_run = read_checkpoint(tmp_path / "run" / "checkpoints" / "step-000000015.safetensors")
     for part in ("agent", "adam"):
@@ -234,7 +234,7 @@ def test_what_cannot_be_made_again_says_so(
     """The fault is a hook, which no file holds."""
     out = tmp_path / "run"
     before_update(monkeypatch, 18, in_gradient)
-    assert main([*TINY, "--out", str(out)]) == 2
+    assert main([*TINY, "--out", str(out)]) == 3
     assert "not finite are gradients: actor.2.weight\n" in capsys.readouterr().err
     assert diverged.main([str(out)]) == 1
     assert "not finite now: nothing\nThen it was otherwise" in capsys.readouterr().out
@@ -246,10 +246,10 @@ def test_a_run_that_diverges_again_says_so_again_and_overwrite_clears_it(
     arguments = [*TINY, "--out", str(tmp_path / "run")]
     with monkeypatch.context() as patch:
         before_update(patch, 18, in_batch("rewards", torch.nan))
-        assert main(arguments) == 2
+        assert main(arguments) == 3
         first = capsys.readouterr().err.splitlines()[-2:]
         before = load_file(tmp_path / "run" / FILE)
-        assert main([*arguments, "--resume"]) == 2
+        assert main([*arguments, "--resume"]) == 3
         assert capsys.readouterr().err.splitlines()[-2:] == first
         again = load_file(tmp_path / "run" / FILE)
         assert before.keys() == again.keys()
@@ -265,7 +265,7 @@ def test_a_figure_that_is_no_loss_is_named_too(
     monkeypatch.setattr(
         AGENTS["fidec"], "metrics", lambda *args: {**metrics(*args), "top_eigenvalue_share": torch.tensor(torch.nan)}
     )
-    assert main([*TINY, "--log-every", "3", "--out", str(tmp_path / "run")]) == 2
+    assert main([*TINY, "--log-every", "3", "--out", str(tmp_path / "run")]) == 3
     error = capsys.readouterr().err
     assert "seed 0 diverged at update 3 (flow warm-up): not finite are metrics: top_eigenvalue_share = nan" in error
     assert diverged.main([str(tmp_path / "run")]) == 0
@@ -284,7 +284,7 @@ def test_nothing_wrong_is_saved_or_evaluated(
             agent.actor[0].weight.data[0, 0] = torch.nan
 
     monkeypatch.setattr(Agent, "step", spoilt)
-    assert main([*TINY, "--out", str(tmp_path / "run")]) == 2
+    assert main([*TINY, "--out", str(tmp_path / "run")]) == 3
     assert (
         "diverged at update 10 (critic warm-up): not finite are parameters: actor.0.weight" in capsys.readouterr().err
     )
@@ -316,7 +316,7 @@ def test_captured_updates_are_found_at_the_next_log(
         patch.setattr(train.loop, "captures", lambda *args: True)
         patch.setattr(train.loop, "CapturedUpdate", Uncaptured)
         before_update(patch, 18, in_batch("rewards", torch.nan, seed=None if num_seeds == 1 else 1))
-        assert main(arguments) == 2
+        assert main(arguments) == 3
     captured = capsys.readouterr()
     folder = tmp_path if num_seeds == 1 else tmp_path / "fidec-seed1"
     alone = "" if num_seeds == 1 else f" --num-seeds 1 --seed 1 --out {folder}"
@@ -331,7 +331,7 @@ def test_captured_updates_are_found_at_the_next_log(
     # and as it says, without graphs the update is found and saved
     before_update(monkeypatch, 18, in_batch("rewards", torch.nan))
     options = f"--resume --capture off --num-seeds 1 --seed {num_seeds - 1} --out {folder}".split()
-    assert main([*arguments, *options]) == 2
+    assert main([*arguments, *options]) == 3
     assert "not finite are batch: rewards" in capsys.readouterr().err
     assert diverged.main([str(folder)]) == 0
 
@@ -364,7 +364,7 @@ def test_the_other_seeds_go_on_as_if_nothing_had_happened(
     monkeypatch.setattr(train.loop, "draw_group_curve", lambda *args: (drawn.append(args[-1]), draw(*args))[1])
     with monkeypatch.context() as patch:
         before_update(patch, 18, spoil)
-        assert main([*GROUP, "--out", str(tmp_path)]) == 2
+        assert main([*GROUP, "--out", str(tmp_path)]) == 3
     printed = capsys.readouterr()
     message = "seed 2 diverged at update 18 (fidec): not finite are "
     assert message in printed.out, "at once"
@@ -388,7 +388,7 @@ def test_the_other_seeds_go_on_as_if_nothing_had_happened(
 
     # a resumed group says so, leaves it out, and still shows it
     capsys.readouterr()
-    assert main([*GROUP, "--steps", "25", "--out", str(tmp_path), "--resume"]) == 2
+    assert main([*GROUP, "--steps", "25", "--out", str(tmp_path), "--resume"]) == 3
     printed = capsys.readouterr()
     assert f"left out   {message}" in printed.out
     assert printed.out.count("step-000000030.safetensors, step 30") == 2
@@ -406,7 +406,7 @@ def test_a_group_of_which_none_is_left_stops(
     arguments = [*TINY, "--num-seeds", "2", "--out", str(tmp_path)]
     before_update(monkeypatch, 12, in_batch("rewards", torch.nan, seed=0))
     before_update(monkeypatch, 14, in_batch("rewards", torch.nan, seed=1))
-    assert main(arguments) == 2
+    assert main(arguments) == 3
     printed = capsys.readouterr()
     assert "seed 0 diverged at update 12" in printed.out
     assert "seed 1 diverged at update 14" in printed.err
@@ -477,10 +477,10 @@ def test_a_policy_without_numbers_is_not_played(
 ) -> None:
     out = tmp_path / "run"
     shutil.copytree(straight, out)
-    monkeypatch.setattr(AGENTS["fidec"], "act", lambda agent, obs, noise: torch.full_like(noise, torch.nan))
+    monkeypatch.setattr(DisplacementPolicy, "act", lambda agent, obs, noise: torch.full_like(noise, torch.nan))
     assert play.main([str(out), "--acting", "sample", "--episodes", "2"]) == 2
     assert "the policy's action has nan at (0, 0)" in capsys.readouterr().err
-    assert main([*TINY, "--steps", "25", "--out", str(out), "--resume"]) == 2
+    assert main([*TINY, "--steps", "25", "--out", str(out), "--resume"]) == 3
     message = "diverged at update 35 (fidec): not finite are evaluation: the policy's action has nan at (0, 0)"
     assert message in capsys.readouterr().err
     assert newest_step(out / "checkpoints") == 30
@@ -506,7 +506,7 @@ def failed(datasets: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("failed") / "run"
     with pytest.MonkeyPatch.context() as patch:
         before_update(patch, 18, in_batch("rewards", torch.nan))
-        assert main([*TINY, "--out", str(out)]) == 2
+        assert main([*TINY, "--out", str(out)]) == 3
     return out
 
 

@@ -24,8 +24,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import train.member
 import train.run
+from fdkernels.policy import Acting
 from train import diverged
-from train.acting import Acting
 from train.agents import AGENTS
 from train.agents.base import Agent
 from train.data.episode import Episode

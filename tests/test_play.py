@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from fdkernels.policy import Acting, load_policy
 from train import play
-from train.acting import Acting
 from train.agents import AGENTS
 from train.evaluate import evaluate
 from train.outputs.policy import save_policy
@@ -36,10 +36,10 @@ def finished(folder: Path, agent: str = "fidec", **acting: object) -> Path:
 @pytest.mark.parametrize("agent", AGENTS)
 def test_plays_what_was_trained(agent: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = finished(tmp_path / "run", agent, acting="mean-flow-of-n", acting_samples=3)
-    policy = play.load_policy(run)
+    policy = load_policy(run / "policy.safetensors")
     assert (policy.env, policy.acting) == ("hopper-medium", Acting("mean-flow-of-n", 3))
     weights = load_file(run / "policy.safetensors")
-    assert all(torch.equal(tensor, weights[name]) for name, tensor in policy.agent.state_dict().items())
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in policy.network.state_dict().items())
 
     for options, acting in (
         ((), policy.acting),
@@ -48,7 +48,7 @@ def test_plays_what_was_trained(agent: str, tmp_path: Path, capsys: pytest.Captu
     ):
         assert play.main([str(run), "--episodes", "2", "--seed", "7", *options]) == 0
         printed = capsys.readouterr().out.splitlines()
-        returns = evaluate(policy.agent, "Hopper-v5", acting, episodes=2, seed=7)["policy"]
+        returns = evaluate(policy.network, "Hopper-v5", acting, episodes=2, seed=7)["policy"]
         assert [line.split()[1] for line in printed[1:3]] == [f"{value:,.0f}" for value in returns.returns]
         assert printed[3].startswith(f"{acting} in Hopper-v5: score ")
 
@@ -77,6 +77,20 @@ def test_films(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert "error: --record" in capsys.readouterr().err
 
 
+def test_exports_what_it_played(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = finished(tmp_path / "run", "fql") / "policy.safetensors"
+    graph = tmp_path / "graphs" / "hopper.pt2"
+    assert play.main([str(file), "--episodes", "1", "--acting", "best-flow-of-n", "--export", str(graph)]) == 0
+    assert f"{graph}: {graph.stat().st_size / 1e6:.1f} MB" in capsys.readouterr().out
+    policy, noise, obs = load_policy(file, acting="best-flow-of-n"), torch.randn(4, 10, 3), torch.randn(4, 11)
+    wanted = policy.acting(policy.network, policy.network.observe(obs), noise)
+    torch.testing.assert_close(torch.export.load(graph).module()(obs, noise), wanted, rtol=1e-4, atol=1e-5)
+    with pytest.raises(SystemExit):
+        play.main([str(file), "--export", "hopper.pt"])
+    message = "--export must be a file ending in .pt2 or .onnx, got hopper.pt"
+    assert message in " ".join(capsys.readouterr().err.split()), "lines are wrapped"
+
+
 def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def error(*arguments: str) -> str:
         assert play.main([str(argument) for argument in arguments]) == 2
@@ -95,4 +109,4 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "is no policy of this version" in error(str(fql))
     header = {"env": "hopper-medium", "agent": "fql", "hyper": json.dumps({"alhpa": 1})}
     save_file(weights, file, metadata=header)
-    assert "is no policy of this version (TypeError" in error(str(fql))
+    assert "is no policy of this version (KeyError: 'acting'" in error(str(fql))

@@ -778,8 +778,8 @@ BAD_PENALTY = {
     "reduction": (lambda: weigh(reduction="max"), ValueError, "reduction must be one of"),
 }  # fmt: skip
 BAD_CHAIN = {
-    "no tensor": (lambda: chain([1.0]), TypeError, "cond must be a torch.Tensor, got list"),
-    "no cond": (lambda: chain(None), TypeError, "cond must be a torch.Tensor, got NoneType"),
+    "no tensor": (lambda: chain([1.0]), TypeError, r"cond\[0\] must be a tensor, None, or a dict"),
+    "no cond": (lambda: chain(None), ValueError, "wants a condition of width 5, got cond of width 0"),
     "integers": (lambda: chain(action=X.long()), TypeError, "action must be float32.*int64"),
     "cond rows": (lambda: chain(C[:2]), ValueError, r"cond must be .* leading shape \(4,\), got \(2, 5\)"),
     "scalar cond": (lambda: chain(torch.tensor(1.0)), ValueError, r"cond must be \(\.\.\., c\)"),

@@ -22,6 +22,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import fdkernels
 import train.run
 from train.agents import AGENTS
 from train.agents.base import METRICS
@@ -86,6 +87,7 @@ def test_what_a_run_leaves_behind(finished: tuple[Path, str]) -> None:
         (step, role) for step in ("6", "16", "26", "30") for role in ROLES
     ]
     result = json.loads((out / "result.json").read_text())
+    assert (result["fdkernels"], result["torch"]) == (fdkernels.__version__, torch.__version__)
     last = result["results"]["policy"]["last"]
     assert last["return_mean"] == pytest.approx(float(evaluations[-3]["return_mean"]), rel=1e-6)
     assert last["score_mean"] == pytest.approx(100 * (last["return_mean"] + 280.178953) / (12135.0 + 280.178953))
@@ -216,7 +218,7 @@ def test_a_run_is_not_lost_or_mixed(finished: tuple[Path, str], capsys: pytest.C
 
 
 def test_divergence_ends_the_run_and_is_not_checkpointed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*TINY, "--out", str(tmp_path / "run"), "--warmup-lr", "1e30"]) == 2
+    assert main([*TINY, "--out", str(tmp_path / "run"), "--warmup-lr", "1e30"]) == 3
     message = (
         "error: seed 0 diverged at update 2 (flow warm-up): not finite are losses: flow_loss, total_loss; gradients"
     )

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save, save_file
 import train.run
 from benchmarks.results import ResultError, load, write
 from fdkernels.kernels.tuning import table
+from fdkernels.policy import PolicyConfig, PolicyError, load_policy
 from tests.strangers import FILES, damaged, little_memory
 from train import play
 from train.agents import AGENTS
@@ -30,9 +31,10 @@ from train.environments import resolve
 from train.member import Member
 from train.outputs import checkpoint, curve
 from train.outputs.checkpoint import DamagedCheckpoint, read_checkpoint, save_checkpoint
+from train.outputs.diverged import agent_without_memory
 from train.outputs.files import write_whole
 from train.outputs.folder import check_folder, prepare_folder
-from train.outputs.policy import PolicyError, load_policy, save_policy
+from train.outputs.policy import save_policy
 from train.outputs.record import Record
 from train.outputs.result import Result
 from train.settings import RunConfig, RunError
@@ -135,30 +137,36 @@ POLICIES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "settings 100 levels deep": (noted("hyper", "[" * 100 + "]" * 100), "nested more than 20 levels"),
     "17 MB of settings": (noted("hyper", "[" + "0," * 9_000_000 + "0]"), "JSON has more than 16 MiB"),
     "a number of 10,000 digits": (noted("hyper", '{"flow_steps": ' + "1" * 10_000 + "}"), "ValueError.*digit"),
-    "settings in a list": (noted("hyper", "[]"), "FiDecConfig is a list"),
+    "settings in a list": (noted("hyper", "[]"), "hyper is a list"),
     "layers a billion wide": (hyper(actor_hidden=[10**9]), "at most 1048576, got 1000000000"),
     "layers of 3 GB": (hyper(actor_hidden=[30_000] * 2), "lacks|would fit"),
     "critics of 7 GB": (hyper(critic_hidden=[30_000] * 2), "lacks|would fit"),
     "critics a billion wide": (hyper(critic_hidden=[10**9, 10**9]), "no policy of this version"),
-    "a million layers": (hyper(actor_hidden=[1] * 1_000_000), "actor_hidden has 1,000,000 items"),
+    "a million layers": (hyper(actor_hidden=[1] * 1_000_000), "actor_hidden must have at most 1024 layers"),
     "a thousand layers": (hyper(actor_hidden=[1] * 1_000), "more layers than there are weights"),
-    "layers of negative width": (hyper(critic_hidden=[-1]), "positive widths"),
+    "layers of negative width": (hyper(critic_hidden=[-1]), "critic_hidden must be an integer of at least 1, got -1"),
     "widths in words": (hyper(actor_hidden=["wide"]), "actor_hidden"),
-    "flow steps for ever": (hyper(flow_steps=10**15), "--flow-steps must be at most 10,000"),
-    "flow steps in words": (hyper(flow_steps="10"), "flow_steps: str is not an instance of int"),
-    "half a flow step": (hyper(flow_steps=0.5), "flow_steps: float is not an instance of int"),
-    "a trillion frames": (hyper(frame_stack=HUGE), "stacks 1000000000000 frames"),
+    "flow steps for ever": (hyper(flow_steps=10**15), "flow_steps must be at most 10000"),
+    "flow steps in words": (hyper(flow_steps="10"), "flow_steps must be an integer of at least 1, got '10'"),
+    "half a flow step": (hyper(flow_steps=0.5), "flow_steps must be an integer of at least 1, got 0.5"),
+    "a trillion frames": (hyper(frame_stack=HUGE), "frame_stack must be at most 65536"),
     "frames of a state": (hyper(frame_stack=11), "stacks 11 frames"),
     "an encoder of states": (hyper(encoder="impala-small"), "no policy of this version"),
     "an unknown encoder": (hyper(encoder="os:system"), "encoder"),
-    "a rate that is NaN": (hyper(lr=float("nan")), "--lr must be finite"),
-    "a weight beyond floats": (hyper(alpha=10**400), "OverflowError"),
-    "a setting of no agent": (hyper(run="rm"), "unexpected keyword argument"),
-    "a trillion samples": (acting(num_samples=HUGE), "num_samples must be at most 10,000"),
-    "samples in words": (acting(num_samples="10"), "num_samples: str is not"),
-    "a temperature of NaN": (acting(temperature=float("nan")), "must be positive, got 2 and nan"),
+    "a trillion samples": (acting(num_samples=HUGE), "num_samples must be at most 10000"),
+    "samples in words": (acting(num_samples="10"), "num_samples must be an integer of at least 1"),
+    "a temperature of NaN": (acting(temperature=float("nan")), "temperature must be finite and > 0, got nan"),
     "an unknown rule": (acting(rule="__class__"), "rule"),
-    "an unknown agent": (noted("agent", "os"), "KeyError"),
+    "a setting of no rule": (acting(run="rm"), "unexpected keyword argument"),
+    "a rule for others": (
+        edited(lambda header: header["__metadata__"].update(actor="one-step", acting='{"rule": "iterated"}')),
+        "'iterated' refines an action, and a one-step policy has nothing",
+    ),
+    "an unknown kind": (noted("actor", "os"), "KeyError: 'os'"),
+    "an unknown agent": (
+        edited(lambda header: header["__metadata__"].update(agent="os") or header["__metadata__"].pop("actor")),
+        "KeyError: 'os'",
+    ),
     "an unknown environment": (noted("env", "os:system"), "unknown environment 'os:system'"),
     "an environment with a long name": (noted("env", "x" * 1_000_000), "a name of 1,000,000 letters"),
     "another environment": (
@@ -213,11 +221,41 @@ def test_policies(tmp_path: Path, capsys: pytest.CaptureFixture[str], attack: st
     assert "memory" not in printed.lower(), "it was tried"
 
 
+def test_settings_of_training_are_not_looked_at(tmp_path: Path) -> None:
+    file = policy(tmp_path / "run")
+    hyper(lr=float("nan"), alpha=10**400, run="rm")(file)
+    assert load_policy(file).network.config == PolicyConfig(**SMALL)
+
+
 @pytest.mark.parametrize("files", FILES)
 def test_policies_at_random(tmp_path: Path, files: int) -> None:
     file = policy(tmp_path / "run")
-    refused = damaged(file, lambda: load_policy(file.parent), PolicyError, files, reach=3_000)
+    refused = damaged(file, lambda: load_policy(file), PolicyError, files, reach=3_000)
     assert 0 < refused <= files
+
+
+# -- the agents of states that went wrong, which have all settings -----------------------------------------------------
+
+SETTINGS: dict[str, tuple[Any, str]] = {
+    "a list": ([], "FiDecConfig is a list"),
+    "a rate that is NaN": ({"lr": float("nan")}, "--lr must be finite"),
+    "a weight beyond floats": ({"alpha": 10**400}, "too large to convert"),
+    "a setting of no agent": ({"run": "rm"}, "unexpected keyword argument"),
+    "flow steps in words": ({"flow_steps": "10"}, "flow_steps: str is not an instance of int"),
+    "a million layers": ({"actor_hidden": [1] * 1_000_000}, "actor_hidden has 1,000,000 items"),
+    "a thousand layers": ({"actor_hidden": [1] * 1_000}, "more layers than there are weights"),
+    "frames of a state": ({"frame_stack": 11}, "stacks 11 frames"),
+}
+
+
+@pytest.mark.parametrize("attack", SETTINGS)
+def test_settings_of_agents(attack: str) -> None:
+    changes, message = SETTINGS[attack]
+    weights = AGENTS["fidec"](AGENTS["fidec"].hyperparameters(**SMALL), OBS, ACTIONS).state_dict()
+    hyper = {**SMALL, **changes} if isinstance(changes, dict) else changes
+    assert agent_without_memory("fidec", SMALL, weights).obs_mean.is_meta
+    with little_memory(), pytest.raises((TypeError, ValueError, OverflowError), match=message):
+        agent_without_memory("fidec", hyper, weights)
 
 
 # -- checkpoints -------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ OLDEST_PYTHON = os.environ.get("OLDEST_PYTHON", "python3.10")
 # before Triton 3.7 the interpreter does not work with NumPy 2.4
 NUMPY = {"2.7": "numpy==1.26.*", "newest": "numpy"}
 NEEDS = ("einops", "pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "setuptools")
-NAMES = ("backend", "chain", "flow", "networks", "operators", "philox", "pullback", "reference")
+NAMES = ("backend", "chain", "flow", "general_path", "networks", "operators", "philox", "pullback", "reference")
 CPU = [f"tests/test_{name}.py" for name in NAMES]
 GROUPS = {
     "CPU": [*CPU, "fdkernels", "-k", "not compile"],

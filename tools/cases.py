@@ -110,7 +110,7 @@ def flow_calls(case: FlowCase, dtype: torch.dtype) -> Iterator[tuple[str, Any, t
     seed = empty(dtype=torch.int64) if case.seed else None
     columns = empty(models, states.shape[1] * case.num_samples, 5, dtype=torch.float32) if case.times else None
     drawn = Noise(noise, noise, seed, case.num_samples)
-    at = TimedAffine(columns, t=0.95, alpha=0.95, sigma=0.05, p=19.0, q=-20.0, use_x=True)
+    at = TimedAffine(columns, t=0.95, alpha=None, sigma=None, p=19.0, q=-20.0, use_x=True)
     rule = PenaltyRule(1e-3, True, 1e-6)
     yield "chain", flow_launch.fisher, (Chain(drawn, obs, states, at, network, solver, rule, case.times, way),)
     if case.implementation == "streamed":

@@ -1,8 +1,5 @@
 """Train several agents on several seeds, one run after the other, and put their scores side by side.
 
-    python train/compare.py --env halfcheetah-medium-expert --preset standard
-    python train/compare.py --env hopper-medium-expert --preset quick --agents fidec fql --seeds 0 1 -- --lr 3e-4
-
 Options after ``--`` go to every run (``python train/run.py --help``). Each run has its own folder; a second call reads
 the finished runs and continues the interrupted one. Behaviour cloning is the flow alone (δ = 0), which every run trains
 and evaluates. The table and the picture (compare.md, compare.png) are redrawn after every run.
@@ -17,11 +14,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import tyro
-
-from train import run
+from train import options, run
 from train.agents import AGENTS, AgentName
 from train.environments import resolve
+from train.exits import Exit
+from train.outputs import console
+from train.outputs.console import Ending, Output
 from train.outputs.curve import Middle, draw_comparison, interquartile_mean
 from train.outputs.files import write_whole
 from train.outputs.report import cloning_title, with_interval
@@ -29,17 +27,29 @@ from train.plan import check_choices, options_behind, plan
 from train.reading import read_json
 from train.settings import PresetName, RunError
 
+PROGRAM = "python train/compare.py"
+EXAMPLES = (
+    (
+        f"{PROGRAM} --env halfcheetah-medium-expert --preset standard",
+        "every agent on three seeds",
+    ),
+    (f"{PROGRAM} --env hopper-medium --agents fidec fql --seeds 0 1 -- --lr 3e-4", "two agents with another setting"),
+)
+
 
 @dataclasses.dataclass(frozen=True)
-class CompareConfig:
-    """Train several agents on several seeds and put their scores side by side. Options after -- go to every run."""
+class CompareConfig(Output):
+    """Train several agents on several seeds, one run after the other, and put their scores side by side. Options after
+    -- go to every run. A second call reads the finished runs and continues the interrupted one."""
 
     env: str
     """The environment; `python train/environments.py` lists the names."""
     preset: PresetName = "auto"
-    """Preset of every run."""
+    """Preset of every run, see `python train/run.py --help`."""
     agents: tuple[AgentName, ...] = tuple(AGENTS)
+    """Agents to train, each once."""
     seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of every agent, each once."""
     out: Path | None = None
     """Folder of the comparison; runs/compare-ENV by default."""
 
@@ -101,38 +111,45 @@ def table(lines: Sequence[Line], results: Mapping[str, Sequence[Mapping[str, Any
     )
 
 
+def parse(argv: Sequence[str]) -> CompareConfig:
+    return options.parse(CompareConfig, argv, program=PROGRAM, ending=lambda: options.examples(*EXAMPLES))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     arguments, extra = options_behind(sys.argv[1:] if argv is None else argv)
-    config = tyro.cli(CompareConfig, args=arguments)
-    try:  # check all of them before any runs
-        plans = {
-            agent: plan(
-                {"env": config.env, "agent": agent},
-                {seed: config.folder / f"{agent}-seed{seed}" for seed in config.seeds},
-                config.preset,
-                extra,
-            )
-            for agent in config.agents
-        }
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    config = parse(arguments)
+    return console.conclude(lambda: compare(config, extra), config, (RunError, OSError), "the same command goes on")
+
+
+def compare(config: CompareConfig, extra: Sequence[str]) -> Ending:
+    # check all of them before any runs
+    plans = {
+        agent: plan(
+            {"env": config.env, "agent": agent},
+            {seed: config.folder / f"{agent}-seed{seed}" for seed in config.seeds},
+            config.preset,
+            extra,
+        )
+        for agent in config.agents
+    }
     results: dict[str, list[dict[str, Any]]] = {}
+    lines: list[Line] = []
     # seed by seed, so that there is soon something to compare
     for planned in itertools.chain.from_iterable(zip(*plans.values())):
         agent, folder = planned.config.agent, planned.config.folder
         print(f"\n== {agent}, seed {planned.config.seed}", flush=True)
         if code := run.main(planned.options):
-            return code
+            return Ending("", {"error": f"the run in {folder} ended with exit code {code}"}, Exit(code))
         summary = read_json(folder / "result.json")
         results.setdefault(agent, []).append(summary)
         lines = lines_of(results)
         write_whole(config.folder / "compare.md", table(lines, results, config.env) + "\n")
         bars = {line.name: (*line.middle, line.scores) for line in lines}
         draw_comparison(config.folder / "compare.png", config.env, bars, summary["dataset_score"], summary["label"])
-    print(f"\n{(config.folder / 'compare.md').read_text()}\nin {config.folder}: compare.md, compare.png")
-    return 0
+    text = f"\n{(config.folder / 'compare.md').read_text()}\nin {config.folder}: compare.md, compare.png"
+    rows = [line._asdict() | dict(zip(("middle", "interval"), line.middle)) for line in lines]
+    return Ending(text, {"env": config.env, "folder": config.folder, "seeds": config.seeds, "rows": rows})
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console.start(main)

@@ -1,12 +1,8 @@
-"""Make the update at which a run's numbers went wrong again, and print which numbers are not finite.
-
-python train/diverged.py runs/halfcheetah-medium-expert/fidec-seed0
-"""
+"""Make the update at which a run's numbers went wrong again, and print which numbers are not finite."""
 
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -14,17 +10,24 @@ from typing import Annotated
 import torch
 import tyro
 
+from train import options
 from train.agents.base import Draws
 from train.data.transitions import Batch
+from train.exits import Exit
 from train.health import MOMENTS, Numbers, describe, given, inspect, state_numbers, wrong
+from train.outputs import console
+from train.outputs.console import Ending, Output
 from train.outputs.diverged import DivergedError, Saved, read_diverged
 from train.processes import Place
 from train.run import choose_device
 from train.settings import RunError
 
+PROGRAM = "python train/diverged.py"
+EXAMPLES = ((f"{PROGRAM} runs/halfcheetah-medium-expert/fidec-seed0", "which loss, gradient or parameter was it?"),)
+
 
 @dataclasses.dataclass(frozen=True)
-class DivergedConfig:
+class DivergedConfig(Output):
     """Make the update at which a run's numbers went wrong again, and print which numbers are not finite."""
 
     run: Annotated[Path, tyro.conf.Positional]
@@ -58,25 +61,31 @@ def numbers_of(saved: Saved, device: torch.device) -> list[Numbers]:
     return inspect(agent, saved.moments, Batch(**batch), Draws(**draws), saved.update.parts)
 
 
+def parse(argv: Sequence[str] | None) -> DivergedConfig:
+    return options.parse(DivergedConfig, argv, program=PROGRAM, ending=lambda: options.examples(*EXAMPLES))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    config = tyro.cli(DivergedConfig, args=argv)
-    try:
-        saved = read_diverged(config.run)
-        rows = numbers_of(saved, choose_device(config.device, Place()))
-    except (DivergedError, RunError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    config = parse(argv)
+    return console.conclude(lambda: explain(config), config, (DivergedError, RunError, OSError))
+
+
+def explain(config: DivergedConfig) -> Ending:
+    saved = read_diverged(config.run)
+    rows = numbers_of(saved, choose_device(config.device, Place()))
     print(saved.diverged)
     print(table(rows))
     found = wrong(rows)
-    print(f"\nnot finite now: {describe(found) or 'nothing'}")
+    text, code = f"\nnot finite now: {describe(found) or 'nothing'}", Exit.DONE
     if saved.update is None:
-        print("The file holds no update: these are the numbers when the fault was noticed.")
+        text += "\nThe file holds no update: these are the numbers when the fault was noticed."
     elif found != saved.diverged.found:
-        print("Then it was otherwise, see the first line: the update was made on another device or by other code.")
-        return 1
-    return 0
+        text += "\nThen it was otherwise, see the first line: the update was made on another device or by other code."
+        code = Exit.FAILED
+    then = {"seed": saved.diverged.seed, "update": saved.diverged.update, "stage": saved.diverged.stage}
+    now = {"now": found, "numbers": [row._asdict() for row in rows]}
+    return Ending(text, {"run": config.run, **then, "found": saved.diverged.found, **now}, code)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console.start(main)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 
 import numpy as np
-import torch
 
-from train.acting import Acting, Policy, flow_alone
+from fdkernels.policy import Acting, Policy
+from fdkernels.policy.finite import check_finite
 from train.agents.base import Agent
 from train.data.episode import Outcomes
-from train.simulator import check_finite, kept_vector_env
+from train.simulator import kept_vector_env
 
 ROLES = ("policy", "sample", "flow")
 """The policy under the run's acting rule; one sample of the policy; the behaviour flow alone (δ = 0)."""
@@ -48,33 +47,10 @@ def run_episodes(env_id: str, policy: Callable[[np.ndarray], np.ndarray], *, epi
 def evaluate(agent: Agent, env_id: str, acting: Acting, *, episodes: int, seed: int) -> dict[str, Outcomes]:
     """What each of the `ROLES` achieves from the same initial states; the last two also share their noise."""
 
-    def play(acting: Acting, act: Policy | None = None) -> Outcomes:
-        return run_episodes(env_id, player(agent, acting, seed, act), episodes=episodes, seed=seed)
+    def play(acting: Acting) -> Outcomes:
+        # a new policy each time, because it remembers frames and draws its noise on from call to call
+        return run_episodes(env_id, Policy(agent, acting, seed=seed), episodes=episodes, seed=seed)
 
-    one = Acting("sample")
-    of_sample = play(one)
+    of_sample = play(Acting("sample"))
     of_policy = of_sample if acting.rule == "sample" else play(acting)
-    return {"policy": of_policy, "sample": of_sample, "flow": play(one, flow_alone)}
-
-
-def player(agent: Agent, acting: Acting, seed: int, act: Policy | None = None) -> Callable[[np.ndarray], np.ndarray]:
-    """The agent as a function from raw observations (B, ...) to actions (B, d), which draws its own noise.
-
-    It stacks frames if the agent was trained on several, and is therefore good for B episodes from their beginning.
-
-    ``acting`` draws the noise; ``act`` acts on it, or ``acting`` itself if that is None. No simulator gets an action
-    that is NaN or infinite: NotFinite is raised instead.
-    """
-    generator = torch.Generator(agent.obs_mean.device).manual_seed(seed)
-    frames: deque[np.ndarray] = deque(maxlen=agent.config.frame_stack)
-
-    def policy(obs: np.ndarray) -> np.ndarray:
-        while len(frames) < agent.config.frame_stack - 1:
-            frames.append(obs)
-        frames.append(obs)
-        seen = agent.observe(torch.from_numpy(np.concatenate(frames, axis=-1)))
-        actions = (act or acting)(agent, seen, acting.draw(agent, len(obs), generator)).cpu().numpy()
-        check_finite("the policy's action", actions)
-        return actions
-
-    return policy
+    return {"policy": of_policy, "sample": of_sample, "flow": play(Acting("flow"))}

@@ -7,7 +7,6 @@ import functools
 import json
 import math
 import signal
-import sys
 import time
 from collections.abc import Callable
 from types import FrameType
@@ -17,7 +16,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from train import processes
+from fdkernels.policy.finite import NotFinite
+from train import processes, progress
 from train.agents import AGENTS
 from train.agents.base import ALL_PARTS, Agent, Learner, Parts
 from train.agents.seeds import SeedGroup
@@ -34,8 +34,7 @@ from train.outputs.diverged import Diverged, FailedUpdate, without_diverged
 from train.outputs.report import evaluation_line, final_table, group_table
 from train.outputs.result import Result
 from train.profiling import ProfiledUpdate
-from train.settings import RunConfig, RunError, check_observations
-from train.simulator import NotFinite
+from train.settings import RunConfig, RunDiverged, RunError, check_observations
 
 LARGEST_SCALED = 1e18
 """Beyond this, squares are near the end of float32."""
@@ -186,16 +185,8 @@ class Run:
         # the agent that goes online is always evaluated
         if critics_learn and (not evaluated or self.step == self.online.start != evaluated[-1]):
             self.evaluate()
-        bar = tqdm(
-            desc=stage.name,
-            initial=self.step - stage.start,
-            total=stage.end - stage.start,
-            unit="update",
-            mininterval=0.5 if sys.stderr.isatty() else 20,
-            dynamic_ncols=True,
-            disable=not self.place.leads,
-        )
-        with bar:
+        extent = {"initial": self.step - stage.start, "total": stage.end - stage.start}
+        with progress.bar(desc=stage.name, unit="update", shown=self.place.leads, **extent) as bar:
             logged_step, logged_at = self.step, time.perf_counter()
             while self.step < stage.end and not self._stops():
                 done = self.step - stage.start + 1
@@ -351,7 +342,7 @@ class Run:
         """Save the state of a member whose numbers went wrong. The others go on without it.
 
         Raises:
-            RunError: there are no others.
+            RunDiverged: there are no others.
         """
         stage = next(stage for stage in reversed(self.stages) if stage.start < max(at, 1))
         diverged = self.members[i].diverge(at, stage.name, found, update)
@@ -359,7 +350,7 @@ class Run:
         message = diverged.report(in_a_graph=self.first_unsound.read()[i] > 0, group=self.config.num_seeds > 1)
         if not self.alive:
             seeds = ", ".join(str(of_seed.seed) for of_seed in self.diverged)
-            raise RunError(message + (f"\nall seeds diverged: {seeds}" if self.config.num_seeds > 1 else ""))
+            raise RunDiverged(message + (f"\nall seeds diverged: {seeds}" if self.config.num_seeds > 1 else ""))
         tqdm.write(f"{message}\nthe other seeds go on")
         assert isinstance(self.learner, SeedGroup)
         self.learner.leave_out(i, self.optimizer)
@@ -427,19 +418,18 @@ class Run:
             print(f"resume     {checkpoint.path}, step {checkpoint.step:,}")
         self.step, self.seconds = checkpoints[0].step, checkpoints[0].notes["seconds"]
 
-    def finish(self) -> None:
-        """Write weights and summary, and print the final table."""
+    def finish(self) -> tuple[str, dict[str, Any]]:
+        """Write weights and summary; returns the final table, and what it shows as in result.json."""
         if not self.place.leads:
-            return
-        for member in self.alive:
-            member.finish(self.seconds)
+            return "", {}
+        summaries = [member.finish(self.seconds) for member in self.alive]
         minutes, results = self.seconds / 60, [member.result for member in self.alive]
-        if self.config.num_seeds == 1:
-            print(final_table(results[0], minutes))
-        else:
-            print(group_table(self.config, results, minutes, self.diverged))
         if isinstance(self.update, ProfiledUpdate):
             print(self.update.outcome)
+        if self.config.num_seeds == 1:
+            return final_table(results[0], minutes), summaries[0]
+        lost = [{"seed": of_one.seed, "update": of_one.update, "found": of_one.found} for of_one in self.diverged]
+        return group_table(self.config, results, minutes, self.diverged), {"seeds": summaries, "diverged": lost}
 
 
 def check_data(config: RunConfig, dataset: OfflineDataset) -> None:

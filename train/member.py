@@ -159,7 +159,7 @@ class Member:
         if problem is not None:
             print(f"online     {problem}")
 
-    def finish(self, seconds: float) -> None:
-        """Write the policy and the summary."""
+    def finish(self, seconds: float) -> dict[str, Any]:
+        """Write the policy and the summary; returns the latter."""
         save_policy(self.config, self.agent)
-        self.result.write(seconds)
+        return self.result.write(seconds)

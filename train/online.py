@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from train.acting import Acting
+from fdkernels.policy import Acting
+from fdkernels.policy.finite import check_finite
 from train.agents.base import Agent
 from train.data.replay import Replay
 from train.data.transitions import ACTION_BOUND
-from train.simulator import check_finite
 
 ONLINE_METRICS = {
     "online_return": "mean return of the training episodes that ended since the row before",
@@ -67,7 +67,7 @@ class Explorer:
             self.replay.begin(self._reset())
         noise = self.acting.draw(self.agent, 1, self.generator)
         action = self.acting(self.agent, self.replay.state.unsqueeze(0), noise)[0].clamp(-ACTION_BOUND, ACTION_BOUND)
-        check_finite(f"the policy's action {self._when}", action.cpu())
+        check_finite(f"the policy's action {self._when}", action)
         state, reward, terminated, truncated = self._play(action)
         self.replay.add(action, reward, float(not terminated), state)
         if terminated or truncated:

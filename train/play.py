@@ -1,13 +1,8 @@
-"""Play a finished run, print its scores, and film it if asked to.
-
-python train/play.py runs/halfcheetah-medium-expert/fidec-seed0
-python train/play.py RUN --acting best-of-n --acting-samples 16 --record cheetah.gif
-"""
+"""Play a finished run, print its scores, and film or export its policy if asked to."""
 
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,17 +10,29 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from train.acting import FOR_REFINING_AGENTS, MOST_SAMPLES, Acting, RuleName
+from fdkernels.policy import Acting, NotFinite, Policy, PolicyError, RuleName, export_policy, load_policy
+from fdkernels.policy.acting import MOST_SAMPLES, REFINING_RULES
+from fdkernels.policy.export import SUFFIXES
+from train import options
 from train.agents.hyperparameters import require
 from train.data.spec import EnvSpec, NotInstalled
 from train.environments import UnknownEnvironment, resolve
-from train.evaluate import player, run_episodes
+from train.evaluate import run_episodes
+from train.outputs import console
 from train.outputs.best import best_file
-from train.outputs.policy import Policy, PolicyError, load_policy
+from train.outputs.console import Ending, Output
+from train.outputs.policy import FILE
 from train.rendering import render_off_screen
-from train.simulator import NotFinite, kept_vector_env
+from train.simulator import kept_vector_env
 
 WIDTH, HEIGHT = 480, 320
+PROGRAM = "python train/play.py"
+EXAMPLES = (
+    (f"{PROGRAM} runs/halfcheetah-medium-expert/fidec-seed0", "ten episodes, acting as the run did"),
+    (f"{PROGRAM} RUN --acting best-of-n --acting-samples 16 --record cheetah.gif", "another acting rule, filmed"),
+    (f"{PROGRAM} RUN --export cheetah.onnx", "the policy as a graph that runs elsewhere"),
+    (f"{PROGRAM} RUN --episodes 100 --json | jq .score_mean", "a number for a script"),
+)
 
 
 class PlayError(RuntimeError):
@@ -37,17 +44,17 @@ REFUSALS = (PlayError, PolicyError, UnknownEnvironment, NotInstalled, OSError)
 
 
 @dataclasses.dataclass(frozen=True)
-class PlayConfig:
-    """Play a finished run, print its scores, and film it if asked to."""
+class PlayConfig(Output):
+    """Play a finished run, print its scores, and film or export its policy if asked to."""
 
     run: Annotated[Path, tyro.conf.Positional]
-    """Folder of the run, with policy.safetensors, or checkpoints/best-*.safetensors for --best."""
+    """Folder of the run, with policy.safetensors, or checkpoints/best-*.safetensors for --best; or such a file."""
     acting: RuleName | None = None
-    """Acting rule, see `train/run.py --help`; by default the run's own."""
+    """Acting rule, see `python train/run.py --help`. None: the run's own."""
     acting_samples: int | None = None
-    """N, for rules that draw several actions; by default the run's own."""
+    """N, for rules that draw several actions per state. None: the run's own."""
     acting_temperature: float | None = None
-    """Temperature of the weighted means; by default the run's own."""
+    """Temperature of the weighted means, as a share of mean |Q|. None: the run's own."""
     best: bool = False
     """Play the policy of the run's best evaluation so far, not that of its last update. It may still be training."""
     episodes: int = 10
@@ -57,7 +64,10 @@ class PlayConfig:
     record: Path | None = None
     """Also film one episode: a .gif, or with `pip install imageio[ffmpeg]` an .mp4."""
     seconds: float = 10.0
-    """Length of the film."""
+    """Length of the film in seconds of the simulation."""
+    export: Path | None = None
+    """Also write the policy, under its acting rule, as a graph that runs without this project: a .pt2 of torch.export,
+    or an .onnx. See docs/policies.md."""
 
     def __post_init__(self) -> None:
         require("seed", self.seed, self.seed >= 0, "zero or more")
@@ -65,6 +75,8 @@ class PlayConfig:
             require(name, getattr(self, name), (value := getattr(self, name)) is None or value > 0, "positive")
         few = (self.acting_samples or 1) <= MOST_SAMPLES
         require("acting_samples", self.acting_samples, few, f"at most {MOST_SAMPLES:,}")
+        known = self.export is None or self.export.suffix in SUFFIXES
+        require("export", self.export, known, f"a file ending in {' or '.join(SUFFIXES)}")
 
     def acts(self, judged_by: Acting) -> Acting:
         """The acting rule asked for; settings that were not given are the run's own."""
@@ -108,6 +120,16 @@ def film(spec: EnvSpec, act: Callable[[np.ndarray], np.ndarray], path: Path, see
     return f"{path}: {len(frames) / fps:.1f} s"
 
 
+def exported(policy: Policy, path: Path) -> str:
+    """Write the policy as a graph."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        export_policy(policy, path)
+    except ImportError as error:
+        raise PlayError(f"--export {path}: {error}") from error
+    return f"{path}: {path.stat().st_size / 1e6:.1f} MB"
+
+
 def check_fits(policy: Policy, spec: EnvSpec, config: PlayConfig) -> None:
     """Refuse a policy whose weights are for other observations or actions than its environment's.
 
@@ -115,9 +137,8 @@ def check_fits(policy: Policy, spec: EnvSpec, config: PlayConfig) -> None:
         PlayError: they are.
     """
     envs = kept_vector_env(spec.env_id, config.episodes)
-    *shape, last = envs.single_observation_space.shape or ()
-    seen, acts = (*shape, last * policy.agent.config.frame_stack), envs.single_action_space.shape
-    wanted = tuple(policy.agent.obs_mean.shape), (policy.agent.action_dim,)
+    seen, acts = envs.single_observation_space.shape, envs.single_action_space.shape
+    wanted = policy.observation_shape, (policy.action_dim,)
     if (seen, acts) != wanted:
         raise PlayError(
             f"the policy in {config.run} is for observations {wanted[0]} and actions {wanted[1]}, and {policy.env} has "
@@ -125,41 +146,72 @@ def check_fits(policy: Policy, spec: EnvSpec, config: PlayConfig) -> None:
         )
 
 
+def parse(argv: Sequence[str] | None) -> PlayConfig:
+    return options.parse(PlayConfig, argv, program=PROGRAM, ending=lambda: options.examples(*EXAMPLES))
+
+
+def file_of(config: PlayConfig) -> Path:
+    """The file of the policy to play.
+
+    Raises:
+        PolicyError: --best finds none.
+    """
+    if config.best:
+        return best_file(config.run)
+    return config.run if config.run.is_file() else config.run / FILE
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    config = tyro.cli(PlayConfig, args=argv)
+    config = parse(argv)
+    return console.conclude(lambda: play(config), config, REFUSALS)
+
+
+def play(config: PlayConfig) -> Ending:
+    file = file_of(config)
+    policy = load_policy(file)
     try:
-        file = best_file(config.run) if config.best else None
-        policy = load_policy(config.run, file)
-        try:
-            spec = resolve(policy.env)
-        except UnknownEnvironment as error:
-            raise PlayError(f"the policy in {config.run} is for an {error}") from error
-        spec.check_installed()
-        acting = config.acts(policy.acting)
-        if acting.rule in FOR_REFINING_AGENTS and not policy.agent.refines:
-            raise PlayError(f"--acting {acting.rule} refines an action, and this agent has nothing that does")
+        spec = resolve(policy.env)
+    except UnknownEnvironment as error:
+        raise PlayError(f"the policy in {config.run} is for an {error}") from error
+    spec.check_installed()
+    acting = config.acts(policy.acting)
+    if acting.rule in REFINING_RULES and not policy.network.refines:
+        raise PlayError(f"--acting {acting.rule} refines an action, and this agent has nothing that does")
 
-        check_fits(policy, spec, config)
+    check_fits(policy, spec, config)
 
-        act = player(policy.agent, acting, config.seed)
-        try:
-            outcomes = run_episodes(spec.env_id, act, episodes=config.episodes, seed=config.seed)
-        except NotFinite as error:
-            raise PlayError(f"{config.run}: {error}") from error
-        score = spec.scoring(outcomes)
-        print(f"{'episode':>8}{'return':>10}{'score':>8}")
-        for i, row in enumerate(zip(outcomes.returns, score)):
-            print("{:>8}{:>10,.0f}{:>8.1f}".format(i, *row))
-        sem = score.std(ddof=1) / len(score) ** 0.5 if len(score) > 1 else 0.0
-        print(f"{acting} in {spec.env_id}: score {score.mean():.1f} ± {sem:.1f}{f' ({file.name})' if file else ''}")
-        if config.record is not None:
-            act = player(policy.agent, acting, config.seed)  # a new one, because it remembers frames
-            print(film(spec, act, config.record, config.seed, config.seconds))
-    except REFUSALS as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    act = Policy(policy.network, acting, seed=config.seed)
+    try:
+        outcomes = run_episodes(spec.env_id, act, episodes=config.episodes, seed=config.seed)
+    except NotFinite as error:
+        raise PlayError(f"{config.run}: {error}") from error
+    score = spec.scoring(outcomes)
+    print(f"{'episode':>8}{'return':>10}{'score':>8}")
+    for i, row in enumerate(zip(outcomes.returns, score)):
+        print("{:>8}{:>10,.0f}{:>8.1f}".format(i, *row))
+    sem = score.std(ddof=1) / len(score) ** 0.5 if len(score) > 1 else 0.0
+    of_file = f" ({file.name})" if config.best else ""
+    text = f"{acting} in {spec.env_id}: score {score.mean():.1f} ± {sem:.1f}{of_file}"
+    if config.record is not None:
+        act.reset(config.seed)
+        text += f"\n{film(spec, act, config.record, config.seed, config.seconds)}"
+    if config.export is not None:
+        text += f"\n{exported(act, config.export)}"
+    episodes = zip(outcomes.returns.tolist(), score.tolist(), outcomes.successes.tolist())
+    document = {
+        "run": config.run,
+        "policy": file,
+        "env": policy.env,
+        "env_id": spec.env_id,
+        "acting": dataclasses.asdict(acting),
+        "score_mean": float(score.mean()),
+        "score_sem": float(sem),
+        "episodes": [dict(zip(("return", "score", "success"), episode)) for episode in episodes],
+        "film": config.record,
+        "export": config.export,
+    }
+    return Ending(text, document)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console.start(main)

@@ -78,3 +78,23 @@ def preset_config(name: str, agent: str, env: str | None, online_steps: int = 0)
     of_run = {field.name for field in dataclasses.fields(RunConfig)} & settings.keys()
     hyper = kind.published_config(**{name: value for name, value in settings.items() if name not in of_run})
     return RunConfig(env=tyro.MISSING, hyper=hyper, **{name: settings[name] for name in of_run})
+
+
+def preset_table(agent: str, env: str | None, online_steps: int = 0) -> str:
+    """The settings in which the presets differ, a line for each."""
+    configs = [preset_config(preset, agent, env, online_steps) for preset in PRESETS]
+    of_run = [field.name for base in RunConfig.__bases__ for field in dataclasses.fields(base)]  # as the help has them
+    names = [*(name for name in of_run if name != "hyper"), *vars(configs[0].hyper)]
+    lines = [f"  {'':26}" + "".join(f"{preset:>17}" for preset in PRESETS)]
+    for name in names:
+        cells = [_shown((vars(config) | vars(config.hyper))[name]) for config in configs]
+        if len(set(cells)) > 1:
+            lines.append(f"  --{name.replace('_', '-'):24}" + "".join(f"{cell:>17}" for cell in cells))
+    return "\n".join(lines)
+
+
+def _shown(value: object) -> str:
+    """As it is typed behind its flag, but with separators."""
+    if isinstance(value, tuple):
+        return " ".join(map(str, value))
+    return f"{value:_}" if type(value) is int else str(value)

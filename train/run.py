@@ -11,21 +11,38 @@ import warnings
 from collections.abc import Sequence
 
 import torch
-import tyro
 
-from train import processes
+from fdkernels.policy.finite import NotFinite
+from train import options, processes
 from train.capture import CaptureError
 from train.data import published
 from train.data.load import load_dataset
 from train.data.spec import DatasetUnavailable, NotInstalled
 from train.environments import UnknownEnvironment, resolve
+from train.exits import Exit
 from train.loop import Run, captures, check_data
 from train.memory import keep_freed_memory
-from train.outputs.disk import explain
+from train.outputs import console
+from train.outputs.console import Ending, Output
 from train.outputs.folder import check_folder, lock_folders, prepare_folder
-from train.presets import choose_preset, preset_config
+from train.presets import choose_preset, preset_config, preset_table
 from train.settings import RunConfig, RunError
-from train.simulator import NotFinite
+
+PROGRAM = "python train/run.py"
+EXAMPLES = (
+    (
+        f"{PROGRAM} --env halfcheetah-medium-expert",
+        "FiDec: minutes on a CPU; the published schedule on a GPU",
+    ),
+    (f"{PROGRAM} --env halfcheetah-medium-expert --resume", "go on after an interruption"),
+    (f"{PROGRAM} --env hopper-medium --agent fql --preset standard --seed 1", "another agent, task and seed, longer"),
+    (f"{PROGRAM} --env halfcheetah-medium-expert --preset full --help", "this help with the defaults of a preset"),
+)
+REFUSALS = (
+    *(UnknownEnvironment, NotInstalled, DatasetUnavailable, RunError, CaptureError, NotFinite, OSError),
+    processes.LostContact,
+)
+"""Errors that are shown without a traceback."""
 
 
 def parse(argv: Sequence[str]) -> RunConfig:
@@ -42,8 +59,18 @@ def parse(argv: Sequence[str]) -> RunConfig:
         online_steps = max(0, int(known.online_steps))
     except ValueError:
         online_steps = 0
-    default = preset_config(choose_preset(known.preset, known.device), known.agent, known.env, online_steps)
-    return tyro.cli(RunConfig, args=argv, default=default, config=(tyro.conf.OmitArgPrefixes,))
+    preset = choose_preset(known.preset, known.device)
+    default = preset_config(preset, known.agent, known.env, online_steps)
+
+    def ending() -> str:
+        asked = f"--agent {known.agent}" + (f" --env {known.env}" if known.env else "")
+        table = preset_table(known.agent, known.env, online_steps)
+        return (
+            f"The defaults above: --preset {preset} {asked}. Presets differ in these:\n\n{table}\n\n"
+            f"{options.examples(*EXAMPLES)}"
+        )
+
+    return options.parse(RunConfig, argv, program=PROGRAM, default=default, ending=ending)
 
 
 def preset_line(config: RunConfig) -> str:
@@ -114,27 +141,23 @@ def main(argv: Sequence[str] | None = None, *, patience: float = 0.0) -> int:
             silent = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(contextlib.redirect_stdout(silent))
         config = parse(sys.argv[1:] if argv is None else argv)
-        who = f"error (process {place.rank}):" if place.total > 1 else "error:"
-        try:
-            gpus = config.device != "cpu" and torch.cuda.is_available()
-            # first of all, so that no process waits in vain for one that cannot start
-            with processes.joined(gpus), contextlib.ExitStack() as locks:
-                check_settings(config)
-                code = _train(config, locks, patience)
-                processes.wait_for_leader()  # torchrun ends the others when one ends with an error
-                return code
-        except (
-            *(UnknownEnvironment, NotInstalled, DatasetUnavailable, RunError, CaptureError, NotFinite, OSError),
-            processes.LostContact,
-        ) as error:
-            print(f"{who} {explain(error, 'then --resume goes on from the newest checkpoint')}", file=sys.stderr)
-            return 2
-        except KeyboardInterrupt:  # before training, or a second Ctrl-C during it
-            print("stopped", file=sys.stderr)
-            return 130
+        output = config if place.leads else Output(quiet=True)
+        who = f" (process {place.rank})" if place.total > 1 else ""
+        again = "--resume goes on from the newest checkpoint"
+        return console.conclude(lambda: _join_and_train(config, patience), output, REFUSALS, again, who)
 
 
-def _train(config: RunConfig, locks: contextlib.ExitStack, patience: float) -> int:
+def _join_and_train(config: RunConfig, patience: float) -> Ending:
+    gpus = config.device != "cpu" and torch.cuda.is_available()
+    # first of all, so that no process waits in vain for one that cannot start
+    with processes.joined(gpus), contextlib.ExitStack() as locks:
+        check_settings(config)
+        ending = _train(config, locks, patience)
+        processes.wait_for_leader()  # torchrun ends the others when one ends with an error
+        return ending
+
+
+def _train(config: RunConfig, locks: contextlib.ExitStack, patience: float) -> Ending:
     place = processes.place()
     spec = resolve(config.env)
     device = choose_device(config.device, place)
@@ -178,16 +201,12 @@ def _train(config: RunConfig, locks: contextlib.ExitStack, patience: float) -> i
         run.resume()
     sys.stdout.flush()
     run.train()
+    problems = [f"{diverged}; see {diverged.folder}" for diverged in run.diverged if place.leads]
     if run.stopped:
-        print(f"stopped at step {run.step:,}; --resume continues from there")
-    else:
-        run.finish()
-    for diverged in run.diverged if place.leads else ():
-        print(f"error: {diverged}; see {diverged.folder}", file=sys.stderr)
-    if run.stopped:
-        return 130
-    return 2 if run.diverged else 0
+        message = f"stopped at step {run.step:,}; --resume continues from there"
+        return Ending(message, {"error": message, "step": run.step}, Exit.STOPPED, problems)
+    return Ending(*run.finish(), Exit.DIVERGED if run.diverged else Exit.DONE, problems)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console.start(main)

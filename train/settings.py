@@ -10,14 +10,18 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from train.acting import FOR_REFINING_AGENTS, MOST_SAMPLES, Acting, RuleName
+from fdkernels.policy import Acting, RuleName
+from fdkernels.policy.acting import MOST_SAMPLES, REFINING_RULES
 from train.agents import AGENTS, AgentName
 from train.agents.hyperparameters import AgentConfig, require, require_finite
 from train.data.replay import Mixture
 from train.data.spec import Size
+from train.exits import Exit
+from train.options import Group
+from train.outputs.console import Output
 
 PresetName = Literal["auto", "quick", "standard", "full"]
-_AGENTS_HELP = "; ".join(f"{name}: {agent.summary}" for name, agent in AGENTS.items()) + "."
+_AGENTS_HELP = "What is trained.\n" + "\n".join(f"- {name}: {agent.summary}." for name, agent in AGENTS.items())
 MAY_CHANGE_ON_RESUME = {
     *("steps", "preset", "device", "out", "resume", "overwrite", "num_seeds", "capture", "profile"),
     *("eval_every", "eval_episodes", "interim_episodes", "log_every", "checkpoint_every", "online_steps"),
@@ -29,38 +33,29 @@ OF_ONLINE: dict[str, Any] = {"online_acting": None, "replay": "all", "online_lr"
 class RunError(RuntimeError):
     """A problem that the user can fix; shown without a traceback."""
 
+    exit_code = Exit.REFUSED
 
-@dataclasses.dataclass(frozen=True)
-class RunConfig:
-    """Train an offline RL agent, let it go on online if asked to, and evaluate it in its simulator."""
 
-    env: str
-    """The environment, such as halfcheetah-medium-expert; `python train/environments.py` lists the names."""
-    agent: Annotated[AgentName, tyro.conf.arg(help=_AGENTS_HELP)] = "fidec"
-    preset: PresetName = "auto"
-    """full: the published setting. quick: minutes on a laptop's CPU. standard: a quarter of an hour there. auto: full
-    on a GPU, else quick. Other flags override the preset."""
-    steps: int = 1_000_000
-    """Updates of the agent, after the warm-ups."""
-    online_steps: int = 0
-    """Then steps in the environment, and one update after each. A finished run goes online with --resume --online-steps
-    N and the settings that it began with; N may be raised again."""
-    online_acting: RuleName | None = None
-    """How the agent acts there. None: by --acting."""
-    replay: Mixture = "all"
-    """What online updates learn from. all: the offline data and all that was seen online, as one (FQL). balanced: half
-    of each batch from the offline data, half from what was seen online (RLPD)."""
-    online_lr: float | None = None
-    """Learning rate of the online updates. None: --lr; quick and standard set it, whatever --lr is. It stays constant,
-    also where --anneal had lowered that of the agent's updates to a twentieth: what is new keeps coming, and there is
-    no end to anneal towards."""
-    freeze_flow_online: bool = False
-    """Leave the behaviour flow exactly as the offline updates left it. Without this it learns from the replay, and the
-    trust region moves along with what the agent does."""
+class RunDiverged(RunError):
+    """The numbers of all seeds went wrong."""
+
+    exit_code = Exit.DIVERGED
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Schedule(Group):
+    """Updates of each stage, one after the other, and how they learn."""
+
+    title = "schedule"
+
     flow_warmup: int = 0
     """Updates at the start in which the flow alone learns. Not in the published schedule."""
     critic_warmup: int = 0
     """Then updates in which the critics alone learn, on the data's next actions. Not in the published schedule."""
+    steps: int = 1_000_000
+    """Updates of the agent, after the warm-ups."""
+    batch_size: int = 256
+    """Transitions per update."""
     critic_warmup_n_step: int = 1
     """Rewards that a target sums before it bootstraps, in the critics' warm-up. The data's own actions earned them, so
     they need no off-policy correction."""
@@ -72,38 +67,45 @@ class RunConfig:
     anneal: bool = False
     """Let the agent's learning rate fall in the same way until the last of --steps; --resume must then keep --steps.
     Online updates have their own, --online-lr."""
-    batch_size: int = 256
-    """Transitions per update."""
-    seed: int = 0
-    """Seed of everything random: parameters, batches, noise, evaluation."""
-    num_seeds: int = 1
-    """Train this many agents side by side, with seeds from --seed upward. Each learns as if alone, and has its own
-    folder AGENT-seedN."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, ..."""
-    capture: Literal["auto", "on", "off"] = "auto"
-    """Replay updates as CUDA graphs. auto: on CUDA devices."""
-    compile: bool = False
-    """Compile the losses with torch.compile; the first update of each kind then takes a minute or more."""
-    matmul_precision: Literal["highest", "high"] = "high"
-    """Precision of float32 products on CUDA. high: TF32, as in JAX. No effect on the CPU."""
-    profile: bool = False
-    """Write a trace of a few of the agent's updates to trace.json in the run's folder, for ui.perfetto.dev."""
-    out: Path | None = None
-    """Folder of the run; runs/ENV/AGENT-seedN by default. With several seeds, the parent of their folders."""
-    resume: bool = False
-    """Continue from the last checkpoint in the folder, if there is one."""
-    overwrite: bool = False
-    """Delete the files of an earlier run in the folder."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Data(Group):
+    """The data, and their scale."""
+
+    title = "data"
+
+    dataset_size: Size = "default"
+    """Size of generated data, in episodes for each policy that plays: default is 100, full 1,000. Downloaded data are
+    always whole."""
+    standardize_observations: bool = False
+    """Shift and scale observations by the dataset's mean and standard deviation. States only."""
+    scale_rewards: bool = False
+    """Divide rewards by the dataset's standard deviation."""
+    center_critics: bool = False
+    """Start both critics at the dataset's mean reward / (1 − γ) instead of near 0, to spare them the climb."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluation(Group):
+    """How the agent acts when it is evaluated, and online; and when it is evaluated."""
+
+    title = "acting and evaluation"
+
     acting: RuleName = "sample"
-    """How the agent acts when it is evaluated, and online. sample: one action of the policy. best-of-n: the flow action
-    with the highest Q of N, refined. iterated: one flow action, refined five times; the best of these. best-flow-of-n:
-    the best of N flow actions, not refined. best-refined-of-n: the best of N refined actions. mean-flow-of-n,
-    mean-refined-of-n: the mean of N instead of the best, weighted by exp(Q / (temperature · mean |Q|))."""
+    """The acting rule; weights are exp(Q / (temperature · mean |Q|)).
+    - sample: one action of the policy.
+    - best-of-n: the flow action with the highest Q of N, refined.
+    - iterated: one flow action, refined five times; the best of these.
+    - best-flow-of-n: the best of N flow actions, not refined.
+    - best-refined-of-n: the best of N refined actions.
+    - mean-flow-of-n: the weighted mean of N flow actions.
+    - mean-refined-of-n: the weighted mean of N refined actions.
+    - flow: one action of the behaviour flow, which is behaviour cloning."""
     acting_samples: int = 10
-    """N of the acting rule."""
+    """N of the acting rule, in actions per state."""
     acting_temperature: float = 0.004
-    """Temperature of the acting rule's weighted mean."""
+    """Temperature of the acting rule's weighted mean, as a share of mean |Q|."""
     eval_every: int = 100_000
     """Updates between evaluations, counted from the end of the flow's warm-up, where the first evaluation is made.
     There is always one at the end."""
@@ -111,22 +113,97 @@ class RunConfig:
     """Episodes of the final evaluation, played side by side."""
     interim_episodes: int | None = None
     """Episodes of earlier evaluations. None: as many as the final one."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Online(Group):
+    """After the data: learning from what the agent does in its environment. All need --online-steps."""
+
+    title = "online"
+
+    online_steps: int = 0
+    """Environment steps, with one update after each. A finished run goes online with --resume --online-steps N and the
+    settings that it began with; N may be raised again."""
+    online_acting: RuleName | None = None
+    """How the agent acts there. None: by --acting."""
+    replay: Mixture = "all"
+    """What online updates learn from.
+    - all: the offline data and all that was seen online, as one (FQL).
+    - balanced: half of each batch from the offline data, half from what was seen online (RLPD)."""
+    online_lr: float | None = None
+    """Learning rate of the online updates. None: --lr; quick and standard set it, whatever --lr is. It stays constant,
+    also where --anneal had lowered that of the agent's updates to a twentieth: what is new keeps coming, and there is
+    no end to anneal towards."""
+    freeze_flow_online: bool = False
+    """Leave the behaviour flow exactly as the offline updates left it. Without this it learns from the replay, and the
+    trust region moves along with what the agent does."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Algorithm(Group):
+    """The agent's own settings, in config.json under "hyper"."""
+
+    title = "algorithm"
+
+    hyper: Annotated[AgentConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=AgentConfig)
+    """The agent's hyper-parameters."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Hardware(Group):
+    """What computes, and how. torchrun starts several processes: torchrun --standalone --nproc-per-node 4 ..."""
+
+    title = "hardware"
+
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, ... auto: a GPU if there is one."""
+    capture: Literal["auto", "on", "off"] = "auto"
+    """Replay updates as CUDA graphs. auto: on CUDA devices."""
+    compile: bool = False
+    """Compile the losses with torch.compile; the first update of each kind then takes a minute or more."""
+    matmul_precision: Literal["highest", "high"] = "high"
+    """Precision of float32 products on CUDA. high: TF32, as in JAX. No effect on the CPU."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Folder(Group):
+    """The run's folder, and what is written there."""
+
+    title = "folder"
+
+    out: Path | None = None
+    """Folder of the run; runs/ENV/AGENT-seedN by default. With several seeds, the parent of their folders."""
+    resume: bool = False
+    """Continue from the last checkpoint in the folder, if there is one."""
+    overwrite: bool = False
+    """Delete the files of an earlier run in the folder."""
     log_every: int = 5_000
     """Updates between rows of metrics."""
     checkpoint_every: int = 50_000
     """Updates between checkpoints; one is also written after each stage and on Ctrl-C. They hold what was seen
     online."""
-    dataset_size: Size = "default"
-    """Size of generated data: 100 (default) or 1,000 (full) episodes, or a number of them, for each policy that plays.
-    Downloaded data are always whole."""
-    standardize_observations: bool = False
-    """Shift and scale observations by the dataset's mean and standard deviation. States only."""
-    scale_rewards: bool = False
-    """Divide rewards by the dataset's standard deviation."""
-    center_critics: bool = False
-    """Start both critics at the dataset's mean reward / (1 − γ) instead of near 0, to spare them the climb."""
-    hyper: AgentConfig = dataclasses.field(default_factory=AgentConfig)
-    """Hyper-parameters."""
+    profile: bool = False
+    """Write a trace of a few of the agent's updates to trace.json in the run's folder, for ui.perfetto.dev."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig(Schedule, Data, Evaluation, Online, Algorithm, Hardware, Folder, Output):
+    """Train an offline RL agent, let it go on online if asked to, and evaluate it in its simulator."""
+
+    env: str
+    """The environment, such as halfcheetah-medium-expert; `python train/environments.py` lists the names."""
+    agent: Annotated[AgentName, tyro.conf.arg(help=_AGENTS_HELP)] = "fidec"
+    preset: PresetName = "auto"
+    """Which defaults the other options have.
+    - full: the published schedule, hours on a GPU.
+    - quick: minutes on a laptop's CPU.
+    - standard: a quarter of an hour there.
+    - auto: full on a GPU, else quick."""
+    seed: int = 0
+    """Seed of everything random: parameters, batches, noise, evaluation."""
+    num_seeds: int = 1
+    """Train this many agents side by side, with seeds from --seed upward. Each learns as if alone, and has its own
+    folder AGENT-seedN."""
 
     def __post_init__(self) -> None:
         require_finite(self)
@@ -148,7 +225,7 @@ class RunConfig:
         size = self.dataset_size
         require("dataset_size", size, isinstance(size, str) or size > 0, "default, full or a positive number")
         for name in ("acting", "online_acting"):
-            allowed = getattr(self, name) not in FOR_REFINING_AGENTS or AGENTS[self.agent].refines
+            allowed = getattr(self, name) not in REFINING_RULES or AGENTS[self.agent].refines
             require(name, getattr(self, name), allowed, f"a rule without refinement for {self.agent}")
         require("discount", self.hyper.discount, self.hyper.discount < 1 or not self.center_critics, "below 1 here")
         for name in ("warmup_lr", "acting_temperature"):
@@ -203,8 +280,11 @@ class RunConfig:
         return [dataclasses.replace(config, out=self.out / f"{config.agent}-seed{config.seed}") for config in alone]
 
     def as_json(self) -> dict[str, Any]:
-        """The settings as they come back from JSON: tuples as lists, paths as text."""
-        return json.loads(json.dumps(dataclasses.asdict(self), default=str))
+        """The settings as they come back from JSON: tuples as lists, paths as text. How to print is none of them."""
+        settings = {"env": self.env, "agent": self.agent} | dataclasses.asdict(self)
+        for field in dataclasses.fields(Output):
+            del settings[field.name]
+        return json.loads(json.dumps(settings, default=str))
 
 
 def check_observations(config: RunConfig, shape: Sequence[int]) -> None:

@@ -26,26 +26,6 @@ def kept_vector_env(env_id: str, num_envs: int) -> VectorEnv:
     return make_vector_env(env_id, num_envs)
 
 
-class NotFinite(RuntimeError):
-    """NaN or infinity in an action, or in what a simulator answered; the message says where."""
-
-
-def check_finite(what: str, values: Any) -> None:
-    """Nothing goes on with a NaN.
-
-    Args:
-        what: what ``values`` are, for the message.
-        values: numbers; of integers, such as images, nothing is looked at.
-
-    Raises:
-        NotFinite: one of them is NaN or infinite.
-    """
-    values = np.asarray(values)
-    if np.issubdtype(values.dtype, np.inexact) and not np.isfinite(values).all():
-        at = tuple(int(where) for where in np.argwhere(~np.isfinite(values))[0])
-        raise NotFinite(f"{what} has {values[at]}" + (f" at {at}" if at else ""))
-
-
 class Apart(gym.Wrapper):
     """What happens after ``reset(seed=...)`` depends on the seed and the actions alone, not on other environments
     played in between: between its steps it keeps the state of NumPy's global generator, from which OGBench's mazes

@@ -1,9 +1,6 @@
 """Train several agents on several environments and seeds, on this machine or a Ray cluster, and put their scores into
 one table.
 
-    python train/sweep.py --envs halfcheetah-medium-expert hopper-medium-expert --seeds 0 1 2 3 --preset quick
-    python train/sweep.py --envs ... --agents fidec fql --address auto --out /shared/sweep -- --lr 3e-4
-
 Options after ``--`` go to every run (``python train/run.py --help``). Each run has its own folder; a second call reads
 the finished runs and continues the others. The table, its numbers and a picture (sweep.md, sweep.csv, sweep.png) are
 rewritten whenever a run evaluates or ends.
@@ -29,7 +26,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import tyro
 from tqdm import tqdm
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -46,17 +42,21 @@ except ModuleNotFoundError as error:
 
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from train import options, progress
 from train.agents import AGENTS, AgentName
 from train.agents.hyperparameters import require
 from train.data.spec import NotInstalled
 from train.environments import UnknownEnvironment, resolve
+from train.exits import Exit
+from train.outputs import console
+from train.outputs.console import Ending, Output
 from train.outputs.files import write_whole
 from train.outputs.folder import check_folder, lock_folders
 from train.outputs.scores import Scores, Trial, is_finished
 from train.outputs.scores_picture import draw_scores
 from train.plan import check_choices, options_behind, plan
 from train.settings import PresetName, RunError
-from train.worker import STOPPED, UNFIT, Board, Outcome, Site, Start, problem_of_node, train_trial, version
+from train.worker import UNFIT, Board, Outcome, Site, Start, problem_of_node, train_trial, version
 
 LOOK_EVERY = 1.0
 """Seconds between looks at what the trials have written."""
@@ -70,17 +70,29 @@ MARK = ".nodes-"
 """Beginning of the name of the file by which nodes recognise the sweep's folder."""
 
 
+PROGRAM = "python train/sweep.py"
+EXAMPLES = (
+    (f"{PROGRAM} --envs halfcheetah-medium-expert hopper-medium-expert --preset quick", "on this machine's cores"),
+    (
+        f"{PROGRAM} --envs hopper-medium --agents fidec fql --address auto --out /shared/sweep -- --lr 3e-4",
+        "two agents with another setting, on the cluster that this machine belongs to",
+    ),
+)
+
+
 @dataclasses.dataclass(frozen=True)
-class SweepConfig:
+class SweepConfig(Output):
     """Train several agents on several environments and seeds with Ray, and put their scores into one table. Options
-    after -- go to every run."""
+    after -- go to every run. A second call reads the finished runs and continues the others."""
 
     envs: tuple[str, ...]
     """The environments; `python train/environments.py` lists the names."""
     agents: tuple[AgentName, ...] = tuple(AGENTS)
+    """Agents to train on each, each once."""
     seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of every agent, each once."""
     preset: PresetName = "auto"
-    """Preset of every run. auto: full with --gpus-per-trial, else quick."""
+    """Preset of every run, see `python train/run.py --help`. auto: full with --gpus-per-trial, else quick."""
     address: str | None = None
     """Address of a Ray cluster, or auto for the one that this machine belongs to. None: this machine alone, all of its
     cores."""
@@ -215,17 +227,8 @@ class Sweep:
         # ray.init has set a handler of its own
         signals: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM)
         self.handlers = {signum: signal.signal(signum, self.request_stop) for signum in signals}
-        on_terminal = sys.stderr.isatty()
-        bar = tqdm(
-            desc="sweep",
-            total=len(self.trials),
-            unit="trial",
-            mininterval=0.5 if on_terminal else 60,
-            miniters=0,
-            dynamic_ncols=True,
-        )
         try:
-            with bar:
+            with progress.bar(desc="sweep", total=len(self.trials), unit="trial", miniters=0) as bar:
                 changed = True
                 while self.tasks and not self.stop_requested:
                     changed |= self.step()
@@ -262,7 +265,7 @@ class Sweep:
                 given_up[task] = f"its process or node died {MOST_IN_VAIN} times in a row at step {start.step}"
         for task, problem in given_up.items():
             ray.cancel(task, force=True)
-            self._end(self.tasks.pop(task), Outcome(1, problem))
+            self._end(self.tasks.pop(task), Outcome(Exit.FAILED, problem))
         return changed or bool(given_up)
 
     def _end(self, trial: Trial, outcome: Outcome) -> str:
@@ -270,7 +273,7 @@ class Sweep:
         trial.look()
         if outcome.code == UNFIT:
             return outcome.error
-        if outcome.code == STOPPED:  # by somebody else: its node is being shut down, perhaps
+        if outcome.code == Exit.STOPPED:  # by somebody else: its node is being shut down, perhaps
             self.tasks[self._submit(trial)] = trial
             return ""
         trial.status = "failed" if outcome.code else "finished"
@@ -318,9 +321,9 @@ def outcome_of(task: Any) -> Outcome:
     try:
         outcome: Outcome = ray.get(task)
     except ray.exceptions.TaskCancelledError:
-        return Outcome(STOPPED)
+        return Outcome(Exit.STOPPED)
     except ray.exceptions.RayError as error:
-        return Outcome(1, last_line(error))
+        return Outcome(Exit.FAILED, last_line(error))
     return outcome
 
 
@@ -346,29 +349,34 @@ def train_all(config: SweepConfig, trials: Sequence[Trial]) -> bool:
         site.mark.unlink(missing_ok=True)
 
 
+def parse(argv: Sequence[str]) -> SweepConfig:
+    return options.parse(SweepConfig, argv, program=PROGRAM, ending=lambda: options.examples(*EXAMPLES))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     arguments, extra = options_behind(sys.argv[1:] if argv is None else argv)
-    config = tyro.cli(SweepConfig, args=arguments)
+    config = parse(arguments)
+    refusals = (RunError, UnknownEnvironment, NotInstalled, OSError)
+    again = "the same command continues from the last checkpoints"
+    return console.conclude(lambda: sweep(config, extra), config, refusals, again)
+
+
+def sweep(config: SweepConfig, extra: Sequence[str]) -> Ending:
     stopped = False
-    try:
-        trials = plan_trials(config, extra)
-        with lock_folders([config.out]):
-            read_trials(trials)
-            if any(trial.status != "finished" for trial in trials):
-                stopped = train_all(config, trials)
-            write_tables(config.out, Scores(trials))
-    except (RunError, UnknownEnvironment, NotInstalled, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped at once; the same command continues from the last checkpoints", file=sys.stderr)
-        return STOPPED
-    print(f"\n{(config.out / 'sweep.md').read_text()}\nin {config.out}: sweep.md, sweep.csv, sweep.png")
+    trials = plan_trials(config, extra)
+    with lock_folders([config.out]):
+        read_trials(trials)
+        if any(trial.status != "finished" for trial in trials):
+            stopped = train_all(config, trials)
+        scores = Scores(trials)
+        write_tables(config.out, scores)
+    text = f"\n{(config.out / 'sweep.md').read_text()}\nin {config.out}: sweep.md, sweep.csv, sweep.png"
+    document = {"folder": config.out, "seeds": config.seeds, **scores.document()}
     if stopped:
-        print("stopped; the same command continues")
-        return STOPPED
-    return int(any(trial.status == "failed" for trial in trials))
+        error = "stopped; the same command continues"
+        return Ending(f"{text}\n{error}", {**document, "error": error}, Exit.STOPPED)
+    return Ending(text, document, Exit.FAILED if any(trial.status == "failed" for trial in trials) else Exit.DONE)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console.start(main)

@@ -17,13 +17,12 @@ import torch
 
 import fdkernels
 from train import run
+from train.exits import Exit
 from train.outputs.checkpoint import newest_step
 from train.outputs.folder import LOG
 
 PATIENCE = 180.0
 """Seconds that a trial waits for its predecessor to leave its folder. NFS gives a dead node's locks back after 90."""
-STOPPED = 130
-"""`Outcome.code` of a trial that stopped with a checkpoint when it was told to."""
 UNFIT = -1
 """`Outcome.code` of a trial that did not begin because its node cannot take part."""
 
@@ -122,8 +121,8 @@ def _outcome(options: Sequence[str], folder: Path, start: int) -> Outcome:
         code = run.main(options, patience=PATIENCE)
     except Exception as error:  # not a way for a run to end, but the sweep goes on with the others
         traceback.print_exc()
-        return Outcome(1, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
+        return Outcome(Exit.FAILED, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
     with (folder / LOG).open(errors="replace") as log:
         log.seek(start)
         errors = [line.removeprefix("error: ").rstrip() for line in log if line.startswith("error: ")]
-    return Outcome(code, errors[-1] if errors and code not in (0, STOPPED) else "")
+    return Outcome(code, errors[-1] if errors and code not in (Exit.DONE, Exit.STOPPED) else "")

@@ -20,11 +20,11 @@ from torch import Tensor
 
 import fdkernels
 from benchmarks.evidence.likelihood import log_prob
-from train.acting import Acting
+from fdkernels.policy import Acting, Policy
 from train.data.load import load_dataset
 from train.data.transitions import Batch
 from train.environments import resolve
-from train.evaluate import player, run_episodes
+from train.evaluate import run_episodes
 from train.loop import Run
 from train.presets import preset_config
 
@@ -135,6 +135,6 @@ def describe(run: Run, judge: fdkernels.VelocityMLP) -> dict[str, Any]:
 def play(run: Run) -> list[float]:
     """Normalised scores of one sample of the policy, over episodes that are the same for all variants."""
     seed = 1_000_000 * (run.config.seed + 1)
-    policy = player(run.members[0].agent, Acting("sample"), seed)
+    policy = Policy(run.members[0].agent, Acting("sample"), seed=seed)
     outcomes = run_episodes(run.spec.env_id, policy, episodes=2 * run.config.eval_episodes, seed=seed)
     return run.spec.scoring(outcomes).tolist()

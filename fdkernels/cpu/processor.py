@@ -56,8 +56,13 @@ def sigmoid_is_fast() -> bool:
     return _is_amd() or not has_avx512()
 
 
+def name() -> str:
+    """The processor's, if PyTorch reports it: 2.11 does, 2.9 does not."""
+    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    return str(capabilities.get("cpu_name", ""))
+
+
 @functools.cache
 def _is_amd() -> bool:
-    """PyTorch 2.11 reports the processor, 2.9 does not. An unreported one is taken to suit PyTorch's own functions."""
-    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-    return str(capabilities.get("cpu_name", "")).startswith("AMD")
+    """A processor that is not reported is taken to suit PyTorch's own functions."""
+    return name().startswith("AMD")

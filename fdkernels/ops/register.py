@@ -29,6 +29,7 @@ _TYPES: dict[Any, str] = {
     list[Tensor | None]: "Tensor?[]",
     list[float]: "float[]",
     float: "float",
+    float | None: "float?",
     int: "int",
     bool: "bool",
     str: "str",

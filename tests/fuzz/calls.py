@@ -17,6 +17,7 @@ import fdkernels_ref
 from fdkernels.networks import PackedMLP
 from fdkernels.philox import _uniform, philox, philox_normal
 from fdkernels.validation import is_integer, is_number
+from fdkernels_ref.paths import data_time, path_of
 from tests.fuzz import values
 
 DTYPES = ("float32", "float32", "float64", "bfloat16", "float16")
@@ -60,13 +61,15 @@ PENALTY = {
     "reduction": ["'none'", "'mean'", "'sum'"],
     "backend": ["None", "'torch'"],
 }
+PATHS = ["'linear'", "'linear_reversed'", "'vp'", "'cosine'", values.PATHS[0]]
 SCORE = {
-    "path": ["'linear'", "'linear_reversed'", "'vp'", "'cosine'", values.PATHS[0]],
+    "path": PATHS,
     "convention": ["'exact'"],
     "min_sigma": ["0.0", "1e-6", "0.5", "Fraction(1, 7)"],
     "backend": ["None", "'torch'"],
 }
 SOLVER = {
+    "path": PATHS,
     "num_steps": ["1", "3", "np.int64(2)"],
     "method": ["'euler'", "'midpoint'", "'heun'", "'rk4'"],
     "time_grid": ["None", "[0.0, 0.3, 1.0]", "(1, 0.5, 0)", "torch.tensor([0.0, 0.5])", "np.array([0.25, 1.0])"],
@@ -76,6 +79,17 @@ SOLVER = {
 }
 TIMES = ["0.5", "0.25", "Fraction(1, 3)", "np.float32(0.75)", "np.float16(0.5)", "0.999"]
 SIZES = st.integers(1, 4)
+EVENTS = st.one_of(st.tuples(SIZES), st.tuples(SIZES, SIZES), st.tuples(SIZES, SIZES, SIZES))
+"""The shape of an action; half of the time, hypothesis draws a simple one."""
+
+
+def of_event(event: tuple[int, ...]) -> Arguments:
+    return {} if len(event) == 1 else {"event_dim": str(len(event))}
+
+
+def ones(event: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a time of one action."""
+    return (1,) * len(event)
 
 
 def clips(draw: Draw, options: Arguments) -> Arguments:
@@ -86,9 +100,9 @@ def clips(draw: Draw, options: Arguments) -> Arguments:
 
 @st.composite
 def fisher_penalty(draw: Draw) -> Arguments:
-    lead, k, d, dtype = draw(LEADS), draw(SIZES), draw(SIZES), draw(st.sampled_from(DTYPES))
-    given = {"displacement": tensor(draw, (*lead, d), dtype), "score": tensor(draw, (*lead, k, d), dtype)}
-    return given | some(draw, **PENALTY)
+    lead, k, event, dtype = draw(LEADS), draw(SIZES), draw(EVENTS), draw(st.sampled_from(DTYPES))
+    given = {"displacement": tensor(draw, (*lead, *event), dtype), "score": tensor(draw, (*lead, k, *event), dtype)}
+    return given | of_event(event) | some(draw, **PENALTY)
 
 
 def times(draw: Draw, shape: tuple[int, ...], dtype: str) -> str:
@@ -105,21 +119,25 @@ def velocity_to_score(draw: Draw) -> Arguments:
 
 @st.composite
 def velocity_fisher_penalty(draw: Draw) -> Arguments:
-    lead, k, d, dtype = draw(LEADS), draw(SIZES), draw(SIZES), draw(st.sampled_from(DTYPES))
-    given = {"displacement": tensor(draw, (*lead, d), dtype), "velocity": tensor(draw, (*lead, k, d), dtype)}
-    given |= {"x": tensor(draw, (*lead, k, d), dtype), "t": times(draw, (*lead, k, 1), dtype)}
+    lead, k, event, dtype = draw(LEADS), draw(SIZES), draw(EVENTS), draw(st.sampled_from(DTYPES))
+    rows = (*lead, k, *event)
+    given = {"displacement": tensor(draw, (*lead, *event), dtype), "velocity": tensor(draw, rows, dtype)}
+    given |= {"x": tensor(draw, rows, dtype), "t": times(draw, (*lead, k, *ones(event)), dtype)} | of_event(event)
     return given | some(draw, **PENALTY, **{name: texts for name, texts in SCORE.items() if name != "backend"})
 
 
 @st.composite
 def fisher_spectrum(draw: Draw) -> Arguments:
-    lead, k, d, dtype = draw(LEADS), draw(SIZES), draw(SIZES), draw(st.sampled_from(DTYPES))
-    return {"score": tensor(draw, (*lead, k, d), dtype)} | some(draw, damping=PENALTY["damping"])
+    lead, k, event, dtype = draw(LEADS), draw(SIZES), draw(EVENTS), draw(st.sampled_from(DTYPES))
+    score = tensor(draw, (*lead, k, *event), dtype)
+    return {"score": score} | of_event(event) | some(draw, damping=PENALTY["damping"])
 
 
-def velocity(draw: Draw, d: int, cond_dim: int, dtype: str) -> str:
+def velocity(draw: Draw, event: tuple[int, ...], cond_dim: int, dtype: str) -> str:
     how = draw(st.sampled_from(["", "packed", "norm", "packed norm", "field"]))
-    return "field" if how == "field" else f"network({d}, {cond_dim}, {dtype!r}, {how!r})"
+    if how == "field":
+        return "field" if len(event) == 1 else "chunk_field"
+    return f"network({math.prod(event)}, {cond_dim}, {dtype!r}, {how!r})"
 
 
 def condition(draw: Draw, lead: tuple[int, ...], cond_dim: int, dtype: str) -> str:
@@ -135,63 +153,72 @@ def precision(draw: Draw, dtype: str) -> Arguments:
 
 @st.composite
 def integrate_flow(draw: Draw) -> Arguments:
-    lead, d, cond_dim, dtype = draw(LEADS), draw(SIZES), draw(st.integers(0, 2)), draw(st.sampled_from(DTYPES))
-    given = {"velocity": velocity(draw, d, cond_dim, dtype), "x0": tensor(draw, (*lead, d), dtype)}
-    given |= {"cond": condition(draw, lead, cond_dim, dtype)} | precision(draw, dtype)
+    given = flow(draw)
     return given | clips(draw, some(draw, **SOLVER, return_path=["True"], differentiable=["True", "False"]))
+
+
+def flow(draw: Draw) -> Arguments:
+    lead, event, cond_dim, dtype = draw(LEADS), draw(EVENTS), draw(st.integers(0, 2)), draw(st.sampled_from(DTYPES))
+    given = {"velocity": velocity(draw, event, cond_dim, dtype), "x0": tensor(draw, (*lead, *event), dtype)}
+    return given | {"cond": condition(draw, lead, cond_dim, dtype)} | precision(draw, dtype) | of_event(event)
 
 
 @st.composite
 def integrate_flow_groups(draw: Draw) -> Arguments:
-    d, cond_dim, dtype = draw(SIZES), draw(st.integers(0, 2)), draw(st.sampled_from(DTYPES))
+    event, cond_dim, dtype = draw(EVENTS), draw(st.integers(0, 2)), draw(st.sampled_from(DTYPES))
     leads = draw(st.lists(LEADS, max_size=3))
-    given = {"velocity": velocity(draw, d, cond_dim, dtype)}
-    given["x0s"] = f"[{', '.join(tensor(draw, (*lead, d), dtype) for lead in leads)}]"
+    given = {"velocity": velocity(draw, event, cond_dim, dtype)} | of_event(event)
+    given["x0s"] = f"[{', '.join(tensor(draw, (*lead, *event), dtype) for lead in leads)}]"
     given["conds"] = f"[{', '.join(condition(draw, lead, cond_dim, dtype) for lead in leads)}]"
     return given | precision(draw, dtype) | clips(draw, some(draw, **SOLVER, differentiable=["True"]))
 
 
 @st.composite
 def flow_fisher_penalty(draw: Draw) -> Arguments:
-    lead, k, d, dtype = draw(LEADS), draw(SIZES), draw(SIZES), draw(st.sampled_from(DTYPES))
-    cond_dim, rows = draw(st.integers(1, 2)), (*lead, k, d)
-    given = {"velocity": velocity(draw, d, cond_dim, dtype), "cond": tensor(draw, (*lead, cond_dim), dtype)}
-    given |= {"displacement": tensor(draw, (*lead, d), dtype), "num_samples": str(k)}
+    lead, k, event, dtype = draw(LEADS), draw(SIZES), draw(EVENTS), draw(st.sampled_from(DTYPES))
+    rows = (*lead, k, *event)
+    given = states(draw, lead, event, dtype) | {"num_samples": str(k)}
     given |= draw(st.sampled_from([{}, {"noise": tensor(draw, rows, dtype)}, {"samples": tensor(draw, rows, dtype)}]))
     given |= draw(st.sampled_from([{}, {"bridge_noise": tensor(draw, rows, dtype)}]))
     given |= draw(st.sampled_from([{"generator": "torch.Generator()"}, {"seed": "3"}, {"seed": "torch.tensor(3)"}]))
-    given |= draw(st.sampled_from([{}, {"t": times(draw, (*lead, k, 1), dtype)}]))
+    given |= draw(st.sampled_from([{}, {"t": "None"}, {"t": times(draw, (*lead, k, *ones(event)), dtype)}]))
     given |= precision(draw, dtype) | clips(draw, some(draw, **SOLVER)) | some(draw, **PENALTY)
-    return given | some(draw, convention=["'exact'", "'velocity'"], min_sigma=["1e-6"], return_score=["True", "False"])
+    if given.get("path", PATHS[0]) == PATHS[0]:
+        given |= some(draw, convention=["'exact'", "'velocity'"])
+    return given | some(draw, min_sigma=["1e-6"], return_score=["True", "False"])
+
+
+def states(draw: Draw, lead: tuple[int, ...], event: tuple[int, ...], dtype: str) -> Arguments:
+    """A velocity, and states with a displacement for each."""
+    cond_dim = draw(st.integers(0, 2))
+    given = {"velocity": velocity(draw, event, cond_dim, dtype)}
+    given |= {"cond": tensor(draw, (*lead, cond_dim), dtype) if cond_dim else "None"}
+    return given | {"displacement": tensor(draw, (*lead, *event), dtype)} | of_event(event)
 
 
 @st.composite
 def flow_jacobian(draw: Draw) -> Arguments:
-    lead, d, cond_dim, dtype = draw(LEADS), draw(SIZES), draw(st.integers(0, 2)), draw(st.sampled_from(DTYPES))
-    given = {"velocity": velocity(draw, d, cond_dim, dtype), "x0": tensor(draw, (*lead, d), dtype)}
-    given |= {"cond": condition(draw, lead, cond_dim, dtype)} | precision(draw, dtype)
-    return given | some(draw, **{name: texts for name, texts in SOLVER.items() if name != "implementation"})
+    return flow(draw) | some(draw, **{name: texts for name, texts in SOLVER.items() if name != "implementation"})
 
 
 @st.composite
 def pullback_penalty(draw: Draw) -> Arguments:
-    lead, k, d, dtype = draw(LEADS), draw(SIZES), draw(SIZES), draw(st.sampled_from(DTYPES))
-    given = {"displacement": tensor(draw, (*lead, d), dtype), "jacobian": tensor(draw, (*lead, k, d, d), dtype)}
+    lead, k, event, dtype = draw(LEADS), draw(SIZES), draw(EVENTS), draw(st.sampled_from(DTYPES))
+    given = {"displacement": tensor(draw, (*lead, *event), dtype)} | of_event(event)
+    given |= {"jacobian": tensor(draw, (*lead, k, *event, *event), dtype)}
     return given | some(draw, **{name: texts for name, texts in PENALTY.items() if name != "backend"})
 
 
 @st.composite
 def flow_pullback_penalty(draw: Draw) -> Arguments:
-    lead, k, d, dtype = draw(LEADS), draw(SIZES), draw(SIZES), draw(st.sampled_from(DTYPES))
-    cond_dim = draw(st.integers(1, 2))
-    given = {"velocity": velocity(draw, d, cond_dim, dtype), "cond": tensor(draw, (*lead, cond_dim), dtype)}
-    given |= {"action": tensor(draw, (*lead, d), dtype), "displacement": tensor(draw, (*lead, d), dtype)}
-    given |= {"num_samples": str(k)}
-    given |= draw(st.sampled_from([{}, {"bridge_noise": tensor(draw, (*lead, k, d), dtype)}]))
+    lead, k, event, dtype = draw(LEADS), draw(SIZES), draw(EVENTS), draw(st.sampled_from(DTYPES))
+    given = states(draw, lead, event, dtype) | {"action": tensor(draw, (*lead, *event), dtype), "num_samples": str(k)}
+    given |= draw(st.sampled_from([{}, {"bridge_noise": tensor(draw, (*lead, k, *event), dtype)}]))
     given |= draw(st.sampled_from([{"generator": "torch.Generator()"}, {"seed": "3"}, {"seed": "torch.tensor(3)"}]))
-    given |= draw(st.sampled_from([{}, {"t": draw(st.sampled_from([*TIMES, "0"]))}])) | precision(draw, dtype)
-    given |= some(draw, **{name: SOLVER[name] for name in ("num_steps", "method")}, **PENALTY)
-    return given | some(draw, return_jacobian=["True", "False"])
+    given |= some(draw, **{name: SOLVER[name] for name in ("path", "num_steps", "method")}, **PENALTY)
+    noise_at = "1" if given.get("path") == "'linear_reversed'" else "0"
+    given |= draw(st.sampled_from([{}, {"t": draw(st.sampled_from([*TIMES, noise_at, "None"]))}]))
+    return given | precision(draw, dtype) | some(draw, return_jacobian=["True", "False"])
 
 
 @st.composite
@@ -293,6 +320,11 @@ _ONE, _MANY, _MORE, _COND, _HALF, _TIMES, _SQUARES = (
 )
 _TIMES = f"torch.sigmoid({_TIMES})"
 _CHAIN = {"velocity": "network(3, 2)", "cond": _COND, "displacement": _ONE}
+_CHUNKS = {
+    "velocity": "chunk_field",
+    "cond": "tensor((2,), 'float32')",
+    "event_dim": "2",
+}  # the displacement is one chunk
 _PULLED = _CHAIN | {"action": f"({_ONE}) / 2"}
 EXAMPLES: dict[str, list[Arguments]] = {
     "fisher_penalty": [{"displacement": _ONE, "score": _MANY}],
@@ -303,7 +335,8 @@ EXAMPLES: dict[str, list[Arguments]] = {
         {"velocity": "network(3, 2)", "x0": _ONE, "cond": _COND},
         {"velocity": "field", "x0": _ONE, "cond": _COND, "return_path": "True"},
         {"velocity": "field", "x0": _HALF, "differentiable": "True"},
-        {"velocity": "network(3, 0)", "x0": _ONE},
+        {"velocity": "network(3, 0)", "x0": _ONE, "path": "'linear_reversed'"},
+        {"velocity": "network(6, 2)", "x0": _ONE, "cond": "tensor((2,), 'float32')", "event_dim": "2"},
     ],
     "integrate_flow_groups": [
         {"velocity": "network(3, 2)", "x0s": f"[{_ONE}, {_MANY}]", "conds": f"[{_COND}, {_COND}.unsqueeze(1)]"},
@@ -311,8 +344,9 @@ EXAMPLES: dict[str, list[Arguments]] = {
     ],
     "flow_fisher_penalty": [
         _CHAIN | {"seed": "3", "return_score": "True"},
-        _CHAIN | {"velocity": "field", "noise": _MANY, "bridge_noise": _MORE},
-        _CHAIN | {"samples": _MANY, "seed": "torch.tensor(3)", "t": _TIMES},
+        _CHAIN | {"velocity": "field", "noise": _MANY, "bridge_noise": _MORE, "path": "'linear_reversed'"},
+        _CHAIN | {"samples": _MANY, "seed": "torch.tensor(3)", "t": _TIMES, "path": "'cosine'"},
+        _CHAIN | _CHUNKS | {"seed": "3", "return_score": "True"},
     ],
     "flow_jacobian": [
         {"velocity": "network(3, 2)", "x0": _ONE, "cond": _COND},
@@ -322,7 +356,8 @@ EXAMPLES: dict[str, list[Arguments]] = {
     "pullback_penalty": [{"displacement": _ONE, "jacobian": _SQUARES}],
     "flow_pullback_penalty": [
         _PULLED | {"seed": "3", "return_jacobian": "True"},
-        _PULLED | {"velocity": "field", "bridge_noise": _MANY, "t": "0.5"},
+        _PULLED | {"velocity": "field", "bridge_noise": _MANY, "t": "0.5", "path": "'vp'"},
+        _PULLED | _CHUNKS | {"bridge_noise": _MANY.replace("2, 4", "4, 2")},
     ],
     "VelocityMLP": [{"cond_dim": "2", "action_dim": "2"}],
     "build_mlp": [{"inputs": "3", "hidden": "(4,)", "outputs": "2", "layer_norm": "True"}],
@@ -357,6 +392,47 @@ def plain(value: Any, dtype: torch.dtype) -> Any:
 def within(t: Any) -> Any:
     """A tensor of times outside of [0, 1] gives NaN."""
     return torch.where((t >= 0) & (t <= 1), t, torch.nan) if isinstance(t, Tensor) else t
+
+
+def of_chunks(reference: Callable[..., Any]) -> Callable[..., Any]:
+    """The reference of flattened actions, for actions of any number of dimensions."""
+
+    def judged(**given: Any) -> Any:
+        n = given.pop("event_dim", 1)
+        like = next(given[name] for name in ("displacement", "score", "x0", "x0s") if name in given)
+        like = like[0] if isinstance(like, list) and like else like
+        if n == 1 or not isinstance(like, Tensor):
+            return reference(**given)
+        event = like.shape[-n:]
+        d = math.prod(event)
+        for name, value in given.items():
+            if name in ("displacement", "action", "score", "x", "x0", "noise", "bridge_noise", "samples", "velocity"):
+                given[name] = value.reshape(*value.shape[:-n], d) if isinstance(value, Tensor) else value
+            if name == "jacobian":
+                given[name] = value.reshape(*value.shape[: -2 * n], d, d)
+            if name == "x0s":
+                given[name] = [x0.reshape(*x0.shape[:-n], d) for x0 in value]
+            if name == "t" and isinstance(value, Tensor) and value.ndim >= n:
+                given[name] = value.reshape(value.shape[: 1 - n])
+        if given.get("velocity") is values.chunk_field:
+            given["velocity"] = values.field  # of rows, it is the same
+        out = reference(**given)
+        whole = [out] if isinstance(out, Tensor) else list(out)
+        shaped = [
+            part.reshape(*part.shape[:-ends], *event * ends) if (ends := rows_at_the_end(i, given)) else part
+            for i, part in enumerate(whole)
+        ]
+        return shaped[0] if isinstance(out, Tensor) else tuple(shaped)
+
+    def rows_at_the_end(i: int, given: dict[str, Any]) -> int:
+        """How many of an output's last dimensions are flattened events."""
+        if reference in (flow_reference, groups_reference):
+            return 1
+        if reference is jacobian_reference:
+            return i + 1
+        return {chain_reference: 1, pullback_chain_reference: 2}.get(reference, 0) if i else 0
+
+    return judged
 
 
 def score_reference(velocity: Tensor, x: Tensor, t: Any, **options: Any) -> Tensor:
@@ -406,6 +482,7 @@ GLOBAL_SEED = 0
 
 def chain_reference(velocity: Any, cond: Tensor, displacement: Tensor, **options: Any) -> Any:
     """Noise that is drawn is drawn as documented; ``drawn`` is the dtype in which it is."""
+    cond = displacement.new_empty(*displacement.shape[:-1], 0) if cond is None else cond
     drawn, noises = options.pop("drawn"), {name: options.get(name) for name in ("noise", "bridge_noise", "samples")}
     for name in ("backend", "implementation", "precision"):
         options.pop(name, None)
@@ -423,7 +500,7 @@ def chain_reference(velocity: Any, cond: Tensor, displacement: Tensor, **options
         else:
             noise = torch.randn(shape, generator=generator, dtype=drawn, device="cpu")
         options[name] = noise.to(displacement.dtype)
-    t = within(options.pop("t", 0.95))
+    t = within(options.pop("t", None))
     if samples is not None:  # nothing is integrated
         for name in ("num_steps", "method", "clip", "clip_each_step"):
             options.pop(name, None)
@@ -461,6 +538,7 @@ def pullback_reference(displacement: Tensor, jacobian: Tensor, doubt: bool = Fal
 
 def pullback_chain_reference(velocity: Any, cond: Tensor, action: Tensor, displacement: Tensor, **options: Any) -> Any:
     """Noise that is drawn is drawn as documented; ``drawn`` is the dtype in which it is."""
+    cond = displacement.new_empty(*displacement.shape[:-1], 0) if cond is None else cond
     drawn, bridge = options.pop("drawn"), options.pop("bridge_noise", None)
     seed, generator = options.pop("seed", None), options.pop("generator", None)
     k = options.pop("num_samples", 2)  # ignored where noise is given
@@ -470,12 +548,17 @@ def pullback_chain_reference(velocity: Any, cond: Tensor, action: Tensor, displa
         bridge = torch.randn(shape, generator=generator, dtype=drawn, device="cpu")
         if seed is not None:
             bridge = philox_normal(seed, shape, "cpu", drawn)
-    t, steps = options.pop("t", 0.8), options.pop("num_steps", 2)
-    view = (1 - t) * bridge.to(action.dtype) + t * action.unsqueeze(-2)
+    path = path_of(options.pop("path", "linear"))
+    end = data_time(path)
+    t, steps = options.pop("t", None), options.pop("num_steps", 2)
+    t = abs(end - 0.2) if t is None else t
+    at = torch.tensor(t, dtype=torch.float64, device="cpu")
+    alpha, sigma = path.alpha(at), path.sigma(at)
+    view = sigma * bridge.to(action.dtype) + alpha * action.unsqueeze(-2)
     rows = cond.unsqueeze(-2).expand(*view.shape[:-1], cond.shape[-1])
-    of_flow = {"method": options.pop("method", "euler"), "time_grid": [t + (1 - t) * i / steps for i in range(steps)]}
-    of_flow["time_grid"].append(1.0)
-    jacobian = (1 - t) * jacobian_reference(velocity, view, rows, **of_flow)[1]
+    of_flow = {"method": options.pop("method", "euler"), "time_grid": [t + (end - t) * i / steps for i in range(steps)]}
+    of_flow["time_grid"].append(end)
+    jacobian = sigma * jacobian_reference(velocity, view, rows, **of_flow)[1]
     wanted = options.pop("return_jacobian", False)
     for name in ("backend", "precision"):
         options.pop(name, None)
@@ -508,33 +591,38 @@ def packed_reference(module: Any, order: Any = ("cond", "x", "t")) -> Any:
 
 
 TENSORS = {name: [] for name in ("displacement", "score", "x", "x0", "cond", "noise", "bridge_noise", "samples")}
-TENSORS |= {"jacobian": [], "action": []}
-OF_SOLVER = {"velocity": values.ODD_FIELDS, "num_steps": ODD_COUNTS}
+TENSORS |= {"jacobian": [], "action": [], "event_dim": ODD_COUNTS}
+OF_SOLVER = {"velocity": values.ODD_FIELDS, "num_steps": ODD_COUNTS, "path": values.PATHS}
 OF_STACK = {"hidden": ODD_HIDDEN, "cond_dim": ODD_COUNTS, "action_dim": ODD_COUNTS, "inputs": ODD_COUNTS}
 PUBLIC = [
-    Public("fisher_penalty", fdkernels.fisher_penalty, fisher_penalty(), penalty_reference, TENSORS),
+    Public("fisher_penalty", fdkernels.fisher_penalty, fisher_penalty(), of_chunks(penalty_reference), TENSORS),
     Public(
         "velocity_to_score", fdkernels.velocity_to_score, velocity_to_score(), score_reference,
         TENSORS | {"velocity": [], "path": values.PATHS},
     ),
     Public(
         "velocity_fisher_penalty", fdkernels.velocity_fisher_penalty, velocity_fisher_penalty(),
-        velocity_penalty_reference, TENSORS | {"velocity": [], "path": values.PATHS},
+        of_chunks(velocity_penalty_reference), TENSORS | {"velocity": [], "path": values.PATHS},
     ),
-    Public("fisher_spectrum", fdkernels.fisher_spectrum, fisher_spectrum(), spectrum_reference, TENSORS),
-    Public("integrate_flow", fdkernels.integrate_flow, integrate_flow(), flow_reference, TENSORS | OF_SOLVER),
+    Public("fisher_spectrum", fdkernels.fisher_spectrum, fisher_spectrum(), of_chunks(spectrum_reference), TENSORS),
     Public(
-        "integrate_flow_groups", fdkernels.integrate_flow_groups, integrate_flow_groups(), groups_reference, OF_SOLVER
+        "integrate_flow", fdkernels.integrate_flow, integrate_flow(), of_chunks(flow_reference), TENSORS | OF_SOLVER
     ),
     Public(
-        "flow_fisher_penalty", fdkernels.flow_fisher_penalty, flow_fisher_penalty(), chain_reference,
+        "integrate_flow_groups", fdkernels.integrate_flow_groups, integrate_flow_groups(), of_chunks(groups_reference),
         TENSORS | OF_SOLVER,
     ),
-    Public("flow_jacobian", fdkernels.flow_jacobian, flow_jacobian(), jacobian_reference, TENSORS | OF_SOLVER),
-    Public("pullback_penalty", fdkernels.pullback_penalty, pullback_penalty(), pullback_reference, TENSORS),
     Public(
-        "flow_pullback_penalty", fdkernels.flow_pullback_penalty, flow_pullback_penalty(), pullback_chain_reference,
+        "flow_fisher_penalty", fdkernels.flow_fisher_penalty, flow_fisher_penalty(), of_chunks(chain_reference),
         TENSORS | OF_SOLVER,
+    ),
+    Public(
+        "flow_jacobian", fdkernels.flow_jacobian, flow_jacobian(), of_chunks(jacobian_reference), TENSORS | OF_SOLVER
+    ),
+    Public("pullback_penalty", fdkernels.pullback_penalty, pullback_penalty(), of_chunks(pullback_reference), TENSORS),
+    Public(
+        "flow_pullback_penalty", fdkernels.flow_pullback_penalty, flow_pullback_penalty(),
+        of_chunks(pullback_chain_reference), TENSORS | OF_SOLVER,
     ),
     Public("VelocityMLP", fdkernels.VelocityMLP, velocity_mlp(), lambda **_: None, OF_STACK),
     Public("build_mlp", fdkernels.build_mlp, build_mlp(), lambda **_: None, OF_STACK | {"outputs": ODD_COUNTS}),

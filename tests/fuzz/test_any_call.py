@@ -29,10 +29,10 @@ from tests.judge import BARS, leaves
 SECONDS = 5
 CONTEXTS = ["", "no_grad", "inference_mode", "autocast", "half", "medium", "high", "double", "meta"]
 TENSORS = {"displacement", "score", "velocity", "x", "t", "cond", "x0", "noise", "bridge_noise", "samples"}
-TENSORS |= {"x0s", "conds", "jacobian", "action"}
+TENSORS |= {"x0s", "conds", "jacobian", "action", "event_dim"}
 RELATED = [
     TENSORS,
-    {"path", "convention", "t"},
+    {"path", "convention", "t", "time_grid"},
     {"clip", "clip_each_step"},
     {"num_samples", "noise", "bridge_noise", "samples", "t"},
     {"seed", "generator", "device"},
@@ -142,7 +142,7 @@ def refused(
     """Whether the error names a replaced argument, or was raised by a replaced argument itself."""
     texts = [arguments[name] for name in replaced]
     if isinstance(error, values.Own):
-        return any("raising" in text for text in texts)
+        return any("raising" in text for text in texts) or bool(TENSORS & set(replaced))
     if "velocity" in replaced and callable(given["velocity"]) and arguments["velocity"] in values.ODD:
         return True  # called, and not of a velocity's kind
     if not isinstance(error, TypeError | ValueError | RuntimeError) or not str(error).startswith(f"{public.name}: "):
@@ -247,8 +247,9 @@ class Wanted:
             self.near = self.reference(torch.float64, torch.finfo(self.dtype).eps)
             if isinstance(self.near, tuple) and public.name in ("flow_jacobian", "flow_pullback_penalty"):
                 first, jacobian = self.near  # which a NaN fills sooner or later
-                whole = jacobian.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
-                self.near = first, torch.where(whole, jacobian, torch.nan)
+                of_event = 2 * int(given.get("event_dim", 1))
+                whole = jacobian.isfinite().flatten(-of_event).all(-1)
+                self.near = first, torch.where(whole[(..., *(None,) * of_event)], jacobian, torch.nan)
             try:
                 self.plain = self.reference(self.dtype)
             except Exception:
@@ -259,7 +260,8 @@ class Wanted:
         if "generator" in given and given["generator"] is not None:
             given["generator"] = self.given["generator"]
         if self.public.name in ("flow_fisher_penalty", "flow_pullback_penalty"):
-            given["drawn"] = self.given["cond"].dtype
+            like = self.given["cond"]
+            given["drawn"] = (like if isinstance(like, Tensor) else self.given["displacement"]).dtype
         if self.public.name in ("pullback_penalty", "flow_pullback_penalty"):
             given["doubt"] = off > 0
         if self.public.name == "philox_normal":
@@ -327,7 +329,7 @@ class Wanted:
         dtype, d, cond_dim = out.dtype, out.action_dim, out.cond_dim
         rows = torch.ones(2, d, dtype=dtype), torch.ones(2, 1, dtype=dtype), torch.ones(2, cond_dim, dtype=dtype)
         module = self.given["module"]
-        wanted = calls.packed_reference(module, self.given.get("order", ("cond", "x", "t")))(*rows)
+        wanted = calls.packed_reference(module, self.given.get("order") or ("cond", "x", "t"))(*rows)
         torch.testing.assert_close(
             out(*rows), wanted, rtol=1e-2, atol=1e-3, equal_nan=True, msg=lambda m: f"{call}\n{m}"
         )

@@ -116,8 +116,21 @@ def network(d: int, cond_dim: int, dtype: str = "float32", how: str = "", hidden
 
 def field(x: Tensor, t: Tensor, cond: Tensor | None) -> Tensor:
     """A velocity that is a plain function."""
+    return _field(x, t, cond, x.ndim)
+
+
+def chunk_field(x: Tensor, t: Tensor, cond: Tensor | None) -> Tensor:
+    """A velocity that is a plain function of chunks, which have one leading dimension."""
+    return _field(x, t, cond, 2)
+
+
+def _field(x: Tensor, t: Tensor, cond: Tensor | None, ndim: int) -> Tensor:
     v = torch.tanh(x) * (1 - t) - x
-    return v if cond is None else v + cond.sum(-1, keepdim=True)
+    if cond is None:
+        return v
+    if not isinstance(cond, Tensor) or cond.ndim != ndim:
+        raise Own("this condition is not the field's")
+    return v + cond.sum(-1).reshape(*cond.shape[:-1], *(1,) * (x.ndim - ndim + 1))
 
 
 def raising(*args: object) -> Any:

@@ -276,28 +276,33 @@ def everything(velocity: Any, cond: Tensor, action: Tensor, displacement: Tensor
     return end, columns, penalty, jacobians
 
 
-def true_everything(velocity: Any, *given: Tensor) -> tuple[Tensor, ...]:
+GRIDS = {"linear": [0.8, 0.9, 1.0], "linear_reversed": [0.2, 0.1, 0.0]}
+
+
+def true_everything(velocity: Any, *given: Tensor, path: str = "linear") -> tuple[Tensor, ...]:
     """The plain maths in float64, from the same noise."""
     cond, action, displacement = (tensor.double().cpu() for tensor in given)
     velocity = in_double(velocity)
-    end, columns = fdkernels_ref.flow_jacobian(velocity, action, cond, num_steps=2, method="heun")
+    end, columns = fdkernels_ref.flow_jacobian(velocity, action, cond, path=path, num_steps=2, method="heun")
     bridge = philox_normal(3, (*action.shape[:-1], 2, action.shape[-1]), "cpu", torch.float32).double()
-    penalty = fdkernels_ref.flow_pullback_penalty(velocity, cond, action, displacement, bridge_noise=bridge)
+    penalty = fdkernels_ref.flow_pullback_penalty(velocity, cond, action, displacement, path=path, bridge_noise=bridge)
     view = 0.2 * bridge + 0.8 * action.unsqueeze(-2)
     rows = cond.unsqueeze(-2).expand(*view.shape[:-1], cond.shape[-1])
-    _, jacobians = fdkernels_ref.flow_jacobian(velocity, view, rows, time_grid=[0.8, 0.9, 1.0])
+    _, jacobians = fdkernels_ref.flow_jacobian(velocity, view, rows, time_grid=GRIDS[path])
     return end, columns, penalty, 0.2 * jacobians
 
 
-@pytest.mark.parametrize("lead", [(7,), (), (2, 3)], ids=str)
-def test_public_functions_are_one_on_both_backends(lead: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    ("lead", "path"), [((7,), "linear"), ((), "linear"), ((2, 3), "linear"), ((5,), "linear_reversed")], ids=str
+)
+def test_public_functions_are_one_on_both_backends(lead: tuple[int, ...], path: str) -> None:
     module = fdkernels.VelocityMLP(5, 3, (32, 24), layer_norm=True).to(DEVICE)
     given = guarded(draw(*lead, 5)), guarded(draw(*lead, 3, seed=1)), guarded(draw(*lead, 3, seed=2))
-    exact = true_everything(module, *given)
+    exact = true_everything(module, *given, path=path)
     with mock.patch.object(launch, "jacobian", side_effect=launch.jacobian) as launched:
-        ours = everything(module, *given, backend="triton", precision="highest")
+        ours = everything(module, *given, path=path, backend="triton", precision="highest")
         assert launched.call_count == 2
-        theirs = everything(module, *given, backend="torch")
+        theirs = everything(module, *given, path=path, backend="torch")
         assert launched.call_count == 2
     assert [out.dtype for out in ours] == [out.dtype for out in theirs]
     for one, other, truth in zip(ours, theirs, exact):

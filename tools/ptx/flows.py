@@ -21,7 +21,7 @@ from fdkernels.solvers import Solver
 from tools.cases import FlowCase
 from tools.ptx.run import emulate
 
-AT = TimedAffine(None, t=0.75, alpha=0.6, sigma=0.8, p=3.0, q=-4.0, use_x=True)
+AT = TimedAffine(None, t=0.75, alpha=None, sigma=None, p=3.0, q=-4.0, use_x=True)
 SEED = 2**40 + 17
 
 
@@ -95,7 +95,9 @@ class Problem:
                 velocity, start, cond, num_steps=self.steps, clip=None, return_path=True
             )
             t, alpha, sigma, p, q = (
-                AT[1:-1] if self.columns is None else self.columns[model].double()[..., None].unbind(1)
+                (AT.t, AT.t, 1 - AT.t, AT.p, AT.q)
+                if self.columns is None
+                else self.columns[model].double()[..., None].unbind(1)
             )
             x = sigma * bridge + alpha * path[-1]
             score = p * velocity(x, torch.ones_like(x[:, :1]) * t, cond) + q * x

@@ -20,10 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fdkernels
+from fdkernels.policy import FlowPolicy
+from fdkernels.policy.critic import TwinCritic
+from fdkernels.policy.encoder import FEATURES
+from fdkernels.policy.network import NETWORKS, Network
 from train import processes
-from train.agents.critic import TwinCritic, follow
-from train.agents.encoder import FEATURES, MOST_SHIFT, ImpalaSmall, shifted
+from train.agents.augmentation import MOST_SHIFT, shifted
 from train.agents.hyperparameters import AgentConfig
+from train.agents.target import follow
 from train.data.replay import Replay
 from train.data.transitions import Batch, OfflineDataset
 
@@ -82,9 +86,6 @@ class Draws(NamedTuple):
 Part = Literal["critic", "data_critic", "flow", "frozen_flow", "actor"]
 Parts = tuple[Part, ...]
 ALL_PARTS: Parts = ("critic", "flow", "actor")
-Network = Literal["flow", "actor", "critic"]
-NETWORKS: tuple[Network, ...] = ("flow", "actor", "critic")
-"""Networks that see an image through encoders of their own, in the order of the encodings."""
 
 
 class Learner(nn.Module, abc.ABC):
@@ -222,8 +223,14 @@ class Learner(nn.Module, abc.ABC):
         """The gradients of agent i, by the names of its parameters."""
 
 
-class Agent(Learner):
-    """Base of all agents. A new agent defines `next_actions`, `actor_loss`, `act`, and the attributes that differ."""
+class Agent(Learner, FlowPolicy):
+    """Base of all agents: a policy with losses.
+
+    A new agent defines `next_actions`, `actor_loss`, and the attributes that differ. It also derives from a kind of
+    policy of ``fdkernels/policy/network.py``, which says how it acts.
+    """
+
+    config: AgentConfig
 
     title: ClassVar[str]
     """Name in tables and pictures, such as "FQL"."""
@@ -235,8 +242,6 @@ class Agent(Learner):
     """Hyper-parameters whose published values differ from the defaults of ``hyperparameters``."""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """For each preset, the settings and hyper-parameters that this agent changes in it."""
-    refines: ClassVar[bool] = False
-    """Whether the agent has `refine`, which some acting rules call."""
     integrates_next: ClassVar[bool] = False
     """Whether its `starts` have next observations, which the flow must then encode too."""
     metric_names: ClassVar[Mapping[str, str]] = METRICS
@@ -262,29 +267,10 @@ class Agent(Learner):
 
     def __init__(self, config: AgentConfig, observation: int | Sequence[int], action_dim: int) -> None:
         """``observation`` is the width of the states, or height, width and channels of the images."""
-        super().__init__()
-        shape = (observation,) if isinstance(observation, int) else tuple(observation)
-        self.config = config
-        self.action_dim = action_dim
-        self.encoders = nn.ModuleDict()
-        if config.encoder != "none":
-            self.encoders.update({network: ImpalaSmall(shape) for network in NETWORKS})
+        super().__init__(config, observation, action_dim)
+        if self.encoders:
             self.encoders["target_critic"] = copy.deepcopy(self.encoders["critic"]).requires_grad_(False)
-        elif len(shape) > 1:
-            raise ValueError(f"the observations are images of shape {shape}, which need --encoder impala-small")
-        obs_dim = FEATURES if self.encoders else shape[0]
-        self.flow = fdkernels.VelocityMLP(obs_dim, action_dim, config.actor_hidden, layer_norm=config.actor_layer_norm)
-        # maps [observation, base action or noise] to the displacement or the action
-        self.actor = fdkernels.build_mlp(
-            obs_dim + action_dim, config.actor_hidden, action_dim, layer_norm=config.actor_layer_norm
-        )
-        self.critic = TwinCritic(obs_dim, action_dim, config.critic_hidden, config.critic_layer_norm)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
-        # used to standardise raw states before the networks see them; of images only their shape is used
-        self.register_buffer("obs_mean", torch.zeros(shape))
-        self.register_buffer("obs_std", torch.ones(shape))
-        self.obs_mean: Tensor
-        self.obs_std: Tensor
 
     @torch.no_grad()
     def center_critics(self, mean_reward: float) -> None:
@@ -360,18 +346,6 @@ class Agent(Learner):
         return batch._replace(
             observations=torch.cat(encodings, dim=-1), next_observations=torch.cat(next_encodings, dim=-1)
         )
-
-    def view(self, network: Network, obs: Tensor) -> Tensor:
-        """What a network takes of observations (..., c) of `encode` or `observe`: its encoding, or the whole state."""
-        return obs.narrow(-1, NETWORKS.index(network) * FEATURES, FEATURES) if self.encoders else obs
-
-    @torch.no_grad()
-    def observe(self, observations: Tensor) -> Tensor:
-        """Raw observations as the methods below take them: standardised states, or encodings side by side."""
-        if self.encoders:
-            images = observations.to(self.obs_mean.device)
-            return torch.cat([self.encoders[name](images) for name in NETWORKS], dim=-1)
-        return (observations.to(self.obs_mean) - self.obs_mean) / self.obs_std
 
     # -- the losses ----------------------------------------------------------------------------------------------
 
@@ -460,21 +434,6 @@ class Agent(Learner):
         if self.config.normalize_q:
             loss = loss / processes.batch_mean(q.detach().abs()).clamp(min=self.q_scale_floor)
         return loss, {"policy_q": qs, "q_loss": loss}
-
-    # -- acting --------------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def flow_action(self, obs: Tensor, noise: Tensor) -> Tensor:
-        """The behaviour flow's action (..., d) for observations from `observe` and N(0, I) noise (..., d)."""
-        return fdkernels.integrate_flow(self.flow, noise, self.view("flow", obs), num_steps=self.config.flow_steps)
-
-    @abc.abstractmethod
-    def act(self, obs: Tensor, noise: Tensor) -> Tensor:
-        """The policy's action (..., d), in [-1, 1], for observations from `observe` and N(0, I) noise (..., d)."""
-
-    def refine(self, obs: Tensor, action: Tensor) -> Tensor:
-        """A better action (..., d) near ``action``; only for agents that set ``refines``."""
-        raise TypeError(f"this rule refines an action, and {type(self).__name__} has nothing that does")
 
     # -- logging -------------------------------------------------------------------------------------------------
 

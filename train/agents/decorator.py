@@ -8,15 +8,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from fdkernels.policy import DisplacementPolicy
 from train.agents.base import Agent, Draws, Panel, Parts
 from train.agents.hyperparameters import AgentConfig
 from train.data.transitions import Batch
 
 
-class DecoratorAgent(Agent):
+class DecoratorAgent(DisplacementPolicy, Agent):
     """π(s) = clip(a + δ(s, a)) for the flow's action a, with the size of δ held at ``target_divergence``."""
 
-    refines = True
+    config: AgentConfig
+
     integrates_next = True
     panels = (
         Panel(
@@ -39,10 +41,6 @@ class DecoratorAgent(Agent):
             self.log_alpha = nn.Parameter(torch.tensor(float(config.alpha), device="cpu").log())
         if config.zero_init_displacement:
             nn.init.zeros_(self.actor[-1].weight)  # type: ignore[arg-type]
-
-    def displacement(self, obs: Tensor, action: Tensor) -> Tensor:
-        """δ(s, a), (..., d), not clipped."""
-        return self.actor(torch.cat([self.view("actor", obs), action], dim=-1))
 
     def starts(self, batch: Batch, draws: Draws, parts: Parts) -> dict[str, tuple[Tensor, Tensor]]:
         """Adds ``next``, the flow action in the critic's target."""
@@ -93,15 +91,6 @@ class DecoratorAgent(Agent):
             "penalty": penalty,
             "actor_loss": loss,
         }
-
-    @torch.no_grad()
-    def act(self, obs: Tensor, noise: Tensor) -> Tensor:
-        return self.refine(obs, self.flow_action(obs, noise))
-
-    @torch.no_grad()
-    def refine(self, obs: Tensor, action: Tensor) -> Tensor:
-        """clip(a + δ(s, a))."""
-        return (action + self.displacement(obs, action)).clamp(-1, 1)
 
     @torch.no_grad()
     def metrics(self, batch: Batch, seen: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fdkernels.policy import OneStepPolicy
 from train.agents.base import Agent, Draws
+from train.agents.hyperparameters import AgentConfig
 from train.data.transitions import Batch
 
 
-class FQL(Agent):
+class FQL(OneStepPolicy, Agent):
     """Flow Q-learning: π(s) = clip(μ(s, noise)), kept near the flow's action from the same noise."""
+
+    config: AgentConfig
 
     title = "FQL"
     summary = "one-step distillation"
@@ -43,11 +46,3 @@ class FQL(Agent):
             "penalty": penalty,
             "actor_loss": loss,
         }
-
-    @torch.no_grad()
-    def act(self, obs: Tensor, noise: Tensor) -> Tensor:
-        return self.one_step(obs, noise).clamp(-1, 1)
-
-    def one_step(self, obs: Tensor, noise: Tensor) -> Tensor:
-        """μ(s, noise), (..., d), not clipped."""
-        return self.actor(torch.cat([self.view("actor", obs), noise], dim=-1))

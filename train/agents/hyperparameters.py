@@ -6,10 +6,8 @@ import dataclasses
 import math
 from typing import Literal
 
-from train.agents.encoder import EncoderName
-
-MOST_STEPS = 10_000
-"""Steps of a flow; with more, an action takes minutes."""
+from fdkernels.policy import PolicyConfig
+from fdkernels.policy.config import MOST_STEPS
 
 
 def require_finite(config: object) -> None:
@@ -24,26 +22,13 @@ def require(name: str, value: object, holds: bool, wants: str) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class AgentConfig:
+class AgentConfig(PolicyConfig):
     """Hyper-parameters of an agent; the defaults are the published ones, except for the score convention."""
 
-    actor_hidden: tuple[int, ...] = (512, 512, 512, 512)
-    """Hidden widths of the flow network and of the displacement (or one-step) network."""
-    critic_hidden: tuple[int, ...] = (512, 512, 512, 512)
-    """Hidden widths of both critics."""
-    actor_layer_norm: bool = False
-    """Layer norm in the flow and displacement networks."""
-    critic_layer_norm: bool = True
-    """Layer norm in the critics."""
     lr: float = 3e-4
     """Adam's learning rate, the same for all parameters."""
     grad_clip: float | None = 5.0
     """Clip the global gradient norm to this. None: no clipping (FQL's published setting)."""
-    encoder: EncoderName = "none"
-    """How images are read; environments with images set it. Each network has an encoder of its own, the two critics one
-    together. none: observations are states."""
-    frame_stack: int = 1
-    """Frames that one observation of images consists of, the newest and those before it."""
     augment: float = 0.0
     """Probability that the images of a batch are moved, each by up to 3 pixels at random."""
     discount: float = 0.99
@@ -54,8 +39,6 @@ class AgentConfig:
     """How the two target critics are combined."""
     normalize_q: bool = False
     """Divide the Q term of the actor loss by the batch mean of |Q|."""
-    flow_steps: int = 10
-    """Euler steps of the flow."""
     flow_precision: Literal["highest", "high", "bf16"] | None = None
     """Precision of the matrix products when training integrates the flow, which needs no gradient. None: as everywhere
     else. bf16: bfloat16 with float32 sums, faster on hardware with bfloat16 units."""
@@ -107,3 +90,4 @@ class AgentConfig:
         for name in ("actor_hidden", "critic_hidden"):
             require(name, getattr(self, name), all(width > 0 for width in getattr(self, name)), "positive widths")
         require("grad_clip", self.grad_clip, self.grad_clip is None or self.grad_clip > 0, "positive")
+        super().__post_init__()

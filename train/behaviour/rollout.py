@@ -15,10 +15,10 @@ import numpy as np
 from gymnasium.vector import AutoresetMode
 from minari.data_collector import EpisodeBuffer
 from minari.dataset.minari_storage import MinariStorage
-from tqdm import tqdm
 
 from train.behaviour.policy import BadPolicy, BehaviourPolicy, policy_note
 from train.data.spec import EnvSpec, NormalizedReturn
+from train.progress import bar
 from train.simulator import make_vector_env
 
 Policy = Callable[[np.ndarray, np.random.Generator], np.ndarray]
@@ -123,7 +123,7 @@ def store_rollouts(folder: Path, dataset_id: str, spec: EnvSpec, policy_file: Pa
     horizon = gym.spec(spec.env_id).max_episode_steps or 0
     _reserve(folder / "data" / "main_data.hdf5", episodes * int(1.5 * row * horizon + 32_768))
     rollouts = collect(spec.env_id, policy, episodes=episodes, seed=seed)
-    storage.update_episodes(tqdm(rollouts, f"generating {dataset_id}", episodes, unit="episode", disable=None))
+    storage.update_episodes(bar(rollouts, desc=f"generating {dataset_id}", total=episodes, unit="episode"))
 
 
 def _reserve(path: Path, size: int) -> None:

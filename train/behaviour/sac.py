@@ -37,7 +37,7 @@ import tyro
 from gymnasium.vector import AutoresetMode
 from torch import Tensor, nn
 
-from train.agents.critic import follow
+from train.agents.target import follow
 from train.behaviour.policy import BehaviourPolicy
 from train.evaluate import run_episodes
 from train.simulator import make_vector_env

@@ -323,7 +323,7 @@ def _environment(recipe: Recipe) -> Any:
 @functools.cache  # making one and its first reset take about as long as half an episode
 def _make(env_id: str, options: tuple[tuple[str, Any], ...]) -> Any:
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*DISPLAY")  # GLFW's, on machines without a screen
+        warnings.filterwarnings("ignore", message=".*(DISPLAY|GLFW library is not initialized)")  # without a screen
         importlib.import_module("ogbench")  # registers its environments
         # without wrappers: episodes here have their own lengths
         return gym.make(env_id, disable_env_checker=True, **dict(options)).unwrapped

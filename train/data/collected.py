@@ -23,11 +23,11 @@ from typing import Any
 
 import numpy as np
 from filelock import FileLock
-from tqdm import tqdm
 
 from train.behaviour import scripted
 from train.behaviour.scripted import DTYPES, Episode
 from train.data import npz
+from train.progress import bar
 
 PART_EPISODES = 10
 VERSION = "v0"  # raise it when the controllers or the way they are played change
@@ -158,7 +158,7 @@ def _generate(name: str, missing: dict[int, Path], workers: int) -> None:
     indices = [PART_EPISODES * i + k for i in missing for k in range(PART_EPISODES)]
     unfinished: dict[int, dict[int, Episode]] = defaultdict(dict)
     with contextlib.closing(_played(name, indices, min(workers, len(indices)))) as played:
-        for index, episode in tqdm(played, f"generating {name}", len(indices), unit="episode", disable=None):
+        for index, episode in bar(played, desc=f"generating {name}", total=len(indices), unit="episode"):
             i = index // PART_EPISODES
             unfinished[i][index] = episode
             if len(unfinished[i]) == PART_EPISODES:

@@ -16,8 +16,8 @@ import h5py
 import numpy as np
 from h5py import h5d, h5o, h5z
 
+from fdkernels.policy.reading import Refused, require_file
 from train.data.room import MOST_PACKED, Room
-from train.reading import Refused, require_file
 
 FILTERS = (h5z.FILTER_SHUFFLE, h5z.FILTER_DEFLATE, h5z.FILTER_FLETCHER32)
 """What data may be passed through, each at most once and in this order."""

@@ -16,8 +16,8 @@ from typing import IO, NamedTuple
 import numpy as np
 from numpy.lib import format as npy
 
+from fdkernels.policy.reading import Refused, require_file
 from train.data.room import MOST_PACKED, Room
-from train.reading import Refused, require_file
 
 LARGEST_READ = 4 << 20
 LONGEST_HEADER = 10_000

@@ -102,7 +102,8 @@ def make(env_id: str, **options: Any) -> gym.Env:
         render_off_screen()
     with warnings.catch_warnings():
         # the package looks for a screen, and gives bounds of actions in float64
-        warnings.simplefilter("ignore")
+        warnings.filterwarnings("ignore", message=".*(DISPLAY|GLFW library is not initialized)")
+        warnings.filterwarnings("ignore", message=".*precision lowered by casting", module="gymnasium")
         import ogbench  # noqa: F401, registers the environments
 
         return Reproducible(gym.make(env_id, disable_env_checker=True, **options))

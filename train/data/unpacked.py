@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock
 
+from fdkernels.policy.reading import Refused
 from train.data import npz
 from train.outputs.files import sync_folder
-from train.reading import Refused
 
 CHUNK = 1 << 20
 

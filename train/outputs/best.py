@@ -9,10 +9,11 @@ import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
+from fdkernels.policy import PolicyError
 from train.agents.base import Agent
 from train.outputs.checkpoint import steps_in
 from train.outputs.files import create_folder
-from train.outputs.policy import PolicyError, save_policy
+from train.outputs.policy import save_policy
 from train.settings import RunConfig
 
 

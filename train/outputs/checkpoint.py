@@ -18,9 +18,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fdkernels.policy.reading import check_safetensors, parse_json, require_alike
 from train.agents.base import Agent
 from train.outputs.files import create_folder, write_safetensors
-from train.reading import check_safetensors, parse_json
 
 KEPT = 3
 """Number of checkpoints kept on disk: more than one, because the newest could be damaged."""
@@ -102,21 +102,6 @@ class Checkpoint(NamedTuple):
         """The tensors of a part: ``agent``, ``adam`` or ``replay``."""
         prefix = f"{group}/"
         return {name.removeprefix(prefix): tensor for name, tensor in self.tensors.items() if name.startswith(prefix)}
-
-
-def require_alike(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    """Refuse tensors with other names, shapes or types than those that they are to replace.
-
-    Raises:
-        ValueError: one is missing, too many or different.
-    """
-    if odd := sorted(found.keys() ^ wanted.keys()):
-        raise ValueError(f"it {'lacks' if odd[0] in wanted else 'should not have'} {odd[0]:.100}")
-    for name, tensor in found.items():
-        ours = wanted[name]
-        if tensor.shape != ours.shape or tensor.dtype != ours.dtype:
-            theirs = f"{tuple(tensor.shape)} {tensor.dtype}"
-            raise ValueError(f"{name} is {theirs}, and {tuple(ours.shape)} {ours.dtype} would fit")
 
 
 def read_checkpoint(path: Path) -> Checkpoint:

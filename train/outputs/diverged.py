@@ -8,20 +8,22 @@ graphs, which cannot stop) the state is that in which the fault was noticed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fdkernels.policy.file import sizes_in
+from fdkernels.policy.reading import require_alike
+from train.agents import AGENTS
 from train.agents.base import ALL_PARTS, Agent, Draws, Part, Parts
 from train.data.transitions import Batch
 from train.health import Wrong, describe, given
-from train.outputs.checkpoint import DamagedCheckpoint, read_checkpoint, require_alike, write_checkpoint
-from train.outputs.policy import agent_without_memory
+from train.outputs.checkpoint import DamagedCheckpoint, read_checkpoint, write_checkpoint
 from train.outputs.record import read_table
-from train.reading import shown
+from train.reading import record_from_json, shown
 from train.settings import RunConfig, RunError
 
 FILE = "diverged.safetensors"
@@ -150,6 +152,26 @@ def without_diverged(config: RunConfig) -> tuple[list[RunConfig], list[Diverged]
     except DivergedError as error:
         raise RunError(f"--resume: {error}") from error
     return [single for single in configs if single.folder not in folders], diverged
+
+
+def agent_without_memory(name: str, hyper: Any, weights: Mapping[str, Tensor]) -> Agent:
+    """The agent that a file claims to have the weights of, on the meta device.
+
+    The file decides how large the agent is, and may lie: compare its tensors (`require_alike`) before assigning them.
+
+    Args:
+        name: the agent's, as for ``--agent``.
+        hyper: its hyper-parameters, from JSON.
+        weights: the tensors in the file; no more layers are made than there are of them.
+
+    Raises:
+        KeyError, IndexError, TypeError, ValueError, RuntimeError: they do not fit each other.
+    """
+    kind = AGENTS[name]
+    config = record_from_json(kind.hyperparameters, hyper)
+    sizes = sizes_in(weights, config)
+    with torch.device("meta"):
+        return kind(config, *sizes)
 
 
 def _of_adam(agent: Agent) -> dict[str, Tensor]:

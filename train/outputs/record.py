@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fdkernels.policy.reading import require_file
 from train.outputs.events import Events
 from train.outputs.files import GrowingFile
-from train.reading import require_file
 from train.settings import RunError
 
 LARGEST_TABLE = 256 << 20

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+import fdkernels
 from train import processes
 from train.data.episode import Outcomes
 from train.data.spec import EnvSpec
@@ -81,8 +82,8 @@ class Result:
         returns = zlib.crc32(self.dataset.outcomes.returns.tobytes())
         return {"ids": list(self.dataset.dataset_ids), "transitions": len(self.dataset), "returns_crc32": returns}
 
-    def write(self, seconds: float) -> None:
-        """Write result.json, which ``train/compare.py`` reads."""
+    def write(self, seconds: float) -> dict[str, Any]:
+        """Write result.json, which ``train/compare.py`` reads; returns what is in it."""
         config = self.config
         summary = {
             "config": config.as_json(),
@@ -94,9 +95,11 @@ class Result:
             "dataset_score": self.dataset_score,
             "seconds": seconds,
             "processes": processes.place().total,
+            "fdkernels": fdkernels.__version__,
             "torch": torch.__version__,
             "acting": dataclasses.asdict(config.acts),
             "results": self.last_and_best,
             "last_three": self.last_three,
         }
         write_whole(config.folder / "result.json", json.dumps(summary, indent=2) + "\n")
+        return summary

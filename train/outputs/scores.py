@@ -6,7 +6,7 @@ import csv
 import dataclasses
 import io
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from train.agents import AGENTS
 from train.environments import resolve
@@ -186,6 +186,14 @@ class Scores:
             lines += ["", "Failed (log.txt in the trial's folder has more; the same command tries again):", ""]
             lines += [f"- {trial.name}: {trial.error}" for trial in failed]
         return "\n".join(lines) + "\n"
+
+    def document(self) -> dict[str, Any]:
+        """The table for JSON, its cells in the order of the columns, and how each trial stands."""
+        rows = {}
+        for name, cells in self.rows().items():
+            rows[name] = [dict(zip(("middle", "interval"), cell.middle)) if cell.scores else None for cell in cells]
+        trials = [{"name": t.name, "status": t.status, "step": t.step, "error": t.error} for t in self.trials]
+        return {"columns": [column.title for column in self.columns], "rows": rows, "trials": trials}
 
     def csv(self) -> str:
         """A row for each trial and role."""

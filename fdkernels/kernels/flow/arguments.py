@@ -36,8 +36,9 @@ class Bridge(NamedTuple):
     columns: Tensor | None
     """(t, α, σ, p, q) of each row, or None if numbers serve all rows."""
     t: float
-    alpha: float
-    sigma: float
+    alpha: float | None
+    sigma: float | None
+    """None: with numbers, α = t and σ = 1 − t, as on the linear path."""
 
 
 class Fisher(NamedTuple):

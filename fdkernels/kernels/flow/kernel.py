@@ -99,8 +99,11 @@ def flow_kernel(
                 q_row = tl.load(columns + 4, mask=keep, other=0.0)
             else:
                 t_row += fisher.bridge.t
-                alpha += fisher.bridge.alpha
-                sigma += fisher.bridge.sigma
+                if fisher.bridge.alpha is None:
+                    alpha, sigma = t_row, 1 - t_row
+                else:
+                    alpha += fisher.bridge.alpha
+                    sigma += fisher.bridge.sigma
                 p_row += fisher.p
                 q_row += fisher.q
             bridge = noise(fisher.bridge.noise, rows.seed, at, total_size, mask)

@@ -70,8 +70,11 @@ def turn_kernel(
             if arrived:
                 if bridge.columns is None:
                     t = tl.zeros((ROWS,), tl.float32) + bridge.t
-                    alpha = tl.zeros((ROWS,), tl.float32) + bridge.alpha
-                    sigma = tl.zeros((ROWS,), tl.float32) + bridge.sigma
+                    if bridge.alpha is None:
+                        alpha, sigma = t, 1 - t
+                    else:
+                        alpha = tl.zeros((ROWS,), tl.float32) + bridge.alpha
+                        sigma = tl.zeros((ROWS,), tl.float32) + bridge.sigma
                 else:
                     t = tl.load(bridge.columns + 5 * row)
                     alpha = tl.load(bridge.columns + 5 * row + 1)

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from fdkernels.cpu import layers as cpu_layers
 from fdkernels.cpu.layers import gelu_tanh
@@ -78,8 +77,3 @@ def _apart(
                 norms = zip(scales[i].squeeze(1).unbind(), shifts[i].squeeze(1).unbind())
                 hs = [F.layer_norm(h, h.shape[-1:], *norm, eps=1e-6) for h, norm in zip(hs, norms)]
     return torch.stack(hs).squeeze(-1)
-
-
-def follow(target: nn.Module, source: nn.Module, tau: float) -> None:
-    """target ← (1 − τ)·target + τ·source, all parameters in one launch."""
-    get_ema_multi_avg_fn(1 - tau)(list(target.parameters()), list(source.parameters()), 0)

@@ -6,7 +6,6 @@ import itertools
 from collections.abc import Sequence
 from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -17,8 +16,6 @@ FEATURES = 512
 """Width of an encoding."""
 CHANNELS = (16, 32, 32)
 HALVINGS = 2 ** len(CHANNELS)
-MOST_SHIFT = 3
-"""How far augmentation moves an image, in pixels."""
 
 
 class ImpalaSmall(nn.Module):
@@ -34,7 +31,7 @@ class ImpalaSmall(nn.Module):
         super().__init__()
         if len(shape) != 3 or any(side % HALVINGS or not side for side in shape[:2]):
             raise ValueError(
-                f"--encoder impala-small encodes images whose height and width are multiples of {HALVINGS}, and the "
+                f"encoder impala-small takes images whose height and width are multiples of {HALVINGS}, and the "
                 f"observations have shape {tuple(shape)}"
             )
         height, width, channels = shape
@@ -67,18 +64,3 @@ class Stack(nn.Module):
         # For even sides JAX's SAME pooling pads only at the end, as ceil_mode does. padding=1 would pad both ends.
         x = F.max_pool2d(self.enter(x), 3, stride=2, ceil_mode=True)
         return x + self.outer(F.relu(self.inner(F.relu(x))))
-
-
-def shifted(images: Tensor, offsets: Tensor) -> Tensor:
-    """Images (B, height, width, channels) moved by whole pixels; those at the edge are repeated.
-
-    Padding by `MOST_SHIFT` and cropping at ``offsets`` + `MOST_SHIFT` gives the same.
-
-    Args:
-        offsets: (B, 2) int64, rows and columns by which the crop moves.
-    """
-    _, height, width, _ = images.shape
-    rows = (torch.arange(height, device=images.device) + offsets[:, :1]).clamp(0, height - 1)
-    columns = (torch.arange(width, device=images.device) + offsets[:, 1:]).clamp(0, width - 1)
-    each = torch.arange(len(images), device=images.device)
-    return images[each[:, None, None], rows[:, :, None], columns[:, None, :]]
