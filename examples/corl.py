@@ -33,7 +33,7 @@ PENALTIES = ("isotropic", "fisher", "pullback")
 class Config:
     penalty: str = "fisher"
     """One of PENALTIES, which measures the displacement δ. All three are mean squares, so that alpha means the same."""
-    alpha: float = 0.3
+    alpha: float = 1.0
     """Weight of the penalty, beside a Q that is divided by its mean size."""
     gamma: float = 0.98
     tau: float = 0.01

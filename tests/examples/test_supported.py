@@ -67,26 +67,39 @@ def test_torch_func(name: str, penalty: str) -> None:
     assert values[1] != values[0]
 
 
-def compare_compiled(name: str, penalty: str, backend: str, tolerance: float) -> None:
+@pytest.mark.long("traces each drop-in")
+@pytest.mark.parametrize(("name", "penalty"), [case for case in CASES if case[0] != "torchrl_fql"])
+def test_compile(name: str, penalty: str) -> None:
+    """Traced forwards and backwards; PyTorch runs the graphs."""
     module, rows = make(name, penalty)
     plain = gradients(module, lambda: module(*rows(EVERY)))
     torch._dynamo.reset()
-    compiled = torch.compile(module, backend=backend)
-    same(gradients(module, lambda: compiled(*rows(EVERY))), plain, tolerance)
+    compiled = torch.compile(module, backend="aot_eager")
+    same(gradients(module, lambda: compiled(*rows(EVERY))), plain, 1e-5)
 
 
-@pytest.mark.long("traces each drop-in")
-@each_drop_in
-def test_compile(name: str, penalty: str) -> None:
-    """Traced forwards and backwards; PyTorch runs the graphs."""
-    compare_compiled(name, penalty, "aot_eager", 1e-5)
+@pytest.mark.long("imports TorchRL, which takes seconds, and traces its loss")
+@pytest.mark.parametrize("penalty", ["fisher", "pullback"])
+def test_compile_the_actor_loss_of_torchrl(penalty: str) -> None:
+    total, rows = make("torchrl_fql", penalty)
+    weights, found = total.agent.actor_network_params, []
+    torch._dynamo.reset()
+    for loss in (total.agent.actor_loss, torch.compile(total.agent.actor_loss, backend="aot_eager")):
+        torch.manual_seed(1)
+        value = loss(*rows(EVERY))
+        found.append((value.item(), flat(list(torch.autograd.grad(value, list(weights.parameters()))))))
+    same(found[1], found[0], 1e-5)
 
 
 @pytest.mark.long("compiles C++")
 @pytest.mark.parametrize("name", ["corl", "robot_chunks"])
-def test_compile_by_inductor(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch._inductor.config.fallback_random", True)  # the numbers that eager PyTorch draws
-    compare_compiled(name, "fisher", "inductor", 1e-4)
+def test_compile_by_inductor(name: str) -> None:
+    module, rows = make(name, "fisher")
+    plain = gradients(module, lambda: module(*rows(EVERY)))
+    torch._dynamo.reset()
+    with torch._inductor.config.patch(fallback_random=True):  # the numbers that eager PyTorch draws
+        compiled = torch.compile(module)
+        same(gradients(module, lambda: compiled(*rows(EVERY))), plain, 1e-4)
 
 
 def half(name: str, penalty: str, rank: int) -> tuple[nn.Module, tuple[object, ...]]:
