@@ -48,13 +48,16 @@ REFUSALS = (
 def parse(argv: Sequence[str]) -> RunConfig:
     """The settings: the command line's flags on top of the preset that it asks for."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--env", nargs="?", help=argparse.SUPPRESS)
-    first.add_argument("--preset", default="auto")
-    first.add_argument("--agent", default="fidec")
-    first.add_argument("--device", default="auto")
-    first.add_argument("--online-steps", "--online_steps", default="")
+    for flags, absent in (
+        (["--env"], None),
+        (["--preset"], "auto"),
+        (["--agent"], "fidec"),
+        (["--device"], "auto"),
+        (["--online-steps", "--online_steps"], ""),
+    ):
+        first.add_argument(*flags, nargs="?", default=absent, const=absent)
     known, _ = first.parse_known_args(argv)
-    # what is misspelt passes through: tyro reports it with the choices, and `resolve` unknown environments
+    # what is misspelt or lacks its value passes through: tyro reports it, and `resolve` unknown environments
     try:
         online_steps = max(0, int(known.online_steps))
     except ValueError:
@@ -144,10 +147,15 @@ def main(argv: Sequence[str] | None = None, *, patience: float = 0.0) -> int:
         output = config if place.leads else Output(quiet=True)
         who = f" (process {place.rank})" if place.total > 1 else ""
         again = "--resume goes on from the newest checkpoint"
-        return console.conclude(lambda: _join_and_train(config, patience), output, REFUSALS, again, who)
+        return console.conclude(lambda: train(config, patience), output, REFUSALS, again, who)
 
 
-def _join_and_train(config: RunConfig, patience: float) -> Ending:
+def train(config: RunConfig, patience: float = 0.0) -> Ending:
+    """Train, by itself or in all processes that torchrun started.
+
+    Raises:
+        REFUSALS: one of them.
+    """
     gpus = config.device != "cpu" and torch.cuda.is_available()
     # first of all, so that no process waits in vain for one that cannot start
     with processes.joined(gpus), contextlib.ExitStack() as locks:
