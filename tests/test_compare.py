@@ -13,7 +13,9 @@ import pytest
 
 from train import compare
 from train.compare import Line
+from train.exits import Exit
 from train.outputs import curve
+from train.outputs.console import Ending
 
 
 def summary(agent: str, seed: int, policy: float, sample: float, flow: float) -> dict[str, Any]:
@@ -89,10 +91,37 @@ def test_runs_go_on_where_they_were(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert len((tmp_path / "fidec-seed0" / "evaluations.csv").read_text().splitlines()) == 1 + 3 * 3
     assert compare.main([*options, "--seeds", "0", "--", *tiny, "--lr", "0.1"]) == 2
     assert "was started with --lr" in capsys.readouterr().err
-    for bad in (["--agent", "fql"], ["--num-seeds", "2"], ["--out", "elsewhere/fidec-seed0"]):
+    for bad in (["--agent", "fql"], ["--num-seeds", "2"], ["--out", "elsewhere/fidec-seed0"], ["--json"], ["--quiet"]):
         assert compare.main([*options, "--seeds", "0", "--", *bad]) == 2
         assert "behind -- there can be no" in capsys.readouterr().err
     for bad in (["--seeds", "0", "0"], ["--seeds"]):
         with pytest.raises(SystemExit):
             compare.main([*options, *bad])
         assert "--seeds must be one or more, each once" in capsys.readouterr().err
+
+
+def test_errors_of_its_runs_are_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for bad, message in (
+        (["--bogus", "3"], "an option behind -- is unknown or has a bad value; stderr says before this which one"),
+        (["--device", "meta"], "--device must be auto, cpu or cuda, got meta"),
+    ):
+        asked = ["--env", "hopper-medium", "--out", str(tmp_path), "--json"]
+        assert compare.main([*asked, "--", *bad]) == 2
+        out, err = capsys.readouterr()
+        assert json.loads(out) == {"error": message, "exit_code": 2}
+        assert err.endswith(f"error: {message}\n")
+        assert bad[0] in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_stop_of_a_run_is_told_quietly_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stopped = Ending("stopped at step 1,234; --resume ...", {"error": "stopped", "step": 1234}, Exit.STOPPED)
+    monkeypatch.setattr(compare.run, "train", lambda config: stopped)
+    asked = ["--env", "hopper-medium", "--out", str(tmp_path), "--seeds", "3"]
+    message = f"stopped at step 1,234 of {tmp_path / 'fidec-seed3'}; the same command goes on"
+    assert compare.main([*asked, "--quiet"]) == 130
+    assert capsys.readouterr().out == f"{message}\n"
+    assert compare.main([*asked, "--json"]) == 130
+    assert json.loads(capsys.readouterr().out) == {"error": message, "exit_code": 130}

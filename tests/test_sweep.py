@@ -159,6 +159,7 @@ def test_a_run_is_finished_if_it_is_the_one_asked_for(tmp_path: Path) -> None:
         (["--envs", "hopper-medium", "--", "--device", "cuda"], "behind -- there can be no"),
         (["--envs", "hopper-medium", "--", "--overwrite"], "behind -- there can be no"),
         (["--envs", "hopper-medium", "--", "--no-resume"], "behind -- there can be no"),
+        (["--envs", "hopper-medium", "--", "--quiet"], "behind -- there can be no"),
     ],
 )
 def test_bad_input_is_named_before_anything_starts(

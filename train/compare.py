@@ -25,7 +25,7 @@ from train.outputs.files import write_whole
 from train.outputs.report import cloning_title, with_interval
 from train.plan import check_choices, options_behind, plan
 from train.reading import read_json
-from train.settings import PresetName, RunError
+from train.settings import PresetName
 
 PROGRAM = "python train/compare.py"
 EXAMPLES = (
@@ -118,7 +118,7 @@ def parse(argv: Sequence[str]) -> CompareConfig:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments, extra = options_behind(sys.argv[1:] if argv is None else argv)
     config = parse(arguments)
-    return console.conclude(lambda: compare(config, extra), config, (RunError, OSError), "the same command goes on")
+    return console.conclude(lambda: compare(config, extra), config, run.REFUSALS, "the same command goes on")
 
 
 def compare(config: CompareConfig, extra: Sequence[str]) -> Ending:
@@ -138,8 +138,11 @@ def compare(config: CompareConfig, extra: Sequence[str]) -> Ending:
     for planned in itertools.chain.from_iterable(zip(*plans.values())):
         agent, folder = planned.config.agent, planned.config.folder
         print(f"\n== {agent}, seed {planned.config.seed}", flush=True)
-        if code := run.main(planned.options):
-            return Ending("", {"error": f"the run in {folder} ended with exit code {code}"}, Exit(code))
+        ending = run.train(planned.config)
+        if ending.code == Exit.STOPPED:
+            error = f"stopped at step {ending.document['step']:,} of {folder}; the same command goes on"
+            return Ending(error, {"error": error}, Exit.STOPPED)
+        print(ending.text, flush=True)
         summary = read_json(folder / "result.json")
         results.setdefault(agent, []).append(summary)
         lines = lines_of(results)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from train import run
+from train.exits import Exit
 from train.settings import RunConfig, RunError, require_seed
 
 
@@ -44,8 +45,9 @@ def plan(fixed: Mapping[str, Any], folders: Mapping[int, Path], preset: str, ext
         extra: options that the user gave for every run; they win over the preset.
 
     Raises:
-        RunError: ``extra`` changes one of ``fixed``, the seeds or the folders.
-        SystemExit: an option is unknown or has a bad value; a message about it has been printed.
+        RunError: ``extra`` changes one of ``fixed``, the seeds, the folders or what is printed; or an option in it is
+            unknown or has a bad value, after a message about it on stderr.
+        SystemExit: 0, after the help if ``extra`` asks for it.
     """
 
     def options(seed: int, folder: Path) -> list[str]:
@@ -55,8 +57,14 @@ def plan(fixed: Mapping[str, Any], folders: Mapping[int, Path], preset: str, ext
     # Parsing is slow and seeds differ in nothing else, so it is done once, for a seed and a folder that no run has: an
     # option of the user's that sets them for all runs is then seen, whatever it sets.
     other, nowhere = next(seed for seed in itertools.count() if seed not in folders), Path("nowhere")
-    config = run.parse(options(other, nowhere))
+    try:
+        config = run.parse(options(other, nowhere))
+    except SystemExit as end:
+        if end.code == Exit.DONE:
+            raise
+        raise RunError("an option behind -- is unknown or has a bad value; stderr says before this which one") from end
     settled = {**fixed, "seed": other, "num_seeds": 1, "out": nowhere, "resume": True, "overwrite": False}
+    settled |= {"quiet": False, "json": False}
     if any(getattr(config, name) != value for name, value in settled.items()):
         *names, last = (f"--{name.replace('_', '-')}" for name in settled)
         raise RunError(f"behind -- there can be no {', '.join(names)} or {last}")
