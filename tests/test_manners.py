@@ -7,6 +7,7 @@ import importlib
 import io
 import json
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -200,6 +201,50 @@ def test_a_reader_that_has_gone_is_no_error() -> None:
     done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, timeout=120)
     assert done.stdout == "line 0, ?\n141\n"
     assert done.stderr == "stopped: nothing reads the output any more; --resume goes on\n"
+
+
+INTERRUPTED = """
+import multiprocessing, sys, time
+from train.outputs import console
+from train.outputs.console import Ending, Output
+
+def wait():
+    print("ready", file=sys.stderr, flush=True)
+    time.sleep(60)
+
+def work():
+    worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    worker.start()
+    try:
+        wait()
+    finally:
+        worker.terminate()
+        worker.join()
+        print("worker", worker.exitcode)
+
+working = lambda: console.conclude(work, Output(json=True), (), "the same command goes on")
+console.start(working if "work" in sys.argv else wait)
+"""
+
+
+@pytest.mark.parametrize(
+    ("where", "message", "said"),
+    [
+        ("options", "stopped", ""),
+        ("work", "stopped; the same command goes on", f"worker {-signal.SIGTERM}\n"),
+    ],
+)
+def test_sigterm_stops_every_command_in_good_order(where: str, message: str, said: str) -> None:
+    """Worker processes still end by it."""
+    command = [sys.executable, "-c", INTERRUPTED, "--json", where]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline() == "ready\n"
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert json.loads(out) == {"error": message, "exit_code": 130}
+    assert err == f"{said}{message}\n"
 
 
 def test_exit_codes_are_documented() -> None:

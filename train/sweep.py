@@ -144,6 +144,7 @@ def read_trials(trials: Sequence[Trial]) -> None:
 def connected(address: str | None) -> Iterator[None]:
     """Ray on this machine, or the cluster at an address, without its reports to the terminal and to its makers."""
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL}
+    handler = signal.getsignal(signal.SIGTERM)
     try:
         if address is None:
             # next to nothing is sent between processes
@@ -153,9 +154,12 @@ def connected(address: str | None) -> Iterator[None]:
             if host and port.isdecimal():  # Ray itself would try for more than a minute
                 socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
             ray.init(address, **quiet)
+    except SystemExit as end:  # by a handler of SIGTERM that ray.init sets
+        raise KeyboardInterrupt from end
     except Exception as error:  # Ray's, the operating system's, or of the network
         where = "on this machine" if address is None else f"at {address}"
         raise RunError(f"no Ray {where}: {str(error).strip().partition(chr(10))[0]}") from error
+    signal.signal(signal.SIGTERM, handler)
     try:
         yield
     finally:
@@ -224,7 +228,6 @@ class Sweep:
         Raises:
             RunError: a node joined that cannot take part.
         """
-        # ray.init has set a handler of its own
         signals: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM)
         self.handlers = {signum: signal.signal(signum, self.request_stop) for signum in signals}
         try:

@@ -7,8 +7,10 @@ import dataclasses
 import io
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import FrameType
 from typing import Any, NamedTuple, NoReturn
 
 import tyro
@@ -100,18 +102,37 @@ def _print_json(document: Mapping[str, Any], code: Exit) -> None:
     print(json.dumps({**document, "exit_code": code}, default=str), flush=True)
 
 
+def _stop_at_sigterm() -> None:
+    """From here on SIGTERM stops this process as Ctrl-C does, and a second one ends it at once."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun ends processes that wait in C++, where Python cannot stop them
+        return
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:
+        return
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        signal.signal(signum, signal.SIG_DFL)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+    # not in worker processes, which this one ends by that signal
+    os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+
+
 def start(main: Callable[[], int]) -> NoReturn:
     """Run a command as this process, and end the process with its exit code."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # "δ" must not stop a run, and who reads a pipe wants lines at once
             stream.reconfigure(errors="replace", line_buffering=True)
+    _stop_at_sigterm()
     try:
         try:
             code = main()
         finally:
             sys.stdout.flush()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # before `conclude`
         print("stopped", file=sys.stderr)
+        if "--json" in sys.argv:
+            _print_json({"error": "stopped"}, Exit.STOPPED)
         code = Exit.STOPPED
     except BrokenPipeError:
         for stream in (sys.stdout, sys.stderr):  # Python flushes both at its end
