@@ -220,6 +220,15 @@ def test_frames_are_remembered_until_reset() -> None:
     np.testing.assert_allclose(act(film[0, 0]), remembered[0][0], rtol=1e-4, atol=1e-5)
 
 
+def test_frames_are_remembered_as_they_were() -> None:
+    """An environment may write each frame into the same memory."""
+    reused, fresh = Policy(network(images=True, flow_steps=1)), Policy(network(images=True, flow_steps=1))
+    buffer = torch.empty(FRAME, dtype=torch.uint8)
+    for screen in torch.from_numpy(observations(4, images=True)):
+        buffer.copy_(screen)
+        assert torch.equal(reused(buffer), fresh(screen))
+
+
 class Duck:
     shape, dtype, ndim = (OBS,), np.float32, 1
 

@@ -134,6 +134,7 @@ class Policy:
                 f"Policy: observation has {len(rows)} rows, and the frame before had {len(self._frames[-1])}: call "
                 "reset() where episodes begin"
             )
+        rows = rows.clone()  # the caller may write the next frame into the same memory
         while len(self._frames) < self.network.config.frame_stack - 1:
             self._frames.append(rows)
         self._frames.append(rows)
