@@ -273,6 +273,24 @@ def test_an_action_that_is_not_finite_is_not_returned() -> None:
         Policy(made)(np.full(OBS, 1e30))
 
 
+@pytest.mark.parametrize("rule", ["best-of-n", "iterated", "best-flow-of-n", "mean-flow-of-n"])
+def test_values_that_are_not_finite_choose_nothing(rule: Any) -> None:
+    """The weights are finite, and the values overflow."""
+    made = network(critic_layer_norm=False)
+    with torch.no_grad():
+        for weight in made.critic.weights:
+            weight.copy_(torch.tensor([3e38, -3e38]).repeat(weight.shape[1])[: weight.shape[1], None])
+    with pytest.raises(NotFinite, match=r"the critics' mean Q of states and actions has nan at \(0, 0\)"):
+        Policy(made, rule)(observations())
+
+
+def test_actions_of_no_value_have_equal_weights() -> None:
+    made, obs, noise = network(), torch.randn(2, OBS), torch.randn(2, 6, ACTIONS)
+    torch.nn.init.zeros_(made.critic.weights[-1])
+    actions = made.flow_action(obs.unsqueeze(1).expand(-1, 6, -1), noise)
+    torch.testing.assert_close(Acting("mean-flow-of-n", 6)(made, obs, noise), actions.mean(1))
+
+
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [

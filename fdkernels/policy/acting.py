@@ -12,7 +12,9 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
+from fdkernels.policy.finite import check_finite
 from fdkernels.policy.network import FlowPolicy
 from fdkernels.validation import check_at_least, check_choice, check_count
 
@@ -38,6 +40,8 @@ class Acting:
 
     Raises:
         TypeError, ValueError: a setting has the wrong type, or is out of its range.
+        NotFinite: from a call that chooses among actions: one of them, or its mean Q, is NaN or infinite. Nothing is
+            checked where the call is compiled or exported.
     """
 
     rule: RuleName = "sample"
@@ -133,7 +137,11 @@ def each(obs: Tensor, noise: Tensor) -> Tensor:
 def mean_q(policy: FlowPolicy, obs: Tensor, actions: Tensor) -> Tensor:
     """Mean of both critics' Q for each state's actions (B, N, d): (B, N)."""
     qs = policy.critic(each(policy.view("critic", obs), actions).flatten(0, 1), actions.flatten(0, 1))
-    return qs.mean(0).view(actions.shape[:2])
+    q = qs.mean(0).view(actions.shape[:2])
+    if not is_compiling():  # argmax would choose a NaN
+        check_finite("the policy's action", actions)
+        check_finite("the critics' mean Q of states and actions", q)
+    return q
 
 
 @torch.no_grad()
@@ -152,5 +160,6 @@ def weighted_mean(policy: FlowPolicy, obs: Tensor, actions: Tensor, temperature:
     actions, which exploits the critic's errors.
     """
     q = mean_q(policy, obs, actions)
-    weights = (q / (temperature * q.abs().mean(1, keepdim=True))).softmax(1)
+    scale = temperature * q.abs().mean(1, keepdim=True)
+    weights = (q / scale.clamp(min=torch.finfo(q.dtype).tiny)).softmax(1)  # equal ones where every Q is 0
     return (weights.unsqueeze(-1) * actions).sum(1).clamp(-1, 1)

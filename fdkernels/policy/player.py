@@ -88,7 +88,7 @@ class Policy:
         Raises:
             TypeError: the observation is neither, or of another dtype.
             ValueError: its shape does not fit the policy or the frames before it.
-            NotFinite: it has NaN or infinity in the network's dtype, or the action would.
+            NotFinite: it has NaN or infinity in the network's dtype, or the action or a critic's value would.
         """
         rows, single = self._rows(observation)
         noise = self.acting.draw(self.network, len(rows), self._generator)
