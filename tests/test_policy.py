@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import subprocess
@@ -14,6 +15,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -25,6 +27,7 @@ from fdkernels.policy import (
     OneStepPolicy,
     Policy,
     PolicyConfig,
+    PolicyError,
     export_policy,
     load_policy,
     save_policy,
@@ -124,12 +127,32 @@ def test_files_hold_what_acting_takes_and_old_ones_more(tmp_path: Path) -> None:
     weights, obs = load_file(file), observations(images=True)
     assert weights.keys() < agent.state_dict().keys()
     assert not [name for name in weights if "target" in name or "alpha" in name]
+    with safe_open(file, framework="pt") as opened:
+        header = opened.metadata()
+    settings = json.loads(header.pop("networks"))
+    assert settings.keys() == PolicyConfig.__dataclass_fields__.keys()
     before = load_policy(file)(obs)
 
-    header = {"env": "hopper-medium", "agent": "fidec", "acting": '{"rule": "sample"}', "hyper": json.dumps(SMALL)}
-    header["hyper"] = json.dumps({**SMALL, "encoder": "impala-small", "alpha": 10.0})
-    save_file(agent.state_dict(), tmp_path / "old.safetensors", metadata=header)
-    assert np.array_equal(load_policy(tmp_path / "old.safetensors")(obs), before)
+    old = tmp_path / "old.safetensors"
+    # the layout before had all settings of training, the one before that the weights too, and no kind of actor
+    header["hyper"] = json.dumps(dataclasses.asdict(hyper) | {"gone": 1})
+    save_file(weights, old, metadata=header)
+    assert np.array_equal(load_policy(old)(obs), before)
+    del header["actor"]
+    save_file(agent.state_dict(), old, metadata=header)
+    assert np.array_equal(load_policy(old)(obs), before)
+
+
+@pytest.mark.parametrize("part", ["networks", "acting"])
+def test_settings_of_newer_versions_are_refused(part: str, tmp_path: Path) -> None:
+    file = tmp_path / "policy.safetensors"
+    save_policy(Policy(network()), file)
+    with safe_open(file, framework="pt") as opened:
+        header = opened.metadata()
+    header[part] = json.dumps(json.loads(header[part]) | {"boldness": 2.0})
+    save_file(load_file(file), tmp_path / "newer", metadata=header)
+    with pytest.raises(PolicyError, match=rf"newer is no policy .*{part} has settings .* not know: \['boldness'\]"):
+        load_policy(tmp_path / "newer")
 
 
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import operator
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,12 +22,16 @@ from fdkernels.policy.encoder import FEATURES
 from fdkernels.policy.network import KINDS, FlowPolicy
 from fdkernels.policy.player import Policy, rule_with_settings
 from fdkernels.policy.reading import check_safetensors, parse_json, require_alike
+from fdkernels.validation import brief
 
 LONGEST_NAME = 200
+_OLD_SETTINGS = "hyper"
+"""Where files of older layouts have the settings of the networks, among those of training."""
 _OLD_KINDS = {"fidec": "displacement", "deflow": "displacement", "fql": "one-step"}
-"""Older files name the agent, not what its actor does."""
+"""The oldest files name the agent, not what its actor does."""
 _OLD_WEIGHTS = ("target_critic.", "encoders.target_critic.", "log_alpha")
 """How the names of weights in them begin that only training needs."""
+Settings = TypeVar("Settings", PolicyConfig, Acting)
 
 
 class PolicyError(RuntimeError):
@@ -53,7 +57,7 @@ def load_policy(
         The policy: call it with an observation.
 
     Raises:
-        PolicyError: the file is missing, or is no policy.
+        PolicyError: the file is missing, is no policy, or has settings that this version does not know.
         TypeError, ValueError: an argument has the wrong type or value, or the policy cannot act in this way.
         ImportError: safetensors is not installed.
     """
@@ -70,7 +74,7 @@ def load_policy(
             header, weights = file.metadata() or {}, {name: file.get_tensor(name) for name in names}
         if len(header["env"]) > LONGEST_NAME:
             raise ValueError(f"its environment has a name of {len(header['env']):,} letters")
-        judged_by = Acting(**_object("acting", parse_json(header["acting"])))
+        judged_by = _settings(Acting, "acting", header)
         policy = Policy(_network(header, weights), judged_by, env=header["env"])
     except errors as error:
         raise PolicyError(f"{path} is no policy of this version ({type(error).__name__}: {error})") from error
@@ -97,7 +101,8 @@ def save_policy(policy: Policy, path: str | os.PathLike[str], notes: Mapping[str
 def policy_bytes(network: FlowPolicy, acting: Acting, env: str, notes: Mapping[str, str]) -> bytes:
     """The content of a policy's file."""
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in network.acting_weights().items()}
-    header = {"env": env, "actor": network.actor_kind, "hyper": _json(network.config), "acting": _json(acting)}
+    header = {"env": env, "actor": network.actor_kind}
+    header |= {"networks": _json(PolicyConfig, network.config), "acting": _json(Acting, acting)}
     content: bytes = _safetensors("save_policy").torch.save(weights, metadata={**notes, **header})
     return content
 
@@ -121,12 +126,8 @@ def sizes_in(weights: Mapping[str, Tensor], config: PolicyConfig) -> tuple[tuple
 
 def _network(header: Mapping[str, str], weights: Mapping[str, Tensor]) -> FlowPolicy:
     kind = KINDS[header["actor"] if "actor" in header else _OLD_KINDS[header["agent"]]]
-    hyper = _object("hyper", parse_json(header["hyper"]))
-    of_policy = {field.name for field in dataclasses.fields(PolicyConfig)}
-    settings: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in hyper.items() if name in of_policy
-    }
-    config = PolicyConfig(**settings)
+    name = "networks" if "networks" in header else _OLD_SETTINGS
+    config = _settings(PolicyConfig, name, header)
     observation, action_dim = sizes_in(weights, config)
     with torch.device("meta"):
         network = kind(config, observation, action_dim)
@@ -139,14 +140,27 @@ def _network(header: Mapping[str, str], weights: Mapping[str, Tensor]) -> FlowPo
     return network.requires_grad_(False)
 
 
-def _json(settings: PolicyConfig | Acting) -> str:
-    return json.dumps(dataclasses.asdict(settings), default=operator.methodcaller("item"))  # of NumPy's numbers
+def _json(kind: type[PolicyConfig] | type[Acting], settings: PolicyConfig | Acting) -> str:
+    """The settings of that kind; an agent's configuration has others besides, which acting does not take."""
+    chosen = {field.name: getattr(settings, field.name) for field in dataclasses.fields(kind)}
+    return json.dumps(chosen, default=operator.methodcaller("item"))  # of NumPy's numbers
 
 
-def _object(name: str, value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise TypeError(f"{name} is a {type(value).__name__}")
-    return value
+def _settings(kind: type[Settings], name: str, header: Mapping[str, str]) -> Settings:
+    """The settings in an entry of the header. What is not in the file has its default.
+
+    Raises:
+        TypeError, ValueError: the entry is no settings, or has some that this version does not know, which may change
+            what the policy computes. Older layouts have those of training, which do not.
+    """
+    found = parse_json(header[name])
+    if not isinstance(found, dict):
+        raise TypeError(f"{name} is a {type(found).__name__}")
+    known = {field.name for field in dataclasses.fields(kind)}
+    if name != _OLD_SETTINGS and (unknown := sorted(found.keys() - known)):
+        raise ValueError(f"{name} has settings that this version does not know: {brief(unknown)}")
+    chosen = {key: tuple(value) if isinstance(value, list) else value for key, value in found.items() if key in known}
+    return kind(**chosen)
 
 
 def _safetensors(op: str) -> Any:
