@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import itertools
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -166,6 +168,67 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     # the file may change: the weights are no view of it
     (tmp_path / "a").write_bytes(b"\0" * (tmp_path / "a").stat().st_size)
     assert np.array_equal(loaded(obs), policy(obs))
+
+
+def test_what_would_not_be_loaded_is_not_saved(tmp_path: Path) -> None:
+    def refused(policy: Policy, message: str, notes: Any = None, error: type[Exception] = ValueError) -> None:
+        with pytest.raises(error, match=message):
+            save_policy(policy, file, notes)
+        assert file.read_bytes() == before
+        assert list(tmp_path.iterdir()) == [file]
+
+    file = tmp_path / "a"
+    save_policy(Policy(network()), file)
+    before = file.read_bytes()
+    refused(Policy(network(), env="x" * 201), "load_policy would refuse .* a name of 201 letters")
+    refused(Policy(network(), env=3), "env and notes must be strings, got {'env': 3}", error=TypeError)  # type: ignore[arg-type]
+    refused(Policy(network()), "env and notes must be strings, got {'by': None}", {"by": None}, TypeError)
+    refused(Policy(network()), "has a header of", {"by": "x" * (33 << 20)})
+    for name in ("env", "actor", "networks", "acting"):
+        refused(Policy(network()), f"save_policy: notes must not have '{name}'", {"by": "me", name: "mine"})
+    broken = network()
+    torch.nn.init.constant_(broken.critic.weights[0], torch.nan)
+    refused(Policy(broken), r"load_policy would refuse .*critic\.weights\.0 has NaN or infinity")
+    mixed = network()
+    mixed.critic.double()
+    refused(Policy(mixed), r"policy must be in float32, got critic\.weights\.0 in torch\.float64")
+    changed = Policy(network("one-step"))
+    changed.acting = Acting("iterated")
+    refused(changed, "load_policy would refuse .*'iterated' refines an action")
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "a"
+    save_policy(Policy(network()), file)
+    before = file.read_bytes()
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*/a'"):
+        save_policy(Policy(network("one-step")), file)
+    assert file.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [file]
+    with pytest.raises(FileNotFoundError, match=r"nowhere/a'"):
+        save_policy(Policy(network()), tmp_path / "nowhere" / "a")
+    with pytest.raises(ValueError, match="is not a regular file"):
+        save_policy(Policy(network()), tmp_path)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "a").touch()
+    for path in (tmp_path / "b", tmp_path / "a" / "b"):
+        with pytest.raises(PolicyError, match="is not there"):
+            load_policy(path)
+    with pytest.raises(PolicyError, match="cannot be read: File name too long"):
+        load_policy(tmp_path / ("x" * 300))
+
+
+@pytest.mark.parametrize(("observation", "settings"), [(5, {}), ((8, 16, 6), {"encoder": "impala-small"})])
+def test_frames_that_observations_do_not_hold(observation: Any, settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"DisplacementPolicy: the config stacks 5 frames, and observations of shape"):
+        DisplacementPolicy(PolicyConfig(**SMALL, frame_stack=5, **settings), observation, ACTIONS)
 
 
 def test_missing_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -416,7 +479,9 @@ def test_bad_exports(tmp_path: Path) -> None:
     double = Policy(network().double())
     assert double(observations(2)).dtype == np.float64
     for write in (export_policy, save_policy):
-        with pytest.raises(ValueError, match=rf"{write.__name__}: policy must be in float32, got torch\.float64"):
+        with pytest.raises(
+            ValueError, match=rf"{write.__name__}: policy must be in float32, got obs_mean in torch\.float64"
+        ):
             write(double, tmp_path / "policy.pt2")
 
 
