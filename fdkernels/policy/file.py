@@ -200,7 +200,9 @@ def _settings(kind: type[Settings], name: str, header: Mapping[str, str]) -> Set
     known = {field.name for field in dataclasses.fields(kind)}
     if name != _OLD_SETTINGS and (unknown := sorted(found.keys() - known)):
         raise ValueError(f"{name} has settings that this version does not know: {brief(unknown)}")
-    chosen = {key: tuple(value) if isinstance(value, list) else value for key, value in found.items() if key in known}
+    chosen: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in found.items() if key in known
+    }
     return kind(**chosen)
 
 

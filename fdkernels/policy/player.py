@@ -16,6 +16,7 @@ from fdkernels.policy.network import FlowPolicy
 from fdkernels.validation import brief, check_count
 
 Observation = TypeVar("Observation", Tensor, np.ndarray)
+LARGEST_SEED = 2**63 - 1
 
 
 class Policy:
@@ -65,7 +66,7 @@ class Policy:
         """Forget the frames of the episode before. With ``seed``, also draw the noise anew from it."""
         self._frames.clear()
         if seed is not None:
-            seed = check_count("Policy", "seed", seed, least=0, most=2**63 - 1)
+            seed = check_count("Policy", "seed", seed, least=0, most=LARGEST_SEED)
             self._generator = torch.Generator(self.network.obs_mean.device).manual_seed(seed)
 
     @torch.no_grad()
