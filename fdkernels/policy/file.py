@@ -34,7 +34,7 @@ _OLD_KINDS = {"fidec": "displacement", "deflow": "displacement", "fql": "one-ste
 _OLD_WEIGHTS = ("target_critic.", "encoders.target_critic.", "log_alpha")
 """How the names of weights in them begin that only training needs."""
 _REFUSALS = (KeyError, IndexError, TypeError, ValueError, OverflowError, RuntimeError)
-"""Raised by what makes a policy of a header and weights that are of none."""
+"""Raised in making a policy of a header and weights that are no policy's."""
 Settings = TypeVar("Settings", PolicyConfig, Acting)
 
 
@@ -85,7 +85,8 @@ def load_policy(
 def save_policy(policy: Policy, path: str | os.PathLike[str], notes: Mapping[str, str] | None = None) -> None:
     """Write a policy with its acting rule and environment, for `load_policy`. The seed is not written.
 
-    The file is written whole or not at all; one that `load_policy` would refuse is not.
+    The file is written whole or not at all; one that `load_policy` would refuse is not. A process that is killed may
+    leave ``.policy-*.partial`` in the folder.
 
     Args:
         policy: the policy.
@@ -134,7 +135,7 @@ def policy_bytes(network: FlowPolicy, acting: Acting, env: str, notes: Mapping[s
         check_header(content[:8], len(content))
         _policy(header, weights)
     except _REFUSALS as error:
-        raise ValueError(f"save_policy: load_policy would refuse this policy ({error})") from error
+        raise ValueError(f"save_policy: load_policy would refuse this policy ({type(error).__name__}: {error})") from error
     return content
 
 
