@@ -97,22 +97,22 @@ def iterated(policy: FlowPolicy, obs: Tensor, noise: Tensor, temperature: float)
 
 def best_flow_of_n(policy: FlowPolicy, obs: Tensor, noise: Tensor, _: float) -> Tensor:
     """The flow action with the highest mean Q of N, not refined."""
-    return highest_q(policy, obs, policy.flow_action(each(obs, noise), noise))
+    return highest_q(policy, obs, policy.flow_action(repeated(obs, noise), noise))
 
 
 def best_refined_of_n(policy: FlowPolicy, obs: Tensor, noise: Tensor, _: float) -> Tensor:
     """The policy's action with the highest mean Q of N."""
-    return highest_q(policy, obs, policy.act(each(obs, noise), noise))
+    return highest_q(policy, obs, policy.act(repeated(obs, noise), noise))
 
 
 def mean_flow_of_n(policy: FlowPolicy, obs: Tensor, noise: Tensor, temperature: float) -> Tensor:
     """The `weighted_mean` of N flow actions."""
-    return weighted_mean(policy, obs, policy.flow_action(each(obs, noise), noise), temperature)
+    return weighted_mean(policy, obs, policy.flow_action(repeated(obs, noise), noise), temperature)
 
 
 def mean_refined_of_n(policy: FlowPolicy, obs: Tensor, noise: Tensor, temperature: float) -> Tensor:
     """The `weighted_mean` of N of the policy's actions."""
-    return weighted_mean(policy, obs, policy.act(each(obs, noise), noise), temperature)
+    return weighted_mean(policy, obs, policy.act(repeated(obs, noise), noise), temperature)
 
 
 RULES: dict[RuleName, Callable[[FlowPolicy, Tensor, Tensor, float], Tensor]] = {
@@ -129,14 +129,14 @@ REFINING_RULES: tuple[RuleName, ...] = ("best-of-n", "iterated")
 """Rules that call `FlowPolicy.refine`."""
 
 
-def each(obs: Tensor, noise: Tensor) -> Tensor:
-    """Each state's observation, repeated for each of its noise vectors: (B, N, c)."""
-    return obs.unsqueeze(1).expand(-1, noise.shape[1], -1)
+def repeated(obs: Tensor, rows: Tensor) -> Tensor:
+    """Each state's observation, repeated for each of its N noise vectors or actions (B, N, d): (B, N, c)."""
+    return obs.unsqueeze(1).expand(-1, rows.shape[1], -1)
 
 
 def mean_q(policy: FlowPolicy, obs: Tensor, actions: Tensor) -> Tensor:
     """Mean of both critics' Q for each state's actions (B, N, d): (B, N)."""
-    qs = policy.critic(each(policy.view("critic", obs), actions).flatten(0, 1), actions.flatten(0, 1))
+    qs = policy.critic(repeated(policy.view("critic", obs), actions).flatten(0, 1), actions.flatten(0, 1))
     q = qs.mean(0).view(actions.shape[:2])
     if not is_compiling():  # argmax would choose a NaN
         check_finite("the policy's action", actions)

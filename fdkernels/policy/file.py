@@ -23,7 +23,7 @@ from fdkernels.policy.config import PolicyConfig
 from fdkernels.policy.encoder import FEATURES
 from fdkernels.policy.network import KINDS, FlowPolicy, check_float32
 from fdkernels.policy.player import Policy, rule_with_settings
-from fdkernels.policy.reading import check_header, check_safetensors, parse_json, require_alike, require_file
+from fdkernels.policy.untrusted import check_header, check_safetensors, parse_json, require_alike, require_file
 from fdkernels.validation import brief
 
 LONGEST_NAME = 200
@@ -135,7 +135,9 @@ def policy_bytes(network: FlowPolicy, acting: Acting, env: str, notes: Mapping[s
         check_header(content[:8], len(content))
         _policy(header, weights)
     except _REFUSALS as error:
-        raise ValueError(f"save_policy: load_policy would refuse this policy ({type(error).__name__}: {error})") from error
+        raise ValueError(
+            f"save_policy: load_policy would refuse this policy ({type(error).__name__}: {error})"
+        ) from error
     return content
 
 

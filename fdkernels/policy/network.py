@@ -18,8 +18,8 @@ from fdkernels.policy.config import PolicyConfig
 from fdkernels.policy.critic import TwinCritic
 from fdkernels.policy.encoder import FEATURES, ImpalaSmall
 
-Network = Literal["flow", "actor", "critic"]
-NETWORKS: tuple[Network, ...] = ("flow", "actor", "critic")
+NetworkName = Literal["flow", "actor", "critic"]
+NETWORKS: tuple[NetworkName, ...] = ("flow", "actor", "critic")
 """Networks that see an image through encoders of their own, in the order of the encodings."""
 
 
@@ -79,7 +79,7 @@ class FlowPolicy(nn.Module, abc.ABC):
         """The weights that acting takes, by their names: those of this class, none that a subclass adds to learn."""
         return {name: tensor for name, tensor in self.state_dict().items() if name in self._names}
 
-    def view(self, network: Network, obs: Tensor) -> Tensor:
+    def view(self, network: NetworkName, obs: Tensor) -> Tensor:
         """What a network takes of observations (..., c) as `observe` gives them: its encoding, or the whole state."""
         return obs.narrow(-1, NETWORKS.index(network) * FEATURES, FEATURES) if self.encoders else obs
 

@@ -37,7 +37,7 @@ def parse_json(text: str) -> Any:
     if len(text) > LARGEST_JSON:
         raise Refused(f"its JSON has more than {LARGEST_JSON >> 20} MiB")
     try:
-        found = level = json.loads(text)
+        found = json.loads(text)
     except RecursionError as error:
         raise Refused("its JSON is nested too deeply") from error
     level = [found]
