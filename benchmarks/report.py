@@ -292,7 +292,7 @@ def parse(argv: Sequence[str] | None) -> ReportConfig:
 
 def main(argv: Sequence[str] | None = None) -> int:
     config = parse(argv)
-    return console.conclude(lambda: report(config), config, (ResultError,))
+    return console.conclude(lambda: report(config), config, (ResultError, OSError))
 
 
 def report(config: ReportConfig) -> Ending:

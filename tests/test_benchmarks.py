@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -231,6 +232,12 @@ def test_the_report_of_one_size_has_no_picture_over_sizes(tmp_path: Path, record
         "roofline.png",
         "speedups.png",
     ]
+
+
+def test_a_report_that_cannot_be_written_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (file := tmp_path / "file").touch()
+    assert report.main([str(RECORDED), "--out", str(file / "report")]) == 2
+    assert re.fullmatch(r"error: .*Not a directory: .*\n", capsys.readouterr().err)
 
 
 def test_the_share_of_the_limit(recorded: dict[str, Any]) -> None:

@@ -98,10 +98,19 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
     assert "is not there: a run writes it when it has finished" in error(str(tmp_path))
     fql = finished(tmp_path / "fql", "fql")
-    assert "best-of-n refines an action" in error(str(fql), "--acting", "best-of-n")
-    with pytest.raises(SystemExit):
-        play.main([str(fql), "--episodes", "0"])
-    assert "--episodes must be positive, got 0" in capsys.readouterr().err
+    refused = error(str(fql), "--acting", "best-of-n")
+    assert f"{fql}: Policy: acting='best-of-n' refines an action, and a one-step policy has nothing" in refused
+    for flag, value, message in (
+        ("--episodes", "0", "--episodes must be positive, got 0"),
+        ("--seed", str(2**63), f"--seed must be zero or more, and at most {2**63 - 1}, got {2**63}"),
+        ("--acting-samples", "10001", "--acting-samples: Acting: num_samples must be at most 10000, got 10001"),
+        ("--acting-temperature", "inf", "--acting-temperature: Acting: temperature must be finite and > 0, got inf"),
+    ):
+        with pytest.raises(SystemExit):
+            play.main([str(fql), flag, value])
+        assert message in " ".join(capsys.readouterr().err.split()), "lines are wrapped"
+    assert play.main([str(fql), "--episodes", "1", "--seed", str(2**63 - 1)]) == 0
+    capsys.readouterr()
     file = fql / "policy.safetensors"
     # cloned, because load_file maps the file, which is cut short next
     weights = {name: tensor.clone() for name, tensor in load_file(file).items()}

@@ -411,6 +411,13 @@ def test_without_data_nothing_is_left_behind(
         (["--capture", "yes"], "capture"),
         (["--flow-precision", "fp8"], "flow-precision"),
         (["--seed", "-2"], "--seed must be zero or more"),
+        (["--seed", "9223372036854"], "--seed must be zero or more, and at most 9223372036853, got 9223372036854"),
+        (
+            ["--seed", "9223372036853", "--num-seeds", "2"],
+            "--num-seeds must be small enough for seeds of at most 9223372036853",
+        ),
+        (["--acting-samples", "0"], "--acting-samples: Acting: num_samples must be an integer of at least 1, got 0"),
+        (["--acting-temperature", "0"], "--acting-temperature: Acting: temperature must be finite and > 0, got 0"),
         (["--alpha", "inf"], "--alpha must be finite"),
         (["--actor-hidden", "16", "0"], "--actor-hidden must be positive widths"),
         (["--preset", "fast"], "preset"),

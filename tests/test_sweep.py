@@ -143,6 +143,10 @@ def test_a_run_is_finished_if_it_is_the_one_asked_for(tmp_path: Path) -> None:
         (["--envs", "hopper-medium", "hopper-medium"], "--envs must be one or more, each once"),
         (["--envs", "hopper-medium", "--seeds", "1", "1"], "--seeds must be one or more, each once"),
         (["--envs", "hopper-medium", "--seeds", "-1"], "--seeds must be zero or more"),
+        (
+            ["--envs", "hopper-medium", "--seeds", "9223372036854"],
+            "--seeds must be zero or more, and at most 922337203",
+        ),
         (["--envs", "hopper-medium", "--agents"], "--agents must be one or more, each once"),
         (["--envs", "hopper-medium", "--cpus-per-trial", "0"], "--cpus-per-trial must be positive"),
         (["--envs", "hopper-medium", "--gpus-per-trial", "2"], "--gpus-per-trial must be between 0 and 1"),

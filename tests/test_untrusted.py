@@ -83,10 +83,10 @@ def noted(name: str, value: str) -> Callable[[Path], None]:
     return edited(lambda header: header["__metadata__"].__setitem__(name, value))
 
 
-def hyper(**changes: Any) -> Callable[[Path], None]:
+def networks(**changes: Any) -> Callable[[Path], None]:
     def edit(header: dict[str, Any]) -> None:
         notes = header["__metadata__"]
-        notes["hyper"] = json.dumps(json.loads(notes["hyper"]) | changes)
+        notes["networks"] = json.dumps(json.loads(notes["networks"]) | changes)
 
     return edited(edit)
 
@@ -133,31 +133,32 @@ POLICIES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "no notes": (edited(lambda header: header.pop("__metadata__")), "KeyError"),
     "notes nested in the header": (edited(lambda header: header["__metadata__"].update(env=[])), "SafetensorError"),
-    "nested settings": (noted("hyper", NESTED), "JSON is nested too deeply"),
-    "settings 100 levels deep": (noted("hyper", "[" * 100 + "]" * 100), "nested more than 20 levels"),
-    "17 MB of settings": (noted("hyper", "[" + "0," * 9_000_000 + "0]"), "JSON has more than 16 MiB"),
-    "a number of 10,000 digits": (noted("hyper", '{"flow_steps": ' + "1" * 10_000 + "}"), "ValueError.*digit"),
-    "settings in a list": (noted("hyper", "[]"), "hyper is a list"),
-    "layers a billion wide": (hyper(actor_hidden=[10**9]), "at most 1048576, got 1000000000"),
-    "layers of 3 GB": (hyper(actor_hidden=[30_000] * 2), "lacks|would fit"),
-    "critics of 7 GB": (hyper(critic_hidden=[30_000] * 2), "lacks|would fit"),
-    "critics a billion wide": (hyper(critic_hidden=[10**9, 10**9]), "no policy of this version"),
-    "a million layers": (hyper(actor_hidden=[1] * 1_000_000), "actor_hidden must have at most 1024 layers"),
-    "a thousand layers": (hyper(actor_hidden=[1] * 1_000), "more layers than there are weights"),
-    "layers of negative width": (hyper(critic_hidden=[-1]), "critic_hidden must be an integer of at least 1, got -1"),
-    "widths in words": (hyper(actor_hidden=["wide"]), "actor_hidden"),
-    "flow steps for ever": (hyper(flow_steps=10**15), "flow_steps must be at most 10000"),
-    "flow steps in words": (hyper(flow_steps="10"), "flow_steps must be an integer of at least 1, got '10'"),
-    "half a flow step": (hyper(flow_steps=0.5), "flow_steps must be an integer of at least 1, got 0.5"),
-    "a trillion frames": (hyper(frame_stack=HUGE), "frame_stack must be at most 65536"),
-    "frames of a state": (hyper(frame_stack=11), "stacks 11 frames"),
-    "an encoder of states": (hyper(encoder="impala-small"), "no policy of this version"),
-    "an unknown encoder": (hyper(encoder="os:system"), "encoder"),
+    "nested settings": (noted("networks", NESTED), "JSON is nested too deeply"),
+    "settings 100 levels deep": (noted("networks", "[" * 100 + "]" * 100), "nested more than 20 levels"),
+    "17 MB of settings": (noted("networks", "[" + "0," * 9_000_000 + "0]"), "JSON has more than 16 MiB"),
+    "a number of 10,000 digits": (noted("networks", '{"flow_steps": ' + "1" * 10_000 + "}"), "ValueError.*digit"),
+    "settings in a list": (noted("networks", "[]"), "networks is a list"),
+    "layers a billion wide": (networks(actor_hidden=[10**9]), "at most 1048576, got 1000000000"),
+    "layers of 3 GB": (networks(actor_hidden=[30_000] * 2), "lacks|would fit"),
+    "critics of 7 GB": (networks(critic_hidden=[30_000] * 2), "lacks|would fit"),
+    "critics a billion wide": (networks(critic_hidden=[10**9, 10**9]), "no policy of this version"),
+    "a million layers": (networks(actor_hidden=[1] * 1_000_000), "actor_hidden must have at most 1024 layers"),
+    "a thousand layers": (networks(actor_hidden=[1] * 1_000), "more layers than there are weights"),
+    "layers of negative width": (networks(critic_hidden=[-1]), "critic_hidden must be an integer .*, got -1"),
+    "widths in words": (networks(actor_hidden=["wide"]), "actor_hidden"),
+    "flow steps for ever": (networks(flow_steps=10**15), "flow_steps must be at most 10000"),
+    "flow steps in words": (networks(flow_steps="10"), "flow_steps must be an integer of at least 1, got '10'"),
+    "half a flow step": (networks(flow_steps=0.5), "flow_steps must be an integer of at least 1, got 0.5"),
+    "a trillion frames": (networks(frame_stack=HUGE), "frame_stack must be at most 65536"),
+    "frames of a state": (networks(frame_stack=11), "stacks 11 frames"),
+    "an encoder of states": (networks(encoder="impala-small"), "no policy of this version"),
+    "a setting of no network": (networks(alhpa=1), "networks has settings that this version does not know: .*alhpa"),
+    "an unknown encoder": (networks(encoder="os:system"), "encoder"),
     "a trillion samples": (acting(num_samples=HUGE), "num_samples must be at most 10000"),
     "samples in words": (acting(num_samples="10"), "num_samples must be an integer of at least 1"),
     "a temperature of NaN": (acting(temperature=float("nan")), "temperature must be finite and > 0, got nan"),
     "an unknown rule": (acting(rule="__class__"), "rule"),
-    "a setting of no rule": (acting(run="rm"), "unexpected keyword argument"),
+    "a setting of no rule": (acting(run="rm"), "acting has settings that this version does not know: .*run"),
     "a rule for others": (
         edited(lambda header: header["__metadata__"].update(actor="one-step", acting='{"rule": "iterated"}')),
         "'iterated' refines an action, and a one-step policy has nothing",
@@ -221,9 +222,10 @@ def test_policies(tmp_path: Path, capsys: pytest.CaptureFixture[str], attack: st
     assert "memory" not in printed.lower(), "it was tried"
 
 
-def test_settings_of_training_are_not_looked_at(tmp_path: Path) -> None:
+def test_settings_of_training_in_older_files_are_not_looked_at(tmp_path: Path) -> None:
     file = policy(tmp_path / "run")
-    hyper(lr=float("nan"), alpha=10**400, run="rm")(file)
+    networks(lr=float("nan"), alpha=10**400, run="rm")(file)
+    edited(lambda header: header["__metadata__"].update(hyper=header["__metadata__"].pop("networks")))(file)
     assert load_policy(file).network.config == PolicyConfig(**SMALL)
 
 

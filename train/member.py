@@ -67,8 +67,7 @@ class Member:
             spec.env_id,
             config.acts,
             episodes=(config.interim_episodes if interim else None) or config.eval_episodes,
-            # the same initial states at every evaluation, but others for another seed
-            seed=1_000_000 * (config.seed + 1),
+            seed=config.evaluation_seed,
         )
         rows = self.result.add(step, played)
         if self.result.last_and_best["policy"]["best"] is rows["policy"]:

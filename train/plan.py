@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from train import run
-from train.agents.hyperparameters import require
-from train.settings import RunConfig, RunError
+from train.settings import RunConfig, RunError, require_seed
 
 
 class Planned(NamedTuple):
@@ -19,12 +19,13 @@ class Planned(NamedTuple):
 
 
 def check_choices(of: object, *names: str) -> None:
-    """Raise ValueError if one of these options is empty or names something twice, or a seed is negative."""
+    """Raise ValueError if one of these options is empty or names something twice, or a seed is out of its range."""
     for name in names:
         values = getattr(of, name)
         if not values or len(set(values)) < len(values):
             raise ValueError(f"--{name} must be one or more, each once, got {' '.join(map(str, values)) or 'none'}")
-        require(name, " ".join(map(str, values)), name != "seeds" or min(values) >= 0, "zero or more")
+        for seed in values if name == "seeds" else ():
+            require_seed(name, seed)
 
 
 def options_behind(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -53,7 +54,7 @@ def plan(fixed: Mapping[str, Any], folders: Mapping[int, Path], preset: str, ext
 
     # Parsing is slow and seeds differ in nothing else, so it is done once, for a seed and a folder that no run has: an
     # option of the user's that sets them for all runs is then seen, whatever it sets.
-    other, nowhere = max(folders) + 1, Path("nowhere")
+    other, nowhere = next(seed for seed in itertools.count() if seed not in folders), Path("nowhere")
     config = run.parse(options(other, nowhere))
     settled = {**fixed, "seed": other, "num_seeds": 1, "out": nowhere, "resume": True, "overwrite": False}
     if any(getattr(config, name) != value for name, value in settled.items()):

@@ -11,8 +11,8 @@ import numpy as np
 import tyro
 
 from fdkernels.policy import Acting, NotFinite, Policy, PolicyError, RuleName, export_policy, load_policy
-from fdkernels.policy.acting import MOST_SAMPLES, REFINING_RULES
 from fdkernels.policy.export import SUFFIXES
+from fdkernels.policy.player import LARGEST_SEED
 from train import options
 from train.agents.hyperparameters import require
 from train.data.spec import EnvSpec, NotInstalled
@@ -23,6 +23,7 @@ from train.outputs.best import best_file
 from train.outputs.console import Ending, Output
 from train.outputs.policy import FILE
 from train.rendering import render_off_screen
+from train.settings import check_acting
 from train.simulator import kept_vector_env
 
 WIDTH, HEIGHT = 480, 320
@@ -70,11 +71,10 @@ class PlayConfig(Output):
     or an .onnx. See docs/policies.md."""
 
     def __post_init__(self) -> None:
-        require("seed", self.seed, self.seed >= 0, "zero or more")
-        for name in ("acting_samples", "acting_temperature", "episodes", "seconds"):
-            require(name, getattr(self, name), (value := getattr(self, name)) is None or value > 0, "positive")
-        few = (self.acting_samples or 1) <= MOST_SAMPLES
-        require("acting_samples", self.acting_samples, few, f"at most {MOST_SAMPLES:,}")
+        require("seed", self.seed, 0 <= self.seed <= LARGEST_SEED, f"zero or more, and at most {LARGEST_SEED}")
+        for name in ("episodes", "seconds"):
+            require(name, getattr(self, name), getattr(self, name) > 0, "positive")
+        check_acting(acting_samples=self.acting_samples, acting_temperature=self.acting_temperature)
         known = self.export is None or self.export.suffix in SUFFIXES
         require("export", self.export, known, f"a file ending in {' or '.join(SUFFIXES)}")
 
@@ -175,12 +175,11 @@ def play(config: PlayConfig) -> Ending:
         raise PlayError(f"the policy in {config.run} is for an {error}") from error
     spec.check_installed()
     acting = config.acts(policy.acting)
-    if acting.rule in REFINING_RULES and not policy.network.refines:
-        raise PlayError(f"--acting {acting.rule} refines an action, and this agent has nothing that does")
-
+    try:
+        act = Policy(policy.network, acting, seed=config.seed)
+    except ValueError as error:  # a rule that is not for this policy
+        raise PlayError(f"{config.run}: {error}") from error
     check_fits(policy, spec, config)
-
-    act = Policy(policy.network, acting, seed=config.seed)
     try:
         outcomes = run_episodes(spec.env_id, act, episodes=config.episodes, seed=config.seed)
     except NotFinite as error:

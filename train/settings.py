@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from fdkernels.policy import Acting, RuleName
-from fdkernels.policy.acting import MOST_SAMPLES, REFINING_RULES
+from fdkernels.policy.acting import REFINING_RULES
+from fdkernels.policy.player import LARGEST_SEED
 from train.agents import AGENTS, AgentName
 from train.agents.hyperparameters import AgentConfig, require, require_finite
 from train.data.replay import Mixture
@@ -26,6 +27,9 @@ MAY_CHANGE_ON_RESUME = {
     *("steps", "preset", "device", "out", "resume", "overwrite", "num_seeds", "capture", "profile"),
     *("eval_every", "eval_episodes", "interim_episodes", "log_every", "checkpoint_every", "online_steps"),
 }
+SEEDS_OF_A_RUN = 1_000_000
+"""How many seeds of evaluation episodes each run has for itself."""
+LARGEST_RUN_SEED = LARGEST_SEED // SEEDS_OF_A_RUN - 1
 OF_ONLINE: dict[str, Any] = {"online_acting": None, "replay": "all", "online_lr": None, "freeze_flow_online": False}
 """Settings of the online updates with their defaults. They may change on resume until the first of these updates."""
 
@@ -207,29 +211,33 @@ class RunConfig(Schedule, Data, Evaluation, Online, Algorithm, Hardware, Folder,
 
     def __post_init__(self) -> None:
         require_finite(self)
-        require("seed", self.seed, self.seed >= 0, "zero or more")
+        require_seed("seed", self.seed)
         counts = (
             "critic_warmup_n_step",
             "n_step",
             "num_seeds",
             "steps",
             "batch_size",
-            "acting_samples",
             "eval_episodes",
             "interim_episodes",
         )
         for name in (*counts, "eval_every", "log_every", "checkpoint_every"):
             require(name, getattr(self, name), (value := getattr(self, name)) is None or value > 0, "positive")
-        few = self.acting_samples <= MOST_SAMPLES
-        require("acting_samples", self.acting_samples, few, f"at most {MOST_SAMPLES:,}")
+        last = self.seed + self.num_seeds - 1
+        require(
+            "num_seeds",
+            self.num_seeds,
+            last <= LARGEST_RUN_SEED,
+            f"small enough for seeds of at most {LARGEST_RUN_SEED}",
+        )
+        check_acting(acting_samples=self.acting_samples, acting_temperature=self.acting_temperature)
         size = self.dataset_size
         require("dataset_size", size, isinstance(size, str) or size > 0, "default, full or a positive number")
         for name in ("acting", "online_acting"):
             allowed = getattr(self, name) not in REFINING_RULES or AGENTS[self.agent].refines
             require(name, getattr(self, name), allowed, f"a rule without refinement for {self.agent}")
         require("discount", self.hyper.discount, self.hyper.discount < 1 or not self.center_critics, "below 1 here")
-        for name in ("warmup_lr", "acting_temperature"):
-            require(name, getattr(self, name), getattr(self, name) > 0, "positive")
+        require("warmup_lr", self.warmup_lr, self.warmup_lr > 0, "positive")
         for name in ("flow_warmup", "critic_warmup", "online_steps"):
             require(name, getattr(self, name), getattr(self, name) >= 0, "zero or more")
         for name in ("flow", "critic"):
@@ -251,6 +259,11 @@ class RunConfig(Schedule, Data, Evaluation, Online, Algorithm, Hardware, Folder,
     @property
     def acts_online(self) -> Acting:
         return dataclasses.replace(self.acts, rule=self.online_acting or self.acting)
+
+    @property
+    def evaluation_seed(self) -> int:
+        """Of the first episode of every evaluation: the same initial states each time, others for another seed."""
+        return SEEDS_OF_A_RUN * (self.seed + 1)
 
     @property
     def offline_steps(self) -> int:
@@ -285,6 +298,22 @@ class RunConfig(Schedule, Data, Evaluation, Online, Algorithm, Hardware, Folder,
         for field in dataclasses.fields(Output):
             del settings[field.name]
         return json.loads(json.dumps(settings, default=str))
+
+
+def require_seed(name: str, seed: int) -> None:
+    require(name, seed, 0 <= seed <= LARGEST_RUN_SEED, f"zero or more, and at most {LARGEST_RUN_SEED}")
+
+
+def check_acting(*, acting_samples: int | None, acting_temperature: float | None) -> None:
+    """Raise ValueError, which names the flag, if `Acting` refuses a setting; None is not looked at."""
+    for flag, setting in (
+        ("acting-samples", {"num_samples": acting_samples}),
+        ("acting-temperature", {"temperature": acting_temperature}),
+    ):
+        try:
+            Acting(**{name: value for name, value in setting.items() if value is not None})  # type: ignore[arg-type]
+        except ValueError as error:
+            raise ValueError(f"--{flag}: {error}") from error
 
 
 def check_observations(config: RunConfig, shape: Sequence[int]) -> None:

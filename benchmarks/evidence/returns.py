@@ -134,7 +134,7 @@ def describe(run: Run, judge: fdkernels.VelocityMLP) -> dict[str, Any]:
 
 def play(run: Run) -> list[float]:
     """Normalised scores of one sample of the policy, over episodes that are the same for all variants."""
-    seed = 1_000_000 * (run.config.seed + 1)
+    seed = run.config.evaluation_seed
     policy = Policy(run.members[0].agent, Acting("sample"), seed=seed)
     outcomes = run_episodes(run.spec.env_id, policy, episodes=2 * run.config.eval_episodes, seed=seed)
     return run.spec.scoring(outcomes).tolist()

@@ -16,6 +16,7 @@ from fdkernels.policy.network import FlowPolicy
 from fdkernels.validation import brief, check_count
 
 Observation = TypeVar("Observation", Tensor, np.ndarray)
+LARGEST_SEED = 2**63 - 1
 
 
 class Policy:
@@ -65,7 +66,7 @@ class Policy:
         """Forget the frames of the episode before. With ``seed``, also draw the noise anew from it."""
         self._frames.clear()
         if seed is not None:
-            seed = check_count("Policy", "seed", seed, least=0, most=2**63 - 1)
+            seed = check_count("Policy", "seed", seed, least=0, most=LARGEST_SEED)
             self._generator = torch.Generator(self.network.obs_mean.device).manual_seed(seed)
 
     @torch.no_grad()
@@ -88,7 +89,7 @@ class Policy:
         Raises:
             TypeError: the observation is neither, or of another dtype.
             ValueError: its shape does not fit the policy or the frames before it.
-            NotFinite: it has NaN or infinity in the network's dtype, or the action would.
+            NotFinite: it has NaN or infinity in the network's dtype, or the action or a critic's value would.
         """
         rows, single = self._rows(observation)
         noise = self.acting.draw(self.network, len(rows), self._generator)
@@ -134,6 +135,7 @@ class Policy:
                 f"Policy: observation has {len(rows)} rows, and the frame before had {len(self._frames[-1])}: call "
                 "reset() where episodes begin"
             )
+        rows = rows.clone()  # the caller may write the next frame into the same memory
         while len(self._frames) < self.network.config.frame_stack - 1:
             self._frames.append(rows)
         self._frames.append(rows)
