@@ -1,6 +1,6 @@
 """Flow Q-learning as TorchRL writes it, with the distillation measured by the Fisher metric.
 
-    python -m examples.torchrl_fql            # needs TorchRL: pip install "fdkernels[examples]"
+    python -m examples.torchrl_fql            # needs TorchRL: pip install -e '.[examples]'
 
 TorchRL 0.14.1 has no flow policy and no FQL loss; its development version has both. The loss below has the same parts
 and names, from TorchRL's own LossModule, MLP, ValueOperator and SoftUpdate. docs/examples/torchrl_fql.md

@@ -90,6 +90,24 @@ def test_no_modules_import_each_other() -> None:
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError
 
 
+def test_names_of_the_policy_mean_one_thing() -> None:
+    """Its modules, and what is public in them, have no names that mean something else in the rest of the library."""
+
+    def names(files: list[Path]) -> set[str]:
+        found = {file.name for file in files} - {"__init__.py"}
+        for file in files:
+            for node in ast.parse(file.read_text()).body:
+                if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                    found.add(node.name)
+                elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+                    targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                    found |= {target.id for target in targets if isinstance(target, ast.Name)}
+        return {name for name in found if not name.startswith("_")}
+
+    of_policy = [file for file in FILES if name_of(file).startswith("policy")]
+    assert sorted(names(of_policy) & names([file for file in FILES if file not in of_policy])) == []
+
+
 def test_every_module_has_a_floor() -> None:
     names = [name_of(file) for file in FILES]
     assert all(floor_of(name) >= 0 for name in names if name not in ABOVE)

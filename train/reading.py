@@ -1,6 +1,6 @@
 """JSON that a stranger may have written, as records with values of the right types.
 
-``fdkernels/policy/reading.py`` says what is asked of a file before it is read.
+``fdkernels/policy/untrusted.py`` says what is asked of a file before it is read.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import typeguard
 
-from fdkernels.policy.reading import LARGEST_JSON, Refused, parse_json, require_file
+from fdkernels.policy.untrusted import LARGEST_JSON, Refused, parse_json, require_file
 
 LONGEST_LIST = 1_000
 """Items of a list among settings."""

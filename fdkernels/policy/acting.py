@@ -12,7 +12,9 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
+from fdkernels.policy.finite import check_finite
 from fdkernels.policy.network import FlowPolicy
 from fdkernels.validation import check_at_least, check_choice, check_count
 
@@ -38,6 +40,8 @@ class Acting:
 
     Raises:
         TypeError, ValueError: a setting has the wrong type, or is out of its range.
+        NotFinite: from a call that chooses among actions: one of them, or its mean Q, is NaN or infinite. Nothing is
+            checked where the call is compiled or exported.
     """
 
     rule: RuleName = "sample"
@@ -93,22 +97,22 @@ def iterated(policy: FlowPolicy, obs: Tensor, noise: Tensor, temperature: float)
 
 def best_flow_of_n(policy: FlowPolicy, obs: Tensor, noise: Tensor, _: float) -> Tensor:
     """The flow action with the highest mean Q of N, not refined."""
-    return highest_q(policy, obs, policy.flow_action(each(obs, noise), noise))
+    return highest_q(policy, obs, policy.flow_action(repeated(obs, noise), noise))
 
 
 def best_refined_of_n(policy: FlowPolicy, obs: Tensor, noise: Tensor, _: float) -> Tensor:
     """The policy's action with the highest mean Q of N."""
-    return highest_q(policy, obs, policy.act(each(obs, noise), noise))
+    return highest_q(policy, obs, policy.act(repeated(obs, noise), noise))
 
 
 def mean_flow_of_n(policy: FlowPolicy, obs: Tensor, noise: Tensor, temperature: float) -> Tensor:
     """The `weighted_mean` of N flow actions."""
-    return weighted_mean(policy, obs, policy.flow_action(each(obs, noise), noise), temperature)
+    return weighted_mean(policy, obs, policy.flow_action(repeated(obs, noise), noise), temperature)
 
 
 def mean_refined_of_n(policy: FlowPolicy, obs: Tensor, noise: Tensor, temperature: float) -> Tensor:
     """The `weighted_mean` of N of the policy's actions."""
-    return weighted_mean(policy, obs, policy.act(each(obs, noise), noise), temperature)
+    return weighted_mean(policy, obs, policy.act(repeated(obs, noise), noise), temperature)
 
 
 RULES: dict[RuleName, Callable[[FlowPolicy, Tensor, Tensor, float], Tensor]] = {
@@ -125,15 +129,19 @@ REFINING_RULES: tuple[RuleName, ...] = ("best-of-n", "iterated")
 """Rules that call `FlowPolicy.refine`."""
 
 
-def each(obs: Tensor, noise: Tensor) -> Tensor:
-    """Each state's observation, repeated for each of its noise vectors: (B, N, c)."""
-    return obs.unsqueeze(1).expand(-1, noise.shape[1], -1)
+def repeated(obs: Tensor, rows: Tensor) -> Tensor:
+    """Each state's observation, repeated for each of its N noise vectors or actions (B, N, d): (B, N, c)."""
+    return obs.unsqueeze(1).expand(-1, rows.shape[1], -1)
 
 
 def mean_q(policy: FlowPolicy, obs: Tensor, actions: Tensor) -> Tensor:
     """Mean of both critics' Q for each state's actions (B, N, d): (B, N)."""
-    qs = policy.critic(each(policy.view("critic", obs), actions).flatten(0, 1), actions.flatten(0, 1))
-    return qs.mean(0).view(actions.shape[:2])
+    qs = policy.critic(repeated(policy.view("critic", obs), actions).flatten(0, 1), actions.flatten(0, 1))
+    q = qs.mean(0).view(actions.shape[:2])
+    if not is_compiling():  # argmax would choose a NaN
+        check_finite("the policy's action", actions)
+        check_finite("the critics' mean Q of states and actions", q)
+    return q
 
 
 @torch.no_grad()
@@ -152,5 +160,6 @@ def weighted_mean(policy: FlowPolicy, obs: Tensor, actions: Tensor, temperature:
     actions, which exploits the critic's errors.
     """
     q = mean_q(policy, obs, actions)
-    weights = (q / (temperature * q.abs().mean(1, keepdim=True))).softmax(1)
+    scale = temperature * q.abs().mean(1, keepdim=True)
+    weights = (q / scale.clamp(min=torch.finfo(q.dtype).tiny)).softmax(1)  # equal ones where every Q is 0
     return (weights.unsqueeze(-1) * actions).sum(1).clamp(-1, 1)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fdkernels.policy.acting import Acting
-from fdkernels.policy.network import FlowPolicy
+from fdkernels.policy.network import FlowPolicy, check_float32
 from fdkernels.policy.player import Policy
 
 SUFFIXES = (".pt2", ".onnx")
@@ -45,8 +45,7 @@ def export_policy(policy: Policy, path: str | os.PathLike[str]) -> None:
     path = Path(path)
     if path.suffix not in SUFFIXES:
         raise ValueError(f"export_policy: path must end in {' or '.join(SUFFIXES)}, got {path.name!r}")
-    if policy.network.obs_mean.dtype != torch.float32:
-        raise ValueError(f"export_policy: policy must be in float32, got {policy.network.obs_mean.dtype}")
+    check_float32("export_policy", policy.network)
     if path.suffix == ".pt2":
         torch.export.save(trace(policy), path)
         return

@@ -5,10 +5,12 @@ A file may be a stranger's. Nothing in it is executed, and nothing is larger tha
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import operator
 import os
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,9 +21,9 @@ from torch import Tensor
 from fdkernels.policy.acting import Acting, RuleName
 from fdkernels.policy.config import PolicyConfig
 from fdkernels.policy.encoder import FEATURES
-from fdkernels.policy.network import KINDS, FlowPolicy
+from fdkernels.policy.network import KINDS, FlowPolicy, check_float32
 from fdkernels.policy.player import Policy, rule_with_settings
-from fdkernels.policy.reading import check_safetensors, parse_json, require_alike
+from fdkernels.policy.untrusted import check_header, check_safetensors, parse_json, require_alike, require_file
 from fdkernels.validation import brief
 
 LONGEST_NAME = 200
@@ -31,11 +33,13 @@ _OLD_KINDS = {"fidec": "displacement", "deflow": "displacement", "fql": "one-ste
 """The oldest files name the agent, not what its actor does."""
 _OLD_WEIGHTS = ("target_critic.", "encoders.target_critic.", "log_alpha")
 """How the names of weights in them begin that only training needs."""
+_REFUSALS = (KeyError, IndexError, TypeError, ValueError, OverflowError, RuntimeError)
+"""Raised in making a policy of a header and weights that are no policy's."""
 Settings = TypeVar("Settings", PolicyConfig, Acting)
 
 
 class PolicyError(RuntimeError):
-    """The policy is missing or cannot be read."""
+    """The policy's file is missing, cannot be read, or is no policy."""
 
 
 def load_policy(
@@ -57,53 +61,83 @@ def load_policy(
         The policy: call it with an observation.
 
     Raises:
-        PolicyError: the file is missing, is no policy, or has settings that this version does not know.
+        PolicyError: the file is missing, cannot be read, is no policy, or has settings that this version does not know.
         TypeError, ValueError: an argument has the wrong type or value, or the policy cannot act in this way.
         ImportError: safetensors is not installed.
     """
     safetensors = _safetensors("load_policy")
     path = Path(path)
-    if not path.exists():
-        raise PolicyError(f"{path} is not there: a run writes it when it has finished")
-    # raised by what makes a policy of a file that is none
-    errors = (safetensors.SafetensorError, KeyError, IndexError, TypeError, ValueError, OverflowError, RuntimeError)
     try:
         check_safetensors(path)
         with safetensors.safe_open(path, framework="pt") as file:
             names = [name for name in file.keys() if not name.startswith(_OLD_WEIGHTS)]  # noqa: SIM118
             header, weights = file.metadata() or {}, {name: file.get_tensor(name) for name in names}
-        if len(header["env"]) > LONGEST_NAME:
-            raise ValueError(f"its environment has a name of {len(header['env']):,} letters")
-        judged_by = _settings(Acting, "acting", header)
-        policy = Policy(_network(header, weights), judged_by, env=header["env"])
-    except errors as error:
+        policy = _policy(header, weights)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise PolicyError(f"{path} is not there: a run writes it when it has finished") from error
+    except OSError as error:
+        raise PolicyError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (safetensors.SafetensorError, *_REFUSALS) as error:
         raise PolicyError(f"{path} is no policy of this version ({type(error).__name__}: {error})") from error
-    return Policy(policy.network.to(device), rule_with_settings(acting, judged_by), seed=seed, env=policy.env)
+    return Policy(policy.network.to(device), rule_with_settings(acting, policy.acting), seed=seed, env=policy.env)
 
 
 def save_policy(policy: Policy, path: str | os.PathLike[str], notes: Mapping[str, str] | None = None) -> None:
     """Write a policy with its acting rule and environment, for `load_policy`. The seed is not written.
 
+    The file is written whole or not at all; one that `load_policy` would refuse is not. A process that is killed may
+    leave ``.policy-*.partial`` in the folder.
+
     Args:
         policy: the policy.
-        path: the file; one that is there is overwritten.
+        path: the file; one that is there is replaced.
         notes: further entries of the file's header.
 
     Raises:
-        ValueError: the networks are not float32.
+        TypeError: a note, or the environment's name, is not a string.
+        ValueError: the networks are not float32, `load_policy` would refuse them for another reason, a note has the
+            name of one of the file's own entries, or the path is no regular file.
+        OSError: the file cannot be written.
         ImportError: safetensors is not installed.
     """
-    if policy.network.obs_mean.dtype != torch.float32:
-        raise ValueError(f"save_policy: policy must be in float32, got {policy.network.obs_mean.dtype}")
-    Path(path).write_bytes(policy_bytes(policy.network, policy.acting, policy.env, notes or {}))
+    path, content = Path(path), policy_bytes(policy.network, policy.acting, policy.env, notes or {})
+    if path.exists():
+        require_file(path)  # a device would be replaced
+    partial = path.with_name(f".policy-{secrets.token_hex(8)}.partial")  # its own, because others may save there too
+    try:
+        with partial.open("xb") as file:
+            file.write(content)
+            file.flush()  # or the end of it would be written only after the fsync
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+        raise
 
 
 def policy_bytes(network: FlowPolicy, acting: Acting, env: str, notes: Mapping[str, str]) -> bytes:
-    """The content of a policy's file."""
+    """The content of a policy's file. Raises what `save_policy` does, except for the path."""
+    check_float32("save_policy", network)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in network.acting_weights().items()}
     header = {"env": env, "actor": network.actor_kind}
     header |= {"networks": _json(PolicyConfig, network.config), "acting": _json(Acting, acting)}
-    content: bytes = _safetensors("save_policy").torch.save(weights, metadata={**notes, **header})
+    if taken := sorted(header.keys() & notes.keys()):
+        raise ValueError(f"save_policy: notes must not have {taken[0]!r}, which is an entry of the file's own")
+    header = {**notes, **header}
+    for name, text in header.items():
+        if not (isinstance(name, str) and isinstance(text, str)):
+            raise TypeError(f"save_policy: env and notes must be strings, got {brief({name: text})}")
+    content: bytes = _safetensors("save_policy").torch.save(weights, metadata=header)
+    try:
+        check_header(content[:8], len(content))
+        _policy(header, weights)
+    except _REFUSALS as error:
+        raise ValueError(
+            f"save_policy: load_policy would refuse this policy ({type(error).__name__}: {error})"
+        ) from error
     return content
 
 
@@ -118,10 +152,20 @@ def sizes_in(weights: Mapping[str, Tensor], config: PolicyConfig) -> tuple[tuple
     observation = tuple(weights["obs_mean"].shape)
     if len(config.actor_hidden) + len(config.critic_hidden) > len(weights):
         raise ValueError("its networks have more layers than there are weights")
-    if (observation[-1] % config.frame_stack) if config.encoder != "none" else config.frame_stack > 1:
-        raise ValueError(f"it stacks {config.frame_stack} frames in observations of shape {observation}")
     obs_dim = observation[0] if config.encoder == "none" else FEATURES
     return observation, weights["critic.weights.0"].shape[1] - obs_dim
+
+
+def _policy(header: Mapping[str, str], weights: Mapping[str, Tensor]) -> Policy:
+    """The policy of which a file has this header and these weights, on the CPU.
+
+    Raises:
+        One of `_REFUSALS`: there is none.
+    """
+    if len(header["env"]) > LONGEST_NAME:
+        raise ValueError(f"its environment has a name of {len(header['env']):,} letters, more than {LONGEST_NAME}")
+    acting = _settings(Acting, "acting", header)
+    return Policy(_network(header, weights), acting, env=header["env"])
 
 
 def _network(header: Mapping[str, str], weights: Mapping[str, Tensor]) -> FlowPolicy:

@@ -18,8 +18,8 @@ from fdkernels.policy.config import PolicyConfig
 from fdkernels.policy.critic import TwinCritic
 from fdkernels.policy.encoder import FEATURES, ImpalaSmall
 
-Network = Literal["flow", "actor", "critic"]
-NETWORKS: tuple[Network, ...] = ("flow", "actor", "critic")
+NetworkName = Literal["flow", "actor", "critic"]
+NETWORKS: tuple[NetworkName, ...] = ("flow", "actor", "critic")
 """Networks that see an image through encoders of their own, in the order of the encodings."""
 
 
@@ -32,6 +32,9 @@ class FlowPolicy(nn.Module, abc.ABC):
         config: the sizes of the networks.
         observation: width of the states, or height, width and channels of the images (of all stacked frames together).
         action_dim: d.
+
+    Raises:
+        ValueError: the observations do not fit the encoder or the number of frames in the config.
     """
 
     actor_kind: ClassVar[str]
@@ -55,6 +58,11 @@ class FlowPolicy(nn.Module, abc.ABC):
                 f"{type(self).__name__}: the observations are images of shape {shape}, which need "
                 "encoder='impala-small'"
             )
+        if config.frame_stack > 1 and (not self.encoders or shape[-1] % config.frame_stack):
+            raise ValueError(
+                f"{type(self).__name__}: the config stacks {config.frame_stack} frames, and observations of shape "
+                f"{shape} are not as many images"
+            )
         obs_dim = FEATURES if self.encoders else shape[0]
         self.flow = VelocityMLP(obs_dim, action_dim, config.actor_hidden, layer_norm=config.actor_layer_norm)
         # maps [observation, base action or noise] to the displacement or the action
@@ -71,7 +79,7 @@ class FlowPolicy(nn.Module, abc.ABC):
         """The weights that acting takes, by their names: those of this class, none that a subclass adds to learn."""
         return {name: tensor for name, tensor in self.state_dict().items() if name in self._names}
 
-    def view(self, network: Network, obs: Tensor) -> Tensor:
+    def view(self, network: NetworkName, obs: Tensor) -> Tensor:
         """What a network takes of observations (..., c) as `observe` gives them: its encoding, or the whole state."""
         return obs.narrow(-1, NETWORKS.index(network) * FEATURES, FEATURES) if self.encoders else obs
 
@@ -132,3 +140,10 @@ class OneStepPolicy(FlowPolicy):
 
 
 KINDS: dict[str, type[FlowPolicy]] = {kind.actor_kind: kind for kind in (DisplacementPolicy, OneStepPolicy)}
+
+
+def check_float32(op: str, network: FlowPolicy) -> None:
+    """Refuse networks that are not, or not all, in float32, the dtype of files."""
+    for name, tensor in network.acting_weights().items():
+        if tensor.dtype != torch.float32:
+            raise ValueError(f"{op}: policy must be in float32, got {name} in {tensor.dtype}")

@@ -89,7 +89,7 @@ class Policy:
         Raises:
             TypeError: the observation is neither, or of another dtype.
             ValueError: its shape does not fit the policy or the frames before it.
-            NotFinite: it has NaN or infinity in the network's dtype, or the action would.
+            NotFinite: it has NaN or infinity in the network's dtype, or the action or a critic's value would.
         """
         rows, single = self._rows(observation)
         noise = self.acting.draw(self.network, len(rows), self._generator)
@@ -135,6 +135,7 @@ class Policy:
                 f"Policy: observation has {len(rows)} rows, and the frame before had {len(self._frames[-1])}: call "
                 "reset() where episodes begin"
             )
+        rows = rows.clone()  # the caller may write the next frame into the same memory
         while len(self._frames) < self.network.config.frame_stack - 1:
             self._frames.append(rows)
         self._frames.append(rows)

@@ -23,7 +23,7 @@ import fdkernels
 from fdkernels.policy import FlowPolicy
 from fdkernels.policy.critic import TwinCritic
 from fdkernels.policy.encoder import FEATURES
-from fdkernels.policy.network import NETWORKS, Network
+from fdkernels.policy.network import NETWORKS, NetworkName
 from train import processes
 from train.agents.augmentation import MOST_SHIFT, shifted
 from train.agents.hyperparameters import AgentConfig
@@ -178,7 +178,7 @@ class Learner(nn.Module, abc.ABC):
                 follow(self.encoders["target_critic"], self.encoders["critic"], self.config.tau)
         optimizer.step()
 
-    def encoder_parameters(self, network: Network) -> list[nn.Parameter]:
+    def encoder_parameters(self, network: NetworkName) -> list[nn.Parameter]:
         """Parameters of a network's encoder; none for states."""
         return list(self.encoders[network].parameters()) if self.encoders else []
 

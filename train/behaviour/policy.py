@@ -9,7 +9,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from fdkernels.policy.reading import check_safetensors
+from fdkernels.policy.untrusted import check_safetensors
 
 POLICIES = Path(__file__).parent / "policies"
 LAYERS: dict[str, str | None] = {"trunk.0": None, "trunk.2": "trunk.0", "mean": "trunk.2", "log_std": "trunk.2"}

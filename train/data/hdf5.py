@@ -16,7 +16,7 @@ import h5py
 import numpy as np
 from h5py import h5d, h5o, h5z
 
-from fdkernels.policy.reading import Refused, require_file
+from fdkernels.policy.untrusted import Refused, require_file
 from train.data.room import MOST_PACKED, Room
 
 FILTERS = (h5z.FILTER_SHUFFLE, h5z.FILTER_DEFLATE, h5z.FILTER_FLETCHER32)

@@ -16,7 +16,7 @@ from typing import IO, NamedTuple
 import numpy as np
 from numpy.lib import format as npy
 
-from fdkernels.policy.reading import Refused, require_file
+from fdkernels.policy.untrusted import Refused, require_file
 from train.data.room import MOST_PACKED, Room
 
 LARGEST_READ = 4 << 20

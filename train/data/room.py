@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from fdkernels.policy.reading import Refused
+from fdkernels.policy.untrusted import Refused
 
 MOST_PACKED = 1032
 """The most bytes that one byte of deflated data can hold; a file that claims more lies."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock
 
-from fdkernels.policy.reading import Refused
+from fdkernels.policy.untrusted import Refused
 from train.data import npz
 from train.outputs.files import sync_folder
 

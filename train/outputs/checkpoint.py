@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fdkernels.policy.reading import check_safetensors, parse_json, require_alike
+from fdkernels.policy.untrusted import check_safetensors, parse_json, require_alike
 from train.agents.base import Agent
 from train.outputs.files import create_folder, write_safetensors
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fdkernels.policy.file import sizes_in
-from fdkernels.policy.reading import require_alike
+from fdkernels.policy.untrusted import require_alike
 from train.agents import AGENTS
 from train.agents.base import ALL_PARTS, Agent, Draws, Part, Parts
 from train.data.transitions import Batch

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fdkernels.policy.reading import require_file
+from fdkernels.policy.untrusted import require_file
 from train.outputs.events import Events
 from train.outputs.files import GrowingFile
 from train.settings import RunError

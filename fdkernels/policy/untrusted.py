@@ -37,7 +37,7 @@ def parse_json(text: str) -> Any:
     if len(text) > LARGEST_JSON:
         raise Refused(f"its JSON has more than {LARGEST_JSON >> 20} MiB")
     try:
-        found = level = json.loads(text)
+        found = json.loads(text)
     except RecursionError as error:
         raise Refused("its JSON is nested too deeply") from error
     level = [found]
@@ -58,9 +58,14 @@ def check_safetensors(path: Path) -> None:
     """Refuse a safetensors file with a header too large to parse. Its library checks everything else in it."""
     size = require_file(path)
     with path.open("rb") as file:
-        header = int.from_bytes(file.read(8), "little")
+        check_header(file.read(8), size, str(path))
+
+
+def check_header(first: bytes, size: int, name: str = "it") -> None:
+    """The same, given the first eight bytes of the file and its size."""
+    header = int.from_bytes(first, "little")
     if header > min(size, LARGEST_HEADER):
-        raise Refused(f"{path} has a header of {header:,} bytes and {size:,} bytes in all")
+        raise Refused(f"{name} has a header of {header:,} bytes and {size:,} bytes in all")
 
 
 def require_alike(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
