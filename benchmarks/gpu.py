@@ -328,7 +328,7 @@ def write_summary(path: Path, outcomes: Sequence[Outcome]) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops it as Ctrl-C does
     try:  # without the training loop's console.start, because the packages that it needs may be in --wheels
         sys.exit(main())
     except KeyboardInterrupt:

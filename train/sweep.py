@@ -159,7 +159,7 @@ def connected(address: str | None) -> Iterator[None]:
     except Exception as error:  # Ray's, the operating system's, or of the network
         where = "on this machine" if address is None else f"at {address}"
         raise RunError(f"no Ray {where}: {str(error).strip().partition(chr(10))[0]}") from error
-    signal.signal(signal.SIGTERM, handler)
+    signal.signal(signal.SIGTERM, handler)  # in place of Ray's
     try:
         yield
     finally:
