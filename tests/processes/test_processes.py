@@ -232,7 +232,7 @@ def test_a_seed_that_diverges_leaves_the_other(tmp_path: Path) -> None:
     process = started([*torchrun(2), *script, "--out", str(out)])
     printed, errors = process.communicate(timeout=300)
     assert process.returncode != 0
-    assert "error: seed 1 diverged at update 12 (fidec)" in errors, errors
+    assert "error (process 0): seed 1 diverged at update 12 (fidec)" in errors, errors
     assert "the other seeds go on" in printed
     saved = read_diverged(out / "fidec-seed1")
     assert saved.update is not None
