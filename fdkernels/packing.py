@@ -66,6 +66,8 @@ def pack_mlp(module: nn.Module, order: Sequence[Input] | None = None) -> PackedM
         return pack_known(what, module)
     if any(nn.parameter.is_lazy(parameter) for parameter in module.parameters()):
         raise TypeError(f"{what} {type(module).__name__} has weights without a shape yet; call it once first")
+    if isinstance(module, VelocityMLP) and type(module).forward is VelocityMLP.forward:
+        order = ("x", "t", "cond") if "cond" in module.order else ("x", "t")  # its arguments
     names = None if order is None else _check_order(order)
     arguments = _arguments(module)
     if arguments is None:
@@ -181,8 +183,22 @@ _known: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[object, ...], PackedMLP
 
 
 def is_known(module: object) -> TypeGuard[VelocityMLP]:
-    """Whether it is a VelocityMLP with its own forward."""
-    return isinstance(module, VelocityMLP) and type(module).forward is VelocityMLP.forward
+    """Whether it is a VelocityMLP whose call runs its own forward and its layers' and nothing else, such as a hook."""
+    if not isinstance(module, VelocityMLP) or type(module).forward is not VelocityMLP.forward:
+        return False
+    try:
+        return _is_unaltered(module)
+    except RecursionError:  # which packing refuses
+        return True
+
+
+def _is_unaltered(module: nn.Module) -> bool:
+    """Whether calling it runs the forwards of its class and its children's classes alone. Asked at every call."""
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return False
+    if "forward" in module.__dict__:
+        return False
+    return all([child is None or _is_unaltered(child) for child in module._modules.values()])
 
 
 def pack_known(what: str, module: VelocityMLP) -> PackedMLP:
@@ -194,7 +210,8 @@ def pack_known(what: str, module: VelocityMLP) -> PackedMLP:
     stack = module.net
     if torch.compiler.is_compiling() or not isinstance(stack, nn.Sequential):
         return _pack_children(what, stack, module.order)
-    settings = ((layer.training, getattr(layer, "approximate", None)) for layer in stack)
+    # vars, because a module answers slowly that it lacks an attribute
+    settings = [(layer.training, vars(layer).get("approximate")) for layer in stack]
     made_of = (*module.order, *stack, *settings)
     before, packed = _known.get(module, ((), None))
     if packed is None or made_of != before:
@@ -220,7 +237,7 @@ def _leaves(what: str, module: nn.Module) -> Iterator[Leaf]:
     if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
         for child in module:
             yield from _leaves(what, child)
-    elif isinstance(module, nn.Identity) or (isinstance(module, nn.Dropout) and not module.training):
+    elif type(module) is nn.Identity or (type(module) is nn.Dropout and not module.training):
         return
     elif (activation := name_of(module)) is not None:
         yield activation

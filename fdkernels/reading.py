@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import fx, nn
@@ -20,6 +20,7 @@ from fdkernels.symbols import RESHAPES, SIZES, UnreadableError, operation, run_o
 Leaf = nn.Linear | nn.LayerNorm | str
 """A part of a stack; an activation is its name in ``ACTIVATIONS``."""
 
+_Module = TypeVar("_Module", bound=nn.Module)
 _CASTS = {"to", "type_as", "float", "double", "half", "bfloat16"}
 _CONCATENATIONS = {"cat", "concat", "concatenate", "hstack"}
 _SUMS, _PRODUCTS = {"add", "sub"}, {"mul", "addcmul"}
@@ -101,12 +102,7 @@ class _Reader:
                 linear = self.linears.get((id(weights[0]), id(weights[1])))
                 if linear is None:
                     raise UnreadableError(f"a linear map whose weights are not those of an nn.Linear {_where(node)}")
-                if "weight" in vars(linear):  # too late for operators, which read it between calls
-                    raise UnreadableError(
-                        f"weights that a hook makes at every call {_where(node)}, in place of which there is "
-                        "torch.nn.utils.parametrizations"
-                    )
-                return linear, operands[0]
+                return _without_hooks(linear, node), operands[0]
             if name == "layer_norm":
                 return self.norm(node), operands[0]
             form = str(node.kwargs.get("approximate", "none")) if name == "gelu" else ""
@@ -123,7 +119,17 @@ class _Reader:
         norm = self.norms.get((id(weight), id(bias)))
         if norm is None or (norm.normalized_shape, norm.eps) != (shape, eps):
             raise UnreadableError(f"a layer norm whose weights and ε are not those of an nn.LayerNorm {_where(node)}")
-        return norm
+        return _without_hooks(norm, node)
+
+
+def _without_hooks(module: _Module, node: fx.Node) -> _Module:
+    """The module, unless hooks make its weights: too late for operators, which read them between calls."""
+    if not vars(module).keys().isdisjoint(("weight", "bias")):
+        raise UnreadableError(
+            f"weights that a hook makes at every call {_where(node)}, in place of which there is "
+            "torch.nn.utils.parametrizations"
+        )
+    return module
 
 
 def _operands(node: fx.Node) -> list[fx.Node]:
@@ -199,7 +205,7 @@ def _explain(node: fx.Node) -> str:
         whole = [_operands(operand)[0] if operation(operand) == "getitem" else operand for operand in operands]
         if whole[0] in before[1] or whole[1] in before[0]:
             return f"a residual connection {_where(node)}"
-        aside = [operand for operand, past in zip(operands, before) if _is_aside(past)]
+        aside = [past[0] for past in before if _is_aside(past) and past[0].op != "placeholder"]
         return _explain_branch(aside[0]) if aside else f"a sum of two branches {_where(node)}"
     if name in _SUMS | _PRODUCTS | {"div", "truediv", "neg"}:
         return f"arithmetic with a constant {_where(node)}"

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import fdkernels
 import fdkernels_ref
@@ -398,6 +399,74 @@ def test_a_forward_of_ones_own_is_never_passed_over() -> None:
     with pytest.raises(TypeError, match="Doubled cannot be read as an MLP because of arithmetic with a constant"):
         fdkernels.pack_mlp(flow)
     assert_the_module_decides(flow, x0, cond)
+
+
+def _weight_norm(flow: fdkernels.VelocityMLP) -> None:
+    nn.utils.weight_norm(flow.net[0])
+    flow.net[0].weight_g.data.mul_(3)
+
+
+def _prune(flow: fdkernels.VelocityMLP) -> None:
+    prune.l1_unstructured(flow.net[0], "weight", 0.5)
+    flow.net[0].weight_orig.data.mul_(3)
+
+
+def _prune_bias(flow: fdkernels.VelocityMLP) -> None:
+    prune.random_unstructured(flow.net[2], "bias", 0.5)
+    flow.net[2].bias_orig.data.add_(3)
+
+
+ALTERATIONS: dict[str, tuple[Callable[[fdkernels.VelocityMLP], object], str]] = {
+    "weight norm": (_weight_norm, "weights that a hook makes at every call"),
+    "pruning": (_prune, "weights that a hook makes at every call"),
+    "pruning of a bias": (_prune_bias, "weights that a hook makes at every call"),
+    "hook of a layer": (
+        lambda flow: flow.net[0].register_forward_hook(lambda m, i, o: 2 * o),
+        "arithmetic with a const",
+    ),
+    "hook of the stack": (
+        lambda flow: flow.net.register_forward_hook(lambda m, i, o: 2 * o),
+        "arithmetic with a const",
+    ),
+    "hook before": (lambda flow: flow.net.register_forward_pre_hook(lambda m, i: (2 * i[0],)), "arithmetic with a"),
+    "own forward": (lambda flow: setattr(flow, "forward", lambda x, t, cond: x - cond[..., :2]), "a slice"),
+    "a layer's": (lambda flow: setattr(flow.net[1], "forward", torch.sin), "sin"),
+}
+
+
+@pytest.mark.parametrize("name", ALTERATIONS)
+def test_what_alters_a_known_network_is_never_passed_over(name: str) -> None:
+    """Operators then call it, on the general path, and ``pack_mlp`` says why."""
+    alter, part = ALTERATIONS[name]
+    flow = fdkernels.VelocityMLP(3, 2, hidden=(8,)).double()
+    x0, cond = torch.randn(4, 2, dtype=F64), torch.randn(4, 3, dtype=F64)
+    before = fdkernels.integrate_flow(flow, x0, cond)
+    alter(flow)
+    truth = fdkernels_ref.integrate_flow(flow, x0, cond)
+    assert not torch.allclose(truth, before)
+    torch.testing.assert_close(fdkernels.integrate_flow(flow, x0, cond), truth)
+    if name == "hook of a layer":
+        compiled = torch.compile(fdkernels.integrate_flow, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(flow, x0, cond), truth)
+    with pytest.raises(TypeError, match=f"module VelocityMLP cannot be read as an MLP because of .*{part}"):
+        fdkernels.pack_mlp(flow)
+
+
+def test_a_hook_that_only_looks_on_is_run() -> None:
+    flow, x0 = fdkernels.VelocityMLP(0, 2, hidden=(8,)), torch.randn(4, 2)
+    packed, seen = fdkernels.pack_mlp(flow), []
+    handles = [
+        flow.net[0].register_forward_hook(lambda layer, given, out: seen.append("forward")),
+        flow.net[2].register_full_backward_hook(lambda layer, *gradients: seen.append("backward")),
+    ]
+    end = fdkernels.integrate_flow(flow, x0, num_steps=3, differentiable=True)
+    end.sum().backward()
+    assert set(seen) == {"forward", "backward"}
+    torch.testing.assert_close(end, fdkernels.integrate_flow(packed, x0, num_steps=3))
+    handles.pop().remove()
+    assert fdkernels.pack_mlp(flow).order == ("x", "t")
+    handles.pop().remove()
+    assert fdkernels.pack_mlp(flow) is packed
 
 
 @pytest.mark.parametrize(
