@@ -12,13 +12,14 @@ from typing import Any, TypeGuard
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from fdkernels.activations import ACTIVATIONS, name_of
 from fdkernels.backend import autocast
 from fdkernels.layers import Input
 from fdkernels.networks import LayerModules, Linear, PackedMLP, VelocityMLP
-from fdkernels.reading import Leaf, read_forward
-from fdkernels.symbols import UnreadableError
+from fdkernels.reading import Leaf, read_forward, steady_weights
+from fdkernels.symbols import UnreadableError, uncompiled
 from fdkernels.validation import FLOATING, brief, is_sequence
 
 
@@ -30,7 +31,8 @@ def pack_mlp(module: nn.Module, order: Sequence[Input] | None = None) -> PackedM
     a concatenation of the inputs, then linear maps (``nn.Linear``), activations (those of
     ``fdkernels.activations.ACTIVATIONS``, as modules, functions or methods) and layer norms, of which an activation has
     at most one on either side. Reshapes that keep rows as they are, ``nn.Identity``, and dropout in eval mode are
-    passed over. The result is then tried out on two rows against the module's own call. docs/networks.md has examples.
+    passed over. The result is then tried out on two rows, with random weights, against
+    the module's own call. docs/networks.md has examples.
 
     Args:
         module: a module whose ``forward`` takes the concatenated inputs, as an ``nn.Sequential`` does, or takes x, t
@@ -160,18 +162,19 @@ def _read(module: nn.Module, roles: dict[str, Input] | None, order: tuple[Input,
         return module(*inputs) if roles is None else module(**dict(zip(roles, inputs)))
 
     inputs = ("inputs",) if roles is None else order
-    try:
-        forward = read_forward(module, inputs, call)
-    except UnreadableError as unreadable:
-        raise TypeError(
-            f"{what} {kind} cannot be read as an MLP because of {unreadable}; {_INSTEAD}"
-        ) from unreadable.__cause__
-    if sorted(forward.inputs) != sorted(inputs):
-        raise TypeError(f"{what} {kind} must concatenate {_listed(inputs)} once, got {_listed(forward.inputs)}")
-    packed = _stack(what, forward.leaves, order if roles is None else forward.inputs)  # type: ignore[arg-type]
-    if packed.device.type == "meta":
-        raise TypeError(f"{what} {kind} cannot be tried out: its weights are on meta, without numbers")
-    _try_out(f"{what} {kind}", packed, call, None if roles is None else order)
+    with steady_weights(module):
+        try:
+            forward = read_forward(module, inputs, call)
+        except UnreadableError as unreadable:
+            raise TypeError(
+                f"{what} {kind} cannot be read as an MLP because of {unreadable}; {_INSTEAD}"
+            ) from unreadable.__cause__
+        if sorted(forward.inputs) != sorted(inputs):
+            raise TypeError(f"{what} {kind} must concatenate {_listed(inputs)} once, got {_listed(forward.inputs)}")
+        packed = _stack(what, forward.leaves, order if roles is None else forward.inputs)  # type: ignore[arg-type]
+        if packed.device.type == "meta":
+            raise TypeError(f"{what} {kind} cannot be tried out: its weights are on meta, without numbers")
+        _try_out(f"{what} {kind}", packed, call, None if roles is None else order)
     return packed
 
 
@@ -303,9 +306,35 @@ def _call_either(call: Callable[..., Any], first: list[Tensor], second: list[Ten
         raise
 
 
+class _OtherWeights(TorchFunctionMode):
+    """Functions of PyTorch take random numbers in place of the layers' weights, in this thread and until it is left.
+
+    With the weights as they are, a network whose last layer is zero would tell nothing of the layers before it.
+    """
+
+    def __init__(self, packed: PackedMLP) -> None:
+        super().__init__()
+        generator = torch.Generator("cpu").manual_seed(0)
+        self.others: dict[int, tuple[Tensor, Tensor]] = {}
+        for layer in packed.layers:
+            modules = [module for module in (layer.linear, layer.norm_before, layer.norm_after) if module]
+            for part in (part for module in modules for part in (module.weight, module.bias)):
+                if part is not None and id(part) not in self.others:
+                    # so that values keep their size from layer to layer
+                    most = (6 / max(part.shape[1], 1)) ** 0.5 if part.ndim == 2 else 1.0
+                    other = torch.empty(part.shape, device="cpu").uniform_(-most, most, generator=generator)
+                    self.others[id(part)] = part, other.to(part)
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def other(given: Any) -> Any:
+            return self.others.get(id(given), (given, given))[1]
+
+        return function(*map(other, args), **{name: other(given) for name, given in (kwargs or {}).items()})
+
+
 @torch.no_grad()
 def _try_out(what: str, packed: PackedMLP, call: Callable[..., Any], arguments: tuple[Input, ...] | None) -> None:
-    """Check that the module's call computes what operators compute of the layers found in it."""
+    """Check that the module's call computes what operators compute of the layers found in it, with other weights."""
     width = packed.layers[0].linear.in_features
     rows = torch.linspace(-1, 1, 2 * width, dtype=packed.dtype, device=packed.device).view(2, width)
     widths = {"x": packed.action_dim, "t": 1, "cond": packed.cond_dim}
@@ -314,7 +343,7 @@ def _try_out(what: str, packed: PackedMLP, call: Callable[..., Any], arguments: 
     # it may want times (...) instead of (..., 1)
     flat = [tensor.squeeze(1) if name == "t" else tensor for name, tensor in zip(arguments or (), given)]
     try:
-        with autocast(packed.device, None):
+        with autocast(packed.device, None), uncompiled(), _OtherWeights(packed):
             h = rows
             for modules in packed.layers:
                 layer = modules.read()

@@ -48,8 +48,14 @@ class Forward(NamedTuple):
     leaves: list[Leaf]
 
 
+def steady_weights(module: nn.Module) -> contextlib.AbstractContextManager:
+    """The context in which a parametrised weight, which is computed when asked for, is the same tensor every time."""
+    parametrised = any(parametrize.is_parametrized(child) for child in module.modules())
+    return parametrize.cached() if parametrised else contextlib.nullcontext()
+
+
 def read_forward(module: nn.Module, inputs: Sequence[str], call: Callable[..., Any]) -> Forward:
-    """Read the module's forward as a stack of layers.
+    """Read the module's forward as a stack of layers. Within :func:`steady_weights`.
 
     Args:
         inputs: names for the inputs.
@@ -58,11 +64,8 @@ def read_forward(module: nn.Module, inputs: Sequence[str], call: Callable[..., A
     Raises:
         UnreadableError: the forward computes anything else.
     """
-    # A parametrised weight is computed when it is asked for. Cached, it is the same tensor every time.
-    parametrised = any(parametrize.is_parametrized(child) for child in module.modules())
-    with parametrize.cached() if parametrised else contextlib.nullcontext():
-        output = run_on_symbols(module, inputs, call)
-        return _Reader(module).read(output)
+    output = run_on_symbols(module, inputs, call)
+    return _Reader(module).read(output)
 
 
 class _Reader:

@@ -55,7 +55,7 @@ def run_on_symbols(module: nn.Module, inputs: Sequence[str], call: Callable[...,
     tracer = _Tracer(module, weights[0])
     symbols = [tracer.create_proxy("placeholder", name, (), {}) for name in inputs]
     try:
-        with torch.enable_grad(), _uncompiled():
+        with torch.enable_grad(), uncompiled():
             out = call(*symbols)
     except UnreadableError:
         raise
@@ -73,7 +73,7 @@ def operation(node: fx.Node) -> str:
     return name if node.op == "placeholder" else name.rstrip("_")
 
 
-def _uncompiled() -> contextlib.AbstractContextManager:
+def uncompiled() -> contextlib.AbstractContextManager:
     """Modules run as they are written, without the compiler, if it was ever loaded."""
     if "torch._dynamo" not in sys.modules or torch.compiler.is_compiling():
         return contextlib.nullcontext()

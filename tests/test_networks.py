@@ -195,6 +195,31 @@ def test_nothing_is_passed_over(module: nn.Module, message: str) -> None:
         fdkernels.pack_mlp(module)
 
 
+class Interleaved(nn.Module):
+    """Chunks of 4 steps, each action next to its step's observation, and a last layer that starts at zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4 * (2 + 3) + 1, 16), nn.SiLU(), nn.LayerNorm(16), nn.Linear(16, 8))
+        nn.init.zeros_(self.net[3].weight)
+        nn.init.zeros_(self.net[3].bias)
+
+    def forward(self, action: Tensor, obs: Tensor, time: Tensor) -> Tensor:
+        steps = torch.cat([action.view(-1, 4, 2), obs.view(-1, 4, 3)], -1)
+        return self.net(torch.cat([steps.flatten(1), time], -1))
+
+
+@pytest.mark.parametrize("zero", ["net.0.weight", "net.2.weight", "net.3.weight"])
+def test_a_layer_of_zeros_hides_nothing(zero: str) -> None:
+    net = Interleaved()
+    net.get_parameter(zero).data.zero_()
+    before, state = copy.deepcopy(net.state_dict()), torch.get_rng_state()
+    with pytest.raises(TypeError, match="Interleaved computes something other than the layers found in it"):
+        fdkernels.pack_mlp(net)
+    torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_wrappers_are_taken_off() -> None:
     rows = torch.randn(4, 2), torch.rand(4, 1), torch.randn(4, 3)
     net, flow = zoo.ByHand(), fdkernels.VelocityMLP(0, 2, hidden=(8,))
