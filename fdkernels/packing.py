@@ -31,8 +31,8 @@ def pack_mlp(module: nn.Module, order: Sequence[Input] | None = None) -> PackedM
     a concatenation of the inputs, then linear maps (``nn.Linear``), activations (those of
     ``fdkernels.activations.ACTIVATIONS``, as modules, functions or methods) and layer norms, of which an activation has
     at most one on either side. Reshapes that keep rows as they are, ``nn.Identity``, and dropout in eval mode are
-    passed over. The result is then tried out on two rows, with random weights, against
-    the module's own call. docs/networks.md has examples.
+    passed over. The result is then tried out on two rows, with random weights, against the module's own call.
+    docs/networks.md has examples.
 
     Args:
         module: a module whose ``forward`` takes the concatenated inputs, as an ``nn.Sequential`` does, or takes x, t

@@ -15,7 +15,7 @@ from torch import fx, nn
 from torch.nn.utils import parametrize
 
 from fdkernels.activations import ACTIVATIONS
-from fdkernels.symbols import RESHAPES, SIZES, UnreadableError, operation, run_on_symbols
+from fdkernels.symbols import RESHAPES, UnreadableError, is_size, operation, run_on_symbols
 
 Leaf = nn.Linear | nn.LayerNorm | str
 """A part of a stack; an activation is its name in ``ACTIVATIONS``."""
@@ -137,13 +137,7 @@ def _without_hooks(module: _Module, node: fx.Node) -> _Module:
 
 def _operands(node: fx.Node) -> list[fx.Node]:
     """The tensors among the node's inputs; sizes are none."""
-    return [operand for operand in node.all_input_nodes if not _is_size(operand)]
-
-
-def _is_size(node: fx.Node) -> bool:
-    return node.op != "placeholder" and (
-        operation(node) in SIZES or (bool(node.all_input_nodes) and all(map(_is_size, node.all_input_nodes)))
-    )
+    return [operand for operand in node.all_input_nodes if not is_size(operand)]
 
 
 def _writes(node: fx.Node) -> bool:

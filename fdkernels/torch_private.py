@@ -39,6 +39,16 @@ def forward_mode_active() -> bool:
     return getattr(torch.autograd.forward_ad, "_current_level", -1) >= 0
 
 
+def autocast_depth() -> int:
+    """How many autocasts this thread is in, one inside the other. No public function tells.
+
+    Instead: always 0, so that an autocast inside a forward is only noticed if it switches something on or off.
+    """
+    depth = getattr(torch, "autocast_increment_nesting", lambda: 1)() - 1
+    getattr(torch, "autocast_decrement_nesting", lambda: None)()
+    return depth
+
+
 clear_cublas_workspaces: Callable[[], None] = getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)
 """Free cuBLAS's workspaces, so that a CUDA graph gets one of its own. No public function does so.
 

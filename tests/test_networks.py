@@ -138,6 +138,14 @@ def in_place(function: Callable[[Tensor], Any]) -> Callable[[Written, Tensor], T
     return forward
 
 
+def shifted(h: Tensor) -> None:
+    h += 0.0
+
+
+def scaled(h: Tensor) -> None:
+    h /= 1.0
+
+
 class Adapted(nn.Linear):
     """A linear layer with another on top, as LoRA has it."""
 
@@ -166,6 +174,9 @@ class Adapted(nn.Linear):
         (Written(lambda self, x: self.last(self.first(x).detach())), "a stopped gradient"),
         (Written(torch.no_grad()(lambda self, x: self.last(self.first(x)))), "a part without gradients, at"),
         (Written(torch.autocast("cpu")(lambda self, x: self.last(self.first(x)))), "autocast, switched on or off"),
+        (Written(torch.autocast("cpu", enabled=False)(lambda self, x: self.last(self.first(x)))), "autocast, switched"),
+        (Written(in_place(shifted)), r"an operation in place whose result is not used \(add, at"),
+        (Written(in_place(scaled)), r"an operation in place whose result is not used \(div, at"),
         (Written(lambda self, x: self.last(self.first(x.flip(-1)))), r"\(flip, at"),
         (Written(lambda self, x: self.last(self.first(x)[..., :1])), r"a slice \(getitem"),
         (Written(lambda self, x: (self.last(self.first(x)), x)), "what it returns, tuple in place of a tensor"),
@@ -218,6 +229,18 @@ def test_a_layer_of_zeros_hides_nothing(zero: str) -> None:
         fdkernels.pack_mlp(net)
     torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_sizes_may_be_computed_in_place() -> None:
+    def forward(self: Written, x: Tensor) -> Tensor:
+        h = self.first(x)
+        numbers = h.shape[0]
+        numbers *= h.shape[1]
+        numbers //= 8
+        return self.last(h.view(numbers, -1))
+
+    net, rows = Written(forward), torch.randn(5, 6)
+    torch.testing.assert_close(fdkernels.pack_mlp(net).run(rows), net(rows))
 
 
 def test_wrappers_are_taken_off() -> None:
