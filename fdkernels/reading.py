@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from fdkernels.activations import ACTIVATIONS
@@ -86,12 +86,18 @@ class _Reader:
             if node not in past and _writes(node):
                 raise UnreadableError(f"an operation in place whose result is not used {_where(node)}")
         leaves: list[Leaf] = []
-        node = _skip(output)
-        while node.op != "placeholder" and operation(node) not in _CONCATENATIONS:
-            leaf, before = self.leaf(node)
-            leaves.append(leaf)
-            node = _skip(before)
-        return Forward(tuple(_inputs(node)), leaves[::-1])
+        node = output
+        try:
+            node = _skip(node)
+            while node.op != "placeholder" and operation(node) not in _CONCATENATIONS:
+                leaf, before = self.leaf(node)
+                leaves.append(leaf)
+                node = _skip(before)
+            return Forward(tuple(_inputs(node)), leaves[::-1])
+        except UnreadableError:
+            raise
+        except Exception as error:  # operations may be called in more ways than are expected here
+            raise UnreadableError(f"a step that is not understood {_where(node)}") from error
 
     def leaf(self, node: fx.Node) -> tuple[Leaf, fx.Node]:
         """The part of a stack that the node is, and the node before it."""
@@ -115,7 +121,7 @@ class _Reader:
         raise UnreadableError(_explain(node))
 
     def norm(self, node: fx.Node) -> nn.LayerNorm:
-        shape, eps = tuple(_argument(node, 1, "normalized_shape")), _argument(node, 4, "eps", 1e-5)
+        shape, eps = _normalized_shape(node), _argument(node, 4, "eps", 1e-5)
         weight, bias = _argument(node, 2, "weight"), _argument(node, 3, "bias")
         if weight is None and bias is None:
             return nn.LayerNorm(shape, eps, elementwise_affine=False)
@@ -133,6 +139,37 @@ def _without_hooks(module: _Module, node: fx.Node) -> _Module:
             "torch.nn.utils.parametrizations"
         )
     return module
+
+
+def _normalized_shape(norm: fx.Node) -> tuple[int, ...]:
+    """What the layer norm normalises over. The trial shows whether the last size of a symbol is the width before it."""
+    given = _argument(norm, 1, "normalized_shape")
+    sizes = given if isinstance(given, (list, tuple)) else (given,)
+    numbers = [_width_before(norm) if _is_last_size(size) else size for size in sizes]
+    if not all(isinstance(number, int) for number in numbers):
+        raise UnreadableError(f"a layer norm over a computed size {_where(norm)}")
+    return tuple(numbers)
+
+
+def _is_last_size(size: Any) -> bool:
+    """Whether it is ``h.size(-1)``, ``h.shape[-1]`` or ``h.shape[-1:]``."""
+    if isinstance(size, fx.Node) and operation(size) == "getitem":
+        whole, index = size.args
+        return isinstance(whole, fx.Node) and operation(whole) == "size" and index in (-1, slice(-1, None))
+    return isinstance(size, fx.Node) and operation(size) == "size" and size.args[1:] == (-1,)
+
+
+def _width_before(norm: fx.Node) -> int:
+    """The number of outputs of the last linear map before the layer norm."""
+    node = norm
+    while operation(node) != "linear":
+        if node.op == "placeholder":
+            raise UnreadableError(f"a layer norm of its inputs {_where(norm)}")
+        node = _operands(node)[0]
+    weight = _argument(node, 1, "weight")
+    if not isinstance(weight, Tensor):
+        raise UnreadableError(_explain(node))
+    return weight.shape[0]
 
 
 def _operands(node: fx.Node) -> list[fx.Node]:
@@ -179,7 +216,7 @@ def _inputs(node: fx.Node) -> Iterator[str]:
         return
     if operation(node) not in _CONCATENATIONS:
         raise UnreadableError(_explain_branch(node))
-    parts, dim = node.args[0], _argument(node, 1, "dim", node.kwargs.get("axis", 0))
+    parts, dim = _argument(node, 0, "tensors"), _argument(node, 1, "dim", node.kwargs.get("axis", 0))
     if operation(node) != "hstack" and dim not in (-1, 1):
         raise UnreadableError(f"a concatenation along dimension {dim} instead of the last one {_where(node)}")
     for part in parts if isinstance(parts, (list, tuple)) else ():

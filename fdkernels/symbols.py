@@ -76,9 +76,7 @@ def operation(node: fx.Node) -> str:
 
 def is_size(node: fx.Node) -> bool:
     """Whether it is a number that tells a shape, or made of such numbers, rather than a tensor."""
-    return node.op != "placeholder" and (
-        operation(node) in SIZES or (bool(node.all_input_nodes) and all(map(is_size, node.all_input_nodes)))
-    )
+    return node.meta["size"]
 
 
 def uncompiled() -> contextlib.AbstractContextManager:
@@ -108,6 +106,8 @@ class _Tracer(GraphAppendingTracer):
             raise UnreadableError(f"a part without gradients{place}")
         if self._autocast() != self.autocast:
             raise UnreadableError(f"autocast, switched on or off by its forward{place}")
+        made_of_sizes = bool(node.all_input_nodes) and all(map(is_size, node.all_input_nodes))
+        node.meta["size"] = kind != "placeholder" and (operation(node) in SIZES or made_of_sizes)
         made_of_rows = all(operand.meta["rows"] for operand in node.all_input_nodes)
         node.meta["rows"] = made_of_rows and operation(node) not in RESHAPES | SIZES | {"getitem"}
         return proxy

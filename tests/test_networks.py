@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
@@ -146,6 +147,13 @@ def scaled(h: Tensor) -> None:
     h /= 1.0
 
 
+def nested(x: Tensor) -> Tensor:
+    """More concatenations, one inside the other, than Python's stack holds."""
+    for _ in range(2000):
+        x = torch.cat([x], -1)
+    return x
+
+
 class Adapted(nn.Linear):
     """A linear layer with another on top, as LoRA has it."""
 
@@ -189,6 +197,9 @@ class Adapted(nn.Linear):
         (Written(lambda self, x: self.last(self.first(x)).view(-1, 1, 2)), r"its result is \(2, 1, 2\)"),
         (Written(lambda self, x: self.last(self.first(torch.cat([x, x], 0)))), "along dimension 0"),
         (Written(lambda self, x: self.last(self.first(torch.cat([x, x], -1)))), "concatenate inputs once"),
+        (Written(lambda self, x: self.last(self.first(F.layer_norm(x, x.shape[-1:])))), "a layer norm of its inputs"),
+        (Written(lambda self, x: self.last(F.layer_norm(h := self.first(x), (h.size(-1) * 1,)))), "a computed size"),
+        (Written(lambda self, x: self.last(self.first(nested(x)))), r"a step that is not understood \(cat, at"),
         (Written(lambda self, x: math.nan), "float in place of a tensor"),
         (Adapted(), r"a sum of two branches \(add, at `return super\(\).forward\(x\) \+ self.more"),
         (nn.Sequential(Adapted(), nn.ReLU(), nn.Linear(2, 2)), "a sum of two branches"),
@@ -229,6 +240,29 @@ def test_a_layer_of_zeros_hides_nothing(zero: str) -> None:
         fdkernels.pack_mlp(net)
     torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda self, x: self.last(F.layer_norm(self.first(x), self.first(x).shape[-1:])),
+        lambda self, x: self.last(F.layer_norm(h := self.first(x), (h.size(-1),)).relu()),
+        lambda self, x: self.last(F.layer_norm(h := self.first(x).view(-1, 8), h.shape[-1:])),
+        lambda self, x: self.last(F.layer_norm(h := self.first(x).view(-1, 8).tanh(), [h.shape[-1]])),
+        lambda self, x: self.last(F.layer_norm(h := self.first(x), h.shape[1:], self.norm.weight, self.norm.bias)),
+        lambda self, x: self.last(self.first(torch.cat(tensors=[x], dim=-1))),
+        lambda self, x: self.last(input=F.silu(input=self.first(input=torch.hstack(tensors=(x,))))),
+    ],
+)
+def test_arguments_in_every_form(forward: Callable[[Written, Tensor], Tensor]) -> None:
+    net, rows = Written(forward, norm=nn.LayerNorm(8)), torch.randn(5, 6)
+    torch.testing.assert_close(fdkernels.pack_mlp(net).run(rows), net(rows))
+
+
+def test_hundreds_of_layers() -> None:
+    net = nn.Sequential(nn.Linear(6, 8), *[layer for _ in range(600) for layer in (nn.Linear(8, 8), nn.Tanh())])
+    net.append(nn.Linear(8, 2))
+    assert len(fdkernels.pack_mlp(net).layers) == 602
 
 
 def test_sizes_may_be_computed_in_place() -> None:
