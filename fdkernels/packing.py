@@ -16,9 +16,9 @@ from torch.overrides import TorchFunctionMode
 
 from fdkernels.activations import ACTIVATIONS, name_of
 from fdkernels.backend import autocast
+from fdkernels.forwards import Leaf, read_forward, steady_weights
 from fdkernels.layers import Input
 from fdkernels.networks import LayerModules, Linear, PackedMLP, VelocityMLP
-from fdkernels.reading import Leaf, read_forward, steady_weights
 from fdkernels.symbols import UnreadableError, uncompiled
 from fdkernels.validation import FLOATING, brief, is_sequence
 
