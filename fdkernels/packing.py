@@ -20,6 +20,7 @@ from fdkernels.forwards import Leaf, read_forward, steady_weights
 from fdkernels.layers import Input
 from fdkernels.networks import LayerModules, Linear, PackedMLP, VelocityMLP
 from fdkernels.symbols import UnreadableError, uncompiled
+from fdkernels.torch_private import runs_forwards_alone
 from fdkernels.validation import FLOATING, brief, is_sequence
 
 
@@ -190,18 +191,9 @@ def is_known(module: object) -> TypeGuard[VelocityMLP]:
     if not isinstance(module, VelocityMLP) or type(module).forward is not VelocityMLP.forward:
         return False
     try:
-        return _is_unaltered(module)
+        return runs_forwards_alone(module)
     except RecursionError:  # which packing refuses
         return True
-
-
-def _is_unaltered(module: nn.Module) -> bool:
-    """Whether calling it runs the forwards of its class and its children's classes alone. Asked at every call."""
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-        return False
-    if "forward" in module.__dict__:
-        return False
-    return all([child is None or _is_unaltered(child) for child in module._modules.values()])
 
 
 def pack_known(what: str, module: VelocityMLP) -> PackedMLP:
