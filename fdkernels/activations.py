@@ -43,7 +43,7 @@ def _is(kind: type[nn.Module]) -> Callable[[nn.Module], bool]:
 
 
 def _is_gelu(approximate: str) -> Callable[[nn.Module], bool]:
-    return lambda module: isinstance(module, nn.GELU) and module.approximate == approximate
+    return lambda module: type(module) in (nn.GELU, GELU) and module.approximate == approximate
 
 
 def _gelu_slope(approximate: str) -> Callable[[Tensor], Tensor]:

@@ -112,7 +112,7 @@ def choose_fused(
 def _why_not_fused(packed: PackedMLP | None, differentiable: bool) -> str | None:
     """Why the kernels do not serve the network, devices and dtypes aside; None if they do."""
     if packed is None:
-        return "serves a VelocityMLP or a packed MLP, and this velocity is neither"
+        return "serves a VelocityMLP or a packed MLP, and this velocity is neither, or has hooks"
     if differentiable and torch.is_grad_enabled():
         return "has no gradient through the solver, which differentiable=True asks for"
     if len(packed.layers) < 2:

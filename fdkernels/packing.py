@@ -12,13 +12,15 @@ from typing import Any, TypeGuard
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from fdkernels.activations import ACTIVATIONS, name_of
 from fdkernels.backend import autocast
+from fdkernels.forwards import Leaf, read_forward, steady_weights
 from fdkernels.layers import Input
 from fdkernels.networks import LayerModules, Linear, PackedMLP, VelocityMLP
-from fdkernels.reading import Leaf, read_forward
-from fdkernels.symbols import UnreadableError
+from fdkernels.symbols import UnreadableError, uncompiled
+from fdkernels.torch_private import runs_forwards_alone
 from fdkernels.validation import FLOATING, brief, is_sequence
 
 
@@ -30,7 +32,8 @@ def pack_mlp(module: nn.Module, order: Sequence[Input] | None = None) -> PackedM
     a concatenation of the inputs, then linear maps (``nn.Linear``), activations (those of
     ``fdkernels.activations.ACTIVATIONS``, as modules, functions or methods) and layer norms, of which an activation has
     at most one on either side. Reshapes that keep rows as they are, ``nn.Identity``, and dropout in eval mode are
-    passed over. The result is then tried out on two rows against the module's own call. docs/networks.md has examples.
+    passed over. The result is then tried out on two rows, with random weights, against the module's own call.
+    docs/networks.md has examples.
 
     Args:
         module: a module whose ``forward`` takes the concatenated inputs, as an ``nn.Sequential`` does, or takes x, t
@@ -66,6 +69,8 @@ def pack_mlp(module: nn.Module, order: Sequence[Input] | None = None) -> PackedM
         return pack_known(what, module)
     if any(nn.parameter.is_lazy(parameter) for parameter in module.parameters()):
         raise TypeError(f"{what} {type(module).__name__} has weights without a shape yet; call it once first")
+    if isinstance(module, VelocityMLP) and type(module).forward is VelocityMLP.forward:
+        order = ("x", "t", "cond") if "cond" in module.order else ("x", "t")  # its arguments
     names = None if order is None else _check_order(order)
     arguments = _arguments(module)
     if arguments is None:
@@ -158,18 +163,19 @@ def _read(module: nn.Module, roles: dict[str, Input] | None, order: tuple[Input,
         return module(*inputs) if roles is None else module(**dict(zip(roles, inputs)))
 
     inputs = ("inputs",) if roles is None else order
-    try:
-        forward = read_forward(module, inputs, call)
-    except UnreadableError as unreadable:
-        raise TypeError(
-            f"{what} {kind} cannot be read as an MLP because of {unreadable}; {_INSTEAD}"
-        ) from unreadable.__cause__
-    if sorted(forward.inputs) != sorted(inputs):
-        raise TypeError(f"{what} {kind} must concatenate {_listed(inputs)} once, got {_listed(forward.inputs)}")
-    packed = _stack(what, forward.leaves, order if roles is None else forward.inputs)  # type: ignore[arg-type]
-    if packed.device.type == "meta":
-        raise TypeError(f"{what} {kind} cannot be tried out: its weights are on meta, without numbers")
-    _try_out(f"{what} {kind}", packed, call, None if roles is None else order)
+    with steady_weights(module):
+        try:
+            forward = read_forward(module, inputs, call)
+        except UnreadableError as unreadable:
+            raise TypeError(
+                f"{what} {kind} cannot be read as an MLP because of {unreadable}; {_INSTEAD}"
+            ) from unreadable.__cause__
+        if sorted(forward.inputs) != sorted(inputs):
+            raise TypeError(f"{what} {kind} must concatenate {_listed(inputs)} once, got {_listed(forward.inputs)}")
+        packed = _stack(what, forward.leaves, order if roles is None else forward.inputs)  # type: ignore[arg-type]
+        if packed.device.type == "meta":
+            raise TypeError(f"{what} {kind} cannot be tried out: its weights are on meta, without numbers")
+        _try_out(f"{what} {kind}", packed, call, None if roles is None else order)
     return packed
 
 
@@ -181,8 +187,13 @@ _known: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[object, ...], PackedMLP
 
 
 def is_known(module: object) -> TypeGuard[VelocityMLP]:
-    """Whether it is a VelocityMLP with its own forward."""
-    return isinstance(module, VelocityMLP) and type(module).forward is VelocityMLP.forward
+    """Whether it is a VelocityMLP whose call runs its own forward and its layers' and nothing else, such as a hook."""
+    if not isinstance(module, VelocityMLP) or type(module).forward is not VelocityMLP.forward:
+        return False
+    try:
+        return runs_forwards_alone(module)
+    except RecursionError:  # which packing refuses
+        return True
 
 
 def pack_known(what: str, module: VelocityMLP) -> PackedMLP:
@@ -194,7 +205,8 @@ def pack_known(what: str, module: VelocityMLP) -> PackedMLP:
     stack = module.net
     if torch.compiler.is_compiling() or not isinstance(stack, nn.Sequential):
         return _pack_children(what, stack, module.order)
-    settings = ((layer.training, getattr(layer, "approximate", None)) for layer in stack)
+    # vars, because a module answers slowly that it lacks an attribute
+    settings = [(layer.training, vars(layer).get("approximate")) for layer in stack]
     made_of = (*module.order, *stack, *settings)
     before, packed = _known.get(module, ((), None))
     if packed is None or made_of != before:
@@ -220,7 +232,7 @@ def _leaves(what: str, module: nn.Module) -> Iterator[Leaf]:
     if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
         for child in module:
             yield from _leaves(what, child)
-    elif isinstance(module, nn.Identity) or (isinstance(module, nn.Dropout) and not module.training):
+    elif type(module) is nn.Identity or (type(module) is nn.Dropout and not module.training):
         return
     elif (activation := name_of(module)) is not None:
         yield activation
@@ -286,9 +298,35 @@ def _call_either(call: Callable[..., Any], first: list[Tensor], second: list[Ten
         raise
 
 
+class _OtherWeights(TorchFunctionMode):
+    """Functions of PyTorch take random numbers in place of the layers' weights, in this thread and until it is left.
+
+    With the weights as they are, a network whose last layer is zero would tell nothing of the layers before it.
+    """
+
+    def __init__(self, packed: PackedMLP) -> None:
+        super().__init__()
+        generator = torch.Generator("cpu").manual_seed(0)
+        self.others: dict[int, tuple[Tensor, Tensor]] = {}
+        for layer in packed.layers:
+            modules = [module for module in (layer.linear, layer.norm_before, layer.norm_after) if module]
+            for part in (part for module in modules for part in (module.weight, module.bias)):
+                if part is not None and id(part) not in self.others:
+                    # so that values keep their size from layer to layer
+                    most = (6 / max(part.shape[1], 1)) ** 0.5 if part.ndim == 2 else 1.0
+                    other = torch.empty(part.shape, device="cpu").uniform_(-most, most, generator=generator)
+                    self.others[id(part)] = part, other.to(part)
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def other(given: Any) -> Any:
+            return self.others.get(id(given), (given, given))[1]
+
+        return function(*map(other, args), **{name: other(given) for name, given in (kwargs or {}).items()})
+
+
 @torch.no_grad()
 def _try_out(what: str, packed: PackedMLP, call: Callable[..., Any], arguments: tuple[Input, ...] | None) -> None:
-    """Check that the module's call computes what operators compute of the layers found in it."""
+    """Check that the module's call computes what operators compute of the layers found in it, with other weights."""
     width = packed.layers[0].linear.in_features
     rows = torch.linspace(-1, 1, 2 * width, dtype=packed.dtype, device=packed.device).view(2, width)
     widths = {"x": packed.action_dim, "t": 1, "cond": packed.cond_dim}
@@ -297,7 +335,7 @@ def _try_out(what: str, packed: PackedMLP, call: Callable[..., Any], arguments: 
     # it may want times (...) instead of (..., 1)
     flat = [tensor.squeeze(1) if name == "t" else tensor for name, tensor in zip(arguments or (), given)]
     try:
-        with autocast(packed.device, None):
+        with autocast(packed.device, None), uncompiled(), _OtherWeights(packed):
             h = rows
             for modules in packed.layers:
                 layer = modules.read()

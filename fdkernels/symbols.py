@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 from torch.fx.proxy import GraphAppendingTracer, TraceError
 
 from fdkernels.backend import autocast_enabled
+from fdkernels.torch_private import autocast_depth
 
 ROWS = 2
 """A symbol stands for a tensor (ROWS, width) of unknown width, until it is reshaped."""
@@ -55,7 +56,7 @@ def run_on_symbols(module: nn.Module, inputs: Sequence[str], call: Callable[...,
     tracer = _Tracer(module, weights[0])
     symbols = [tracer.create_proxy("placeholder", name, (), {}) for name in inputs]
     try:
-        with torch.enable_grad(), _uncompiled():
+        with torch.enable_grad(), uncompiled():
             out = call(*symbols)
     except UnreadableError:
         raise
@@ -73,7 +74,12 @@ def operation(node: fx.Node) -> str:
     return name if node.op == "placeholder" else name.rstrip("_")
 
 
-def _uncompiled() -> contextlib.AbstractContextManager:
+def is_size(node: fx.Node) -> bool:
+    """Whether it is a number that tells a shape, or made of such numbers, rather than a tensor."""
+    return node.meta["size"]
+
+
+def uncompiled() -> contextlib.AbstractContextManager:
     """Modules run as they are written, without the compiler, if it was ever loaded."""
     if "torch._dynamo" not in sys.modules or torch.compiler.is_compiling():
         return contextlib.nullcontext()
@@ -85,7 +91,11 @@ class _Tracer(GraphAppendingTracer):
         super().__init__(fx.Graph())
         self.names = {id(child): name for name, child in module.named_modules()}
         self.device, self.dtype = like.device, like.dtype
-        self.autocast = autocast_enabled(self.device.type)
+        self.autocast = self._autocast()
+
+    def _autocast(self) -> tuple[int, bool]:
+        """Where this is among autocasts. One that changes nothing now may do so in a later call."""
+        return autocast_depth(), autocast_enabled(self.device.type)
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> fx.Proxy:
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **more)
@@ -94,8 +104,10 @@ class _Tracer(GraphAppendingTracer):
         node.meta["place"] = place = _place(traceback.walk_stack(None), self.names)
         if kind != "placeholder" and not torch.is_grad_enabled():
             raise UnreadableError(f"a part without gradients{place}")
-        if autocast_enabled(self.device.type) != self.autocast:
+        if self._autocast() != self.autocast:
             raise UnreadableError(f"autocast, switched on or off by its forward{place}")
+        made_of_sizes = bool(node.all_input_nodes) and all(map(is_size, node.all_input_nodes))
+        node.meta["size"] = kind != "placeholder" and (operation(node) in SIZES or made_of_sizes)
         made_of_rows = all(operand.meta["rows"] for operand in node.all_input_nodes)
         node.meta["rows"] = made_of_rows and operation(node) not in RESHAPES | SIZES | {"getitem"}
         return proxy
@@ -130,6 +142,27 @@ class _Symbol(fx.Proxy):
             raise AttributeError(name)
         return super().__getattr__(name)
 
+    def __iadd__(self, other: Any) -> Any:
+        return self._write("add_", other)
+
+    def __isub__(self, other: Any) -> Any:
+        return self._write("sub_", other)
+
+    def __imul__(self, other: Any) -> Any:
+        return self._write("mul_", other)
+
+    def __itruediv__(self, other: Any) -> Any:
+        return self._write("div_", other)
+
+    def __ifloordiv__(self, other: Any) -> Any:
+        return self._write("floor_divide_", other)
+
+    def __imod__(self, other: Any) -> Any:
+        return self._write("remainder_", other)
+
+    def __ipow__(self, other: Any) -> Any:
+        return self._write("pow_", other)
+
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
 
@@ -156,7 +189,11 @@ class _Symbol(fx.Proxy):
     def numel(self) -> int:
         return ROWS  # few enough for cpu/layers.py to choose PyTorch's own functions
 
-    def _ask(self, method: str, *args: int) -> fx.Proxy:
+    def _write(self, method: str, other: Any) -> Any:
+        """What an assignment such as ``h += 1`` does: it changes a tensor, but gives a size another value."""
+        return NotImplemented if is_size(self.node) else self._ask(method, other)
+
+    def _ask(self, method: str, *args: Any) -> fx.Proxy:
         return self.tracer.create_proxy("call_method", method, (self, *args), {})
 
 

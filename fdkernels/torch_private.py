@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 _Function = TypeVar("_Function", bound=Callable)
 
@@ -37,6 +37,29 @@ def forward_mode_active() -> bool:
     Instead: always False, so that oneDNN's products would lose tangents.
     """
     return getattr(torch.autograd.forward_ad, "_current_level", -1) >= 0
+
+
+def autocast_depth() -> int:
+    """How many autocasts this thread is in, one inside the other. No public function tells.
+
+    Instead: always 0, so that an autocast inside a forward is only noticed if it switches something on or off.
+    """
+    depth = getattr(torch, "autocast_increment_nesting", lambda: 1)() - 1
+    getattr(torch, "autocast_decrement_nesting", lambda: None)()
+    return depth
+
+
+def runs_forwards_alone(module: nn.Module) -> bool:
+    """Whether calling the module runs the forwards of its class and of its parts' classes, and nothing else: no hook of
+    theirs, no forward set on one of them. Public functions only add and remove hooks. Operators ask at every call.
+
+    Instead: nothing. Every supported PyTorch has these names.
+    """
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return False
+    if "forward" in module.__dict__:
+        return False
+    return all([child is None or runs_forwards_alone(child) for child in module._modules.values()])
 
 
 clear_cublas_workspaces: Callable[[], None] = getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)

@@ -26,7 +26,7 @@ FLOORS = [
     {"kernels.flow"},
     {"ops"},
     {"networks", "symbols"},
-    {"reading"},
+    {"forwards"},
     {"packing"},
     {"velocity"},
     {"penalty", "score", "flow", "jacobian"},

@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import fdkernels
 import fdkernels_ref
@@ -137,6 +139,21 @@ def in_place(function: Callable[[Tensor], Any]) -> Callable[[Written, Tensor], T
     return forward
 
 
+def shifted(h: Tensor) -> None:
+    h += 0.0
+
+
+def scaled(h: Tensor) -> None:
+    h /= 1.0
+
+
+def nested(x: Tensor) -> Tensor:
+    """More concatenations, one inside the other, than Python's stack holds."""
+    for _ in range(2000):
+        x = torch.cat([x], -1)
+    return x
+
+
 class Adapted(nn.Linear):
     """A linear layer with another on top, as LoRA has it."""
 
@@ -165,6 +182,9 @@ class Adapted(nn.Linear):
         (Written(lambda self, x: self.last(self.first(x).detach())), "a stopped gradient"),
         (Written(torch.no_grad()(lambda self, x: self.last(self.first(x)))), "a part without gradients, at"),
         (Written(torch.autocast("cpu")(lambda self, x: self.last(self.first(x)))), "autocast, switched on or off"),
+        (Written(torch.autocast("cpu", enabled=False)(lambda self, x: self.last(self.first(x)))), "autocast, switched"),
+        (Written(in_place(shifted)), r"an operation in place whose result is not used \(add, at"),
+        (Written(in_place(scaled)), r"an operation in place whose result is not used \(div, at"),
         (Written(lambda self, x: self.last(self.first(x.flip(-1)))), r"\(flip, at"),
         (Written(lambda self, x: self.last(self.first(x)[..., :1])), r"a slice \(getitem"),
         (Written(lambda self, x: (self.last(self.first(x)), x)), "what it returns, tuple in place of a tensor"),
@@ -177,6 +197,9 @@ class Adapted(nn.Linear):
         (Written(lambda self, x: self.last(self.first(x)).view(-1, 1, 2)), r"its result is \(2, 1, 2\)"),
         (Written(lambda self, x: self.last(self.first(torch.cat([x, x], 0)))), "along dimension 0"),
         (Written(lambda self, x: self.last(self.first(torch.cat([x, x], -1)))), "concatenate inputs once"),
+        (Written(lambda self, x: self.last(self.first(F.layer_norm(x, x.shape[-1:])))), "a layer norm of its inputs"),
+        (Written(lambda self, x: self.last(F.layer_norm(h := self.first(x), (h.size(-1) * 1,)))), "a computed size"),
+        (Written(lambda self, x: self.last(self.first(nested(x)))), r"a step that is not understood \(cat, at"),
         (Written(lambda self, x: math.nan), "float in place of a tensor"),
         (Adapted(), r"a sum of two branches \(add, at `return super\(\).forward\(x\) \+ self.more"),
         (nn.Sequential(Adapted(), nn.ReLU(), nn.Linear(2, 2)), "a sum of two branches"),
@@ -192,6 +215,66 @@ def test_nothing_is_passed_over(module: nn.Module, message: str) -> None:
     """Not even what two rows would not show, such as wide clips."""
     with pytest.raises(TypeError, match=message):
         fdkernels.pack_mlp(module)
+
+
+class Interleaved(nn.Module):
+    """Chunks of 4 steps, each action next to its step's observation, and a last layer that starts at zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4 * (2 + 3) + 1, 16), nn.SiLU(), nn.LayerNorm(16), nn.Linear(16, 8))
+        nn.init.zeros_(self.net[3].weight)
+        nn.init.zeros_(self.net[3].bias)
+
+    def forward(self, action: Tensor, obs: Tensor, time: Tensor) -> Tensor:
+        steps = torch.cat([action.view(-1, 4, 2), obs.view(-1, 4, 3)], -1)
+        return self.net(torch.cat([steps.flatten(1), time], -1))
+
+
+@pytest.mark.parametrize("zero", ["net.0.weight", "net.2.weight", "net.3.weight"])
+def test_a_layer_of_zeros_hides_nothing(zero: str) -> None:
+    net = Interleaved()
+    net.get_parameter(zero).data.zero_()
+    before, state = copy.deepcopy(net.state_dict()), torch.get_rng_state()
+    with pytest.raises(TypeError, match="Interleaved computes something other than the layers found in it"):
+        fdkernels.pack_mlp(net)
+    torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda self, x: self.last(F.layer_norm(self.first(x), self.first(x).shape[-1:])),
+        lambda self, x: self.last(F.layer_norm(h := self.first(x), (h.size(-1),)).relu()),
+        lambda self, x: self.last(F.layer_norm(h := self.first(x).view(-1, 8), h.shape[-1:])),
+        lambda self, x: self.last(F.layer_norm(h := self.first(x).view(-1, 8).tanh(), [h.shape[-1]])),
+        lambda self, x: self.last(F.layer_norm(h := self.first(x), h.shape[1:], self.norm.weight, self.norm.bias)),
+        lambda self, x: self.last(self.first(torch.cat(tensors=[x], dim=-1))),
+        lambda self, x: self.last(input=F.silu(input=self.first(input=torch.hstack(tensors=(x,))))),
+    ],
+)
+def test_arguments_in_every_form(forward: Callable[[Written, Tensor], Tensor]) -> None:
+    net, rows = Written(forward, norm=nn.LayerNorm(8)), torch.randn(5, 6)
+    torch.testing.assert_close(fdkernels.pack_mlp(net).run(rows), net(rows))
+
+
+def test_hundreds_of_layers() -> None:
+    net = nn.Sequential(nn.Linear(6, 8), *[layer for _ in range(600) for layer in (nn.Linear(8, 8), nn.Tanh())])
+    net.append(nn.Linear(8, 2))
+    assert len(fdkernels.pack_mlp(net).layers) == 602
+
+
+def test_sizes_may_be_computed_in_place() -> None:
+    def forward(self: Written, x: Tensor) -> Tensor:
+        h = self.first(x)
+        numbers = h.shape[0]
+        numbers *= h.shape[1]
+        numbers //= 8
+        return self.last(h.view(numbers, -1))
+
+    net, rows = Written(forward), torch.randn(5, 6)
+    torch.testing.assert_close(fdkernels.pack_mlp(net).run(rows), net(rows))
 
 
 def test_wrappers_are_taken_off() -> None:
@@ -398,6 +481,74 @@ def test_a_forward_of_ones_own_is_never_passed_over() -> None:
     with pytest.raises(TypeError, match="Doubled cannot be read as an MLP because of arithmetic with a constant"):
         fdkernels.pack_mlp(flow)
     assert_the_module_decides(flow, x0, cond)
+
+
+def _weight_norm(flow: fdkernels.VelocityMLP) -> None:
+    nn.utils.weight_norm(flow.net[0])
+    flow.net[0].weight_g.data.mul_(3)
+
+
+def _prune(flow: fdkernels.VelocityMLP) -> None:
+    prune.l1_unstructured(flow.net[0], "weight", 0.5)
+    flow.net[0].weight_orig.data.mul_(3)
+
+
+def _prune_bias(flow: fdkernels.VelocityMLP) -> None:
+    prune.random_unstructured(flow.net[2], "bias", 0.5)
+    flow.net[2].bias_orig.data.add_(3)
+
+
+ALTERATIONS: dict[str, tuple[Callable[[fdkernels.VelocityMLP], object], str]] = {
+    "weight norm": (_weight_norm, "weights that a hook makes at every call"),
+    "pruning": (_prune, "weights that a hook makes at every call"),
+    "pruning of a bias": (_prune_bias, "weights that a hook makes at every call"),
+    "hook of a layer": (
+        lambda flow: flow.net[0].register_forward_hook(lambda m, i, o: 2 * o),
+        "arithmetic with a const",
+    ),
+    "hook of the stack": (
+        lambda flow: flow.net.register_forward_hook(lambda m, i, o: 2 * o),
+        "arithmetic with a const",
+    ),
+    "hook before": (lambda flow: flow.net.register_forward_pre_hook(lambda m, i: (2 * i[0],)), "arithmetic with a"),
+    "own forward": (lambda flow: setattr(flow, "forward", lambda x, t, cond: x - cond[..., :2]), "a slice"),
+    "a layer's": (lambda flow: setattr(flow.net[1], "forward", torch.sin), "sin"),
+}
+
+
+@pytest.mark.parametrize("name", ALTERATIONS)
+def test_what_alters_a_known_network_is_never_passed_over(name: str) -> None:
+    """Operators then call it, on the general path, and ``pack_mlp`` says why."""
+    alter, part = ALTERATIONS[name]
+    flow = fdkernels.VelocityMLP(3, 2, hidden=(8,)).double()
+    x0, cond = torch.randn(4, 2, dtype=F64), torch.randn(4, 3, dtype=F64)
+    before = fdkernels.integrate_flow(flow, x0, cond)
+    alter(flow)
+    truth = fdkernels_ref.integrate_flow(flow, x0, cond)
+    assert not torch.allclose(truth, before)
+    torch.testing.assert_close(fdkernels.integrate_flow(flow, x0, cond), truth)
+    if name == "hook of a layer":
+        compiled = torch.compile(fdkernels.integrate_flow, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(flow, x0, cond), truth)
+    with pytest.raises(TypeError, match=f"module VelocityMLP cannot be read as an MLP because of .*{part}"):
+        fdkernels.pack_mlp(flow)
+
+
+def test_a_hook_that_only_looks_on_is_run() -> None:
+    flow, x0 = fdkernels.VelocityMLP(0, 2, hidden=(8,)), torch.randn(4, 2)
+    packed, seen = fdkernels.pack_mlp(flow), []
+    handles = [
+        flow.net[0].register_forward_hook(lambda layer, given, out: seen.append("forward")),
+        flow.net[2].register_full_backward_hook(lambda layer, *gradients: seen.append("backward")),
+    ]
+    end = fdkernels.integrate_flow(flow, x0, num_steps=3, differentiable=True)
+    end.sum().backward()
+    assert set(seen) == {"forward", "backward"}
+    torch.testing.assert_close(end, fdkernels.integrate_flow(packed, x0, num_steps=3))
+    handles.pop().remove()
+    assert fdkernels.pack_mlp(flow).order == ("x", "t")
+    handles.pop().remove()
+    assert fdkernels.pack_mlp(flow) is packed
 
 
 @pytest.mark.parametrize(

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from fdkernels.activations import ACTIVATIONS
-from fdkernels.symbols import RESHAPES, SIZES, UnreadableError, operation, run_on_symbols
+from fdkernels.symbols import RESHAPES, UnreadableError, is_size, operation, run_on_symbols
 
 Leaf = nn.Linear | nn.LayerNorm | str
 """A part of a stack; an activation is its name in ``ACTIVATIONS``."""
 
+_Module = TypeVar("_Module", bound=nn.Module)
 _CASTS = {"to", "type_as", "float", "double", "half", "bfloat16"}
 _CONCATENATIONS = {"cat", "concat", "concatenate", "hstack"}
 _SUMS, _PRODUCTS = {"add", "sub"}, {"mul", "addcmul"}
@@ -47,8 +48,14 @@ class Forward(NamedTuple):
     leaves: list[Leaf]
 
 
+def steady_weights(module: nn.Module) -> contextlib.AbstractContextManager:
+    """The context in which a parametrised weight, which is computed when asked for, is the same tensor every time."""
+    parametrised = any(parametrize.is_parametrized(child) for child in module.modules())
+    return parametrize.cached() if parametrised else contextlib.nullcontext()
+
+
 def read_forward(module: nn.Module, inputs: Sequence[str], call: Callable[..., Any]) -> Forward:
-    """Read the module's forward as a stack of layers.
+    """Read the module's forward as a stack of layers. Within :func:`steady_weights`.
 
     Args:
         inputs: names for the inputs.
@@ -57,11 +64,8 @@ def read_forward(module: nn.Module, inputs: Sequence[str], call: Callable[..., A
     Raises:
         UnreadableError: the forward computes anything else.
     """
-    # A parametrised weight is computed when it is asked for. Cached, it is the same tensor every time.
-    parametrised = any(parametrize.is_parametrized(child) for child in module.modules())
-    with parametrize.cached() if parametrised else contextlib.nullcontext():
-        output = run_on_symbols(module, inputs, call)
-        return _Reader(module).read(output)
+    output = run_on_symbols(module, inputs, call)
+    return _Reader(module).read(output)
 
 
 class _Reader:
@@ -82,12 +86,18 @@ class _Reader:
             if node not in past and _writes(node):
                 raise UnreadableError(f"an operation in place whose result is not used {_where(node)}")
         leaves: list[Leaf] = []
-        node = _skip(output)
-        while node.op != "placeholder" and operation(node) not in _CONCATENATIONS:
-            leaf, before = self.leaf(node)
-            leaves.append(leaf)
-            node = _skip(before)
-        return Forward(tuple(_inputs(node)), leaves[::-1])
+        node = output
+        try:
+            node = _skip(node)
+            while node.op != "placeholder" and operation(node) not in _CONCATENATIONS:
+                leaf, before = self.leaf(node)
+                leaves.append(leaf)
+                node = _skip(before)
+            return Forward(tuple(_inputs(node)), leaves[::-1])
+        except UnreadableError:
+            raise
+        except Exception as error:  # operations may be called in more ways than are expected here
+            raise UnreadableError(f"a step that is not understood {_where(node)}") from error
 
     def leaf(self, node: fx.Node) -> tuple[Leaf, fx.Node]:
         """The part of a stack that the node is, and the node before it."""
@@ -101,12 +111,7 @@ class _Reader:
                 linear = self.linears.get((id(weights[0]), id(weights[1])))
                 if linear is None:
                     raise UnreadableError(f"a linear map whose weights are not those of an nn.Linear {_where(node)}")
-                if "weight" in vars(linear):  # too late for operators, which read it between calls
-                    raise UnreadableError(
-                        f"weights that a hook makes at every call {_where(node)}, in place of which there is "
-                        "torch.nn.utils.parametrizations"
-                    )
-                return linear, operands[0]
+                return _without_hooks(linear, node), operands[0]
             if name == "layer_norm":
                 return self.norm(node), operands[0]
             form = str(node.kwargs.get("approximate", "none")) if name == "gelu" else ""
@@ -116,25 +121,60 @@ class _Reader:
         raise UnreadableError(_explain(node))
 
     def norm(self, node: fx.Node) -> nn.LayerNorm:
-        shape, eps = tuple(_argument(node, 1, "normalized_shape")), _argument(node, 4, "eps", 1e-5)
+        shape, eps = _normalized_shape(node), _argument(node, 4, "eps", 1e-5)
         weight, bias = _argument(node, 2, "weight"), _argument(node, 3, "bias")
         if weight is None and bias is None:
             return nn.LayerNorm(shape, eps, elementwise_affine=False)
         norm = self.norms.get((id(weight), id(bias)))
         if norm is None or (norm.normalized_shape, norm.eps) != (shape, eps):
             raise UnreadableError(f"a layer norm whose weights and ε are not those of an nn.LayerNorm {_where(node)}")
-        return norm
+        return _without_hooks(norm, node)
+
+
+def _without_hooks(module: _Module, node: fx.Node) -> _Module:
+    """The module, unless hooks make its weights: too late for operators, which read them between calls."""
+    if not vars(module).keys().isdisjoint(("weight", "bias")):
+        raise UnreadableError(
+            f"weights that a hook makes at every call {_where(node)}, in place of which there is "
+            "torch.nn.utils.parametrizations"
+        )
+    return module
+
+
+def _normalized_shape(norm: fx.Node) -> tuple[int, ...]:
+    """What the layer norm normalises over. The trial shows whether the last size of a symbol is the width before it."""
+    given = _argument(norm, 1, "normalized_shape")
+    sizes = given if isinstance(given, (list, tuple)) else (given,)
+    numbers = [_width_before(norm) if _is_last_size(size) else size for size in sizes]
+    if not all(isinstance(number, int) for number in numbers):
+        raise UnreadableError(f"a layer norm over a computed size {_where(norm)}")
+    return tuple(numbers)
+
+
+def _is_last_size(size: Any) -> bool:
+    """Whether it is ``h.size(-1)``, ``h.shape[-1]`` or ``h.shape[-1:]``."""
+    if isinstance(size, fx.Node) and operation(size) == "getitem":
+        whole, index = size.args
+        return isinstance(whole, fx.Node) and operation(whole) == "size" and index in (-1, slice(-1, None))
+    return isinstance(size, fx.Node) and operation(size) == "size" and size.args[1:] == (-1,)
+
+
+def _width_before(norm: fx.Node) -> int:
+    """The number of outputs of the last linear map before the layer norm."""
+    node = norm
+    while operation(node) != "linear":
+        if node.op == "placeholder":
+            raise UnreadableError(f"a layer norm of its inputs {_where(norm)}")
+        node = _operands(node)[0]
+    weight = _argument(node, 1, "weight")
+    if not isinstance(weight, Tensor):
+        raise UnreadableError(_explain(node))
+    return weight.shape[0]
 
 
 def _operands(node: fx.Node) -> list[fx.Node]:
     """The tensors among the node's inputs; sizes are none."""
-    return [operand for operand in node.all_input_nodes if not _is_size(operand)]
-
-
-def _is_size(node: fx.Node) -> bool:
-    return node.op != "placeholder" and (
-        operation(node) in SIZES or (bool(node.all_input_nodes) and all(map(_is_size, node.all_input_nodes)))
-    )
+    return [operand for operand in node.all_input_nodes if not is_size(operand)]
 
 
 def _writes(node: fx.Node) -> bool:
@@ -176,7 +216,7 @@ def _inputs(node: fx.Node) -> Iterator[str]:
         return
     if operation(node) not in _CONCATENATIONS:
         raise UnreadableError(_explain_branch(node))
-    parts, dim = node.args[0], _argument(node, 1, "dim", node.kwargs.get("axis", 0))
+    parts, dim = _argument(node, 0, "tensors"), _argument(node, 1, "dim", node.kwargs.get("axis", 0))
     if operation(node) != "hstack" and dim not in (-1, 1):
         raise UnreadableError(f"a concatenation along dimension {dim} instead of the last one {_where(node)}")
     for part in parts if isinstance(parts, (list, tuple)) else ():
@@ -199,7 +239,7 @@ def _explain(node: fx.Node) -> str:
         whole = [_operands(operand)[0] if operation(operand) == "getitem" else operand for operand in operands]
         if whole[0] in before[1] or whole[1] in before[0]:
             return f"a residual connection {_where(node)}"
-        aside = [operand for operand, past in zip(operands, before) if _is_aside(past)]
+        aside = [past[0] for past in before if _is_aside(past) and past[0].op != "placeholder"]
         return _explain_branch(aside[0]) if aside else f"a sum of two branches {_where(node)}"
     if name in _SUMS | _PRODUCTS | {"div", "truediv", "neg"}:
         return f"arithmetic with a constant {_where(node)}"
