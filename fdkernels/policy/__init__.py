@@ -1,6 +1,6 @@
 """Act with a trained policy: `load_policy` reads a run's policy.safetensors; its result maps observations to actions.
 
-Needs PyTorch, NumPy and safetensors (``pip install "fdkernels[policy]"``), nothing of what training needs.
+Needs PyTorch, NumPy and safetensors (the extra ``policy``), nothing of what training needs.
 """
 
 from fdkernels.policy.acting import Acting, RuleName

@@ -52,9 +52,7 @@ def export_policy(policy: Policy, path: str | os.PathLike[str]) -> None:
     try:
         importlib.import_module("onnxscript")
     except ImportError as error:
-        raise ImportError(
-            f"export_policy: an .onnx needs onnxscript ({error}): pip install onnxscript, or fdkernels[onnx]"
-        ) from error
+        raise ImportError(f"export_policy: an .onnx needs onnxscript ({error}): pip install onnxscript") from error
     with _quiet():
         program = torch.onnx.export(
             trace(policy),

@@ -213,5 +213,5 @@ def _safetensors(op: str) -> Any:
     try:
         import safetensors.torch
     except ImportError as error:
-        raise ImportError(f"{op} needs safetensors: pip install safetensors, or fdkernels[policy]") from error
+        raise ImportError(f"{op} needs safetensors: pip install safetensors") from error
     return safetensors
