@@ -168,6 +168,9 @@ def flow_fisher_penalty(
             first = math.prod(shape)
             bridge_noise = draw(shape, like, generator, seed, first) if bridge_noise is None else bridge_noise
         seed = None
+    # What the kernel draws has the dtype of `like`, and no tensor yet.
+    rows = like.new_empty(0, displacement.shape[-1]) if start is None else start
+    bound.check_rows(rows, cond, "noise" if samples is None else "samples", "cond", len(lead))
     request = _Request(
         cond, displacement, start, bridge_noise, seed, shape[len(lead)], t,
         solver if samples is None else solver.finished(), score_rule, rule, return_score,
@@ -200,9 +203,6 @@ class _Request(NamedTuple):
     rule: PenaltyRule
     return_score: bool
 
-    def start_name(self) -> str:
-        return "noise" if self.solver.times else "samples"
-
 
 def _check_given(
     op: str, given: dict[str, Tensor | None], num_samples: int, device: torch.device, event_dim: int
@@ -224,9 +224,8 @@ def _fused(request: _Request, bound: BoundVelocity, way: Way) -> tuple[Tensor, T
     """Penalty (...) and, if asked, scores (..., K, d), in float32, by one launch or one graph of launches."""
     displacement, num_samples, seed = request.displacement, request.num_samples, request.seed
     device = displacement.device
-    drawn_as = request.cond if isinstance(request.cond, Tensor) else displacement
-    start = drawn_as.new_empty(0, displacement.shape[-1]) if request.start is None else request.start
-    cond = bound.check_rows(start, request.cond, request.start_name(), "cond")
+    cond = request.cond
+    assert cond is None or isinstance(cond, Tensor), "check_rows checks this"
     prepare(request.solver, device)
     lead, d = displacement.shape[:-1], displacement.shape[-1]
     together = num_samples <= _MAX_SAMPLES
@@ -273,7 +272,7 @@ def _step_by_step(request: _Request, bound: BoundVelocity, backend: Backend | No
     with torch.no_grad():
         with bound.context(start.device):
             cond = for_samples(request.cond, displacement.shape[:-1])
-            field, x = bound.flow()(start, cond, request.start_name(), "cond")
+            field, x = bound.flow()(start, cond)
             if solver.times:
                 x = integrate(field, x, solver)
             if isinstance(t, Tensor):

@@ -192,7 +192,7 @@ def flow_pullback_penalty(
     bridge_noise = flat(bridge_noise, event_dim)
     like = cond if isinstance(cond, Tensor) else displacement
     fused = choose_fused(op, backend, None, bound.packed, (displacement, like, action))
-    bound.check_rows(action, cond, "action", "cond")
+    bound.check_rows(action, cond, "action", "cond", len(lead))
     with torch.no_grad():
         noise = flat(draw(shape, like, generator, seed), event_dim) if bridge_noise is None else bridge_noise
         alpha, sigma = levels(op, resolved, t)
