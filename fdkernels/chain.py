@@ -255,10 +255,10 @@ def _timed(request: _Request, rows: tuple[int, ...]) -> TimedAffine:
     affine = rule.affine(t, like, like)
     if affine.pairs is None:
         assert not isinstance(t, Tensor)
-        alpha, sigma = (None, None) if rule.path is PATHS["linear"] else rule.levels(t)
+        alpha, sigma = (None, None) if rule.path is PATHS["linear"] else rule.levels(t, like.device)
         return TimedAffine(None, t, alpha, sigma, affine.p, affine.q, affine.use_x)
     at = (t if isinstance(t, Tensor) else torch.full((1,), t, device=like.device)).to(torch.float32)
-    columns = [column.expand(*rows, 1) for column in (at, *rule.levels(at))]
+    columns = [column.expand(*rows, 1) for column in (at, *rule.levels(at, like.device))]
     table = torch.cat([*columns, affine.pairs.to(torch.float32).expand(*rows, 2)], -1)
     return TimedAffine(table.reshape(1, -1, 5), 0.0, None, None, affine.p, affine.q, affine.use_x)
 
@@ -277,7 +277,7 @@ def _step_by_step(request: _Request, bound: BoundVelocity, backend: Backend | No
                 x = integrate(field, x, solver)
             if isinstance(t, Tensor):
                 t = t.detach().to(x.dtype)
-            alpha, sigma = score_rule.levels(t)
+            alpha, sigma = score_rule.levels(t, x.device)
             x_t = sigma * bridge_noise.to(x.dtype) + alpha * x
             v_t = field(x_t, t)
         score = score_from_velocity(v_t, x_t, t, score_rule) if request.return_score else None

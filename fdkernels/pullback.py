@@ -13,7 +13,7 @@ from fdkernels.dtypes import accumulate_dtype
 from fdkernels.events import check_event, check_event_dim, flat, form, shaped
 from fdkernels.jacobian import jacobian_along
 from fdkernels.noise import check_source, draw
-from fdkernels.paths import AffinePath, PathName, data_time, levels, near_data, resolve_path
+from fdkernels.paths import AffinePath, PathName, check_noise_left, data_time, levels, near_data, resolve_path
 from fdkernels.records import REDUCTIONS, Normalize, PenaltyRule, Reduction, check_penalty_rule, reduce
 from fdkernels.solvers import METHODS, Method, Solver
 from fdkernels.validation import (
@@ -195,7 +195,7 @@ def flow_pullback_penalty(
     bound.check_rows(action, cond, "action", "cond", len(lead))
     with torch.no_grad():
         noise = flat(draw(shape, like, generator, seed), event_dim) if bridge_noise is None else bridge_noise
-        alpha, sigma = levels(op, resolved, t)
+        alpha, sigma = levels(op, resolved, t, device)
         view = sigma * noise.to(action.dtype) + alpha * action.unsqueeze(-2)
         times = [t + (end - t) * i / num_steps for i in range(num_steps)]
         solver = Solver([*times, end], method, 0.0, 0.0, "never")
@@ -213,8 +213,7 @@ def _check_view(op: str, t: float | None, path: AffinePath) -> float:
     if not 0 <= as_float(t) <= 1 or as_float(t) == end:
         raise ValueError(f"{op}: t must be a number in {'[0, 1)' if end else '(0, 1]'}, got {brief(t)}")
     t = float(t)
-    if not levels(op, path, t)[1] > 0:
-        raise ValueError(f"{op}: t must leave some noise (σ_t > 0) for a Jacobian to exist, got t={t!r} with σ_t = 0")
+    check_noise_left(op, path, t, "Jacobian")
     return t
 
 

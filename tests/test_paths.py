@@ -205,6 +205,54 @@ def test_compiles_without_a_graph_break(path: Any, dynamic: bool) -> None:
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.parametrize("path", [*OTHERS, SQUARE], ids=["reversed", "vp", "cosine", "square"])
+def test_a_time_that_changes_compiles(path: Any) -> None:
+    displacement, velocity, x = draw(5, 3), draw(5, 2, 3), draw(5, 2, 3, seed=1)
+
+    def penalty(t: float) -> Tensor:
+        return fdkernels.velocity_fisher_penalty(displacement, velocity, x, t, path=path)
+
+    torch.compiler.reset()
+    compiled = torch.compile(penalty, fullgraph=True, backend="aot_eager")
+    for t in (0.5, 0.6, 0.7):
+        torch.testing.assert_close(compiled(t), penalty(t))
+
+
+class Power:
+    """A schedule with attributes: α_t = t^power, or with the data at t = 0 (1 − t)^power."""
+
+    def __init__(self) -> None:
+        self.power, self.backwards = 2, False
+        self.path = fdkernels.AffinePath(self.alpha, self.sigma, self.d_alpha, self.d_sigma)
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return (1 - t if self.backwards else t) ** self.power
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return t if self.backwards else 1 - t
+
+    def d_alpha(self, t: Tensor) -> Tensor:
+        grown = self.power * (1 - t if self.backwards else t) ** (self.power - 1)
+        return -grown if self.backwards else grown
+
+    def d_sigma(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t) if self.backwards else -torch.ones_like(t)
+
+
+def test_a_path_that_changes_compiles_anew() -> None:
+    """Its levels, and which way its time runs."""
+    schedule, cond, displacement, noise = Power(), draw(5, 3), draw(5, 3), draw(5, 2, 3)
+    given = {"path": schedule.path, "t": 0.5, "bridge_noise": noise, "num_steps": 1}
+
+    def penalty(displacement: Tensor) -> Tensor:
+        return fdkernels.flow_fisher_penalty(lambda x, t, c: c - t * x, cond, displacement, noise=noise, **given)
+
+    torch.compiler.reset()
+    compiled = torch.compile(penalty, fullgraph=True, backend="aot_eager")
+    for schedule.power, schedule.backwards in ((2, False), (3, False), (3, True)):
+        torch.testing.assert_close(compiled(displacement), penalty(displacement))
+
+
 def test_vmap_over_displacements() -> None:
     flow, cond, displacement = flow_of(), draw(5, 4), draw(3, 5, 3)
     options = {"path": "vp", "noise": draw(5, 2, 3), "bridge_noise": draw(5, 2, 3, seed=1)}
