@@ -134,12 +134,12 @@ class BoundVelocity(NamedTuple):
 
         The backward pass thus runs once, as a compiled network requires.
         """
+        functional = torch.compiler.is_compiling() or transforms_active()
+        if not functional and torch.is_inference_mode_enabled():  # autograd cannot use a tensor that is made there
+            with torch.inference_mode(False), torch.no_grad():
+                return self._tangent_field_of_callable(x.clone(), each(torch.clone, cond))
         op, d = self.op, x.shape[-1]
         cond = spread(cond, x.shape[:-1])
-        functional = torch.compiler.is_compiling() or transforms_active()
-        if not functional and torch.is_inference_mode_enabled():  # whose tensors autograd cannot use
-            with torch.inference_mode(False):
-                x, cond = x.clone(), each(torch.clone, cond)
         copies, cond = x.expand(d, *x.shape), each(lambda part: part.expand(d, *part.shape), cond)
         field, _ = self._flow_of_callable()(copies, cond)
 
