@@ -151,7 +151,7 @@ def flow_fisher_penalty(
     rule = check_penalty_rule(op, damping, normalize, eps)
     check_choice(op, "reduction", reduction, REDUCTIONS)
     check_flag(op, "return_score", return_score)
-    solver = check_solver(op, num_steps, time_grid, method, clip, clip_each_step, score_rule.path)
+    solver = check_solver(op, num_steps, time_grid, method, clip, clip_each_step, score_rule.path, samples is None)
     like = cond if isinstance(cond, Tensor) else displacement
     start = noise if samples is None else samples
     bound = bind(op, velocity, like if start is None else start, precision, event)
@@ -172,9 +172,8 @@ def flow_fisher_penalty(
     rows = like.new_empty(0, displacement.shape[-1]) if start is None else start
     bound.check_rows(rows, cond, "noise" if samples is None else "samples", "cond", len(lead))
     request = _Request(
-        cond, displacement, start, bridge_noise, seed, shape[len(lead)], t,
-        solver if samples is None else solver.finished(), score_rule, rule, return_score,
-    )  # fmt: skip
+        cond, displacement, start, bridge_noise, seed, shape[len(lead)], t, solver, score_rule, rule, return_score
+    )
     if fused:
         penalty, score = _fused(request, bound, bound.way(implementation))
     else:

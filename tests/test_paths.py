@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -321,6 +322,24 @@ def test_the_signs_of_the_page() -> None:
     cosine = fdkernels.paths.PATHS["cosine"]
     prediction = cosine.alpha(t) * x0 - cosine.sigma(t) * a
     torch.testing.assert_close(-torch.pi / 2 * prediction, cosine.d_alpha(t) * a + cosine.d_sigma(t) * x0)
+
+
+def test_a_path_without_a_direction_serves_given_samples() -> None:
+    """Nothing is integrated, so no grid needs one. The levels may be learned: that numbers are read of them is no news."""
+    width = torch.nn.Parameter(torch.ones((), dtype=F64))
+    hill = fdkernels.AffinePath(
+        lambda t: 1 + t * (1 - t), lambda t: width * torch.ones_like(t), lambda t: 1 - 2 * t, torch.zeros_like
+    )
+    samples, bridge = draw(5, 2, 3), draw(5, 2, 3, seed=1)
+    given = {"bridge_noise": bridge, "t": 0.3, "path": hill}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        penalty = fdkernels.flow_fisher_penalty(FLOW, C, D, samples=samples, **given)
+    x = bridge + 1.21 * samples
+    v = FLOW(x, torch.full((5, 2, 1), 0.3, dtype=F64), C.unsqueeze(1).expand(5, 2, 4))
+    torch.testing.assert_close(penalty, fdkernels_ref.fisher_penalty(D, (1.21 * v - 0.4 * x) / 0.4))
+    with pytest.raises(ValueError, match="path must run between noise and data"):
+        fdkernels.flow_fisher_penalty(FLOW, C, D, noise=samples, **given)
 
 
 def test_a_path_without_a_direction_serves_with_times_given() -> None:
