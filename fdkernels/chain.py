@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fdkernels.backend import MAX_PENALTY_D, Backend, Implementation, Precision, choose_backend, choose_fused
-from fdkernels.condition import Condition, check_condition_of_states, for_samples
+from fdkernels.condition import Condition, check_condition, for_samples
 from fdkernels.events import check_event, check_event_dim, flat, form, shaped
 from fdkernels.noise import check_source, draw
 from fdkernels.ops.chain import chain
@@ -138,7 +138,7 @@ def flow_fisher_penalty(
     device = check_floating(op, displacement=displacement)
     event_dim = check_event_dim(op, event_dim)
     event, lead = check_event(op, "displacement", displacement, event_dim), displacement.shape[:-event_dim]
-    check_condition_of_states(op, "cond", cond, lead, device, "the displacement")
+    check_condition(op, "cond", cond, lead, device, "the displacement", broadcasts=False)
     given = {"samples": samples, "noise": noise, "bridge_noise": bridge_noise}
     shape = (*lead, _check_given(op, given, num_samples, device, event_dim), *event)
     for name, tensor in given.items():

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fdkernels.backend import Backend, Precision, choose_fused
-from fdkernels.condition import Condition, check_condition_of_states, for_samples
+from fdkernels.condition import Condition, check_condition, for_samples
 from fdkernels.dtypes import accumulate_dtype
 from fdkernels.events import check_event, check_event_dim, flat, form, shaped
 from fdkernels.jacobian import jacobian_along
@@ -170,7 +170,7 @@ def flow_pullback_penalty(
     device = check_floating(op, action=action, displacement=displacement)
     event_dim = check_event_dim(op, event_dim)
     event, lead = check_event(op, "displacement", displacement, event_dim), displacement.shape[:-event_dim]
-    check_condition_of_states(op, "cond", cond, lead, device, "the displacement")
+    check_condition(op, "cond", cond, lead, device, "the displacement", broadcasts=False)
     check_shape(op, "action", action, displacement.shape, f"(..., {form(event_dim)})")
     seed = check_source(op, seed, generator, device)
     if bridge_noise is None:

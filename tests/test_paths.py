@@ -325,7 +325,7 @@ def test_the_signs_of_the_page() -> None:
 
 
 def test_a_path_without_a_direction_serves_given_samples() -> None:
-    """Nothing is integrated, so no grid needs one. The levels may be learned: that numbers are read of them is no news."""
+    """Nothing is integrated, so no grid needs one. The levels may be learned."""
     width = torch.nn.Parameter(torch.ones((), dtype=F64))
     hill = fdkernels.AffinePath(
         lambda t: 1 + t * (1 - t), lambda t: width * torch.ones_like(t), lambda t: 1 - 2 * t, torch.zeros_like
