@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fdkernels.backend import MAX_PENALTY_D, Backend, Implementation, Precision, choose_backend, choose_fused
-from fdkernels.condition import Condition, check_condition_of_states, for_samples
+from fdkernels.condition import Condition, check_condition, for_samples
 from fdkernels.events import check_event, check_event_dim, flat, form, shaped
 from fdkernels.noise import check_source, draw
 from fdkernels.ops.chain import chain
@@ -138,7 +138,7 @@ def flow_fisher_penalty(
     device = check_floating(op, displacement=displacement)
     event_dim = check_event_dim(op, event_dim)
     event, lead = check_event(op, "displacement", displacement, event_dim), displacement.shape[:-event_dim]
-    check_condition_of_states(op, "cond", cond, lead, device, "the displacement")
+    check_condition(op, "cond", cond, lead, device, "the displacement", broadcasts=False)
     given = {"samples": samples, "noise": noise, "bridge_noise": bridge_noise}
     shape = (*lead, _check_given(op, given, num_samples, device, event_dim), *event)
     for name, tensor in given.items():
@@ -151,7 +151,7 @@ def flow_fisher_penalty(
     rule = check_penalty_rule(op, damping, normalize, eps)
     check_choice(op, "reduction", reduction, REDUCTIONS)
     check_flag(op, "return_score", return_score)
-    solver = check_solver(op, num_steps, time_grid, method, clip, clip_each_step, score_rule.path)
+    solver = check_solver(op, num_steps, time_grid, method, clip, clip_each_step, score_rule.path, samples is None)
     like = cond if isinstance(cond, Tensor) else displacement
     start = noise if samples is None else samples
     bound = bind(op, velocity, like if start is None else start, precision, event)
@@ -168,10 +168,12 @@ def flow_fisher_penalty(
             first = math.prod(shape)
             bridge_noise = draw(shape, like, generator, seed, first) if bridge_noise is None else bridge_noise
         seed = None
+    # What the kernel draws has the dtype of `like`, and no tensor yet.
+    rows = like.new_empty(0, displacement.shape[-1]) if start is None else start
+    bound.check_rows(rows, cond, "noise" if samples is None else "samples", "cond", len(lead))
     request = _Request(
-        cond, displacement, start, bridge_noise, seed, shape[len(lead)], t,
-        solver if samples is None else solver.finished(), score_rule, rule, return_score,
-    )  # fmt: skip
+        cond, displacement, start, bridge_noise, seed, shape[len(lead)], t, solver, score_rule, rule, return_score
+    )
     if fused:
         penalty, score = _fused(request, bound, bound.way(implementation))
     else:
@@ -200,9 +202,6 @@ class _Request(NamedTuple):
     rule: PenaltyRule
     return_score: bool
 
-    def start_name(self) -> str:
-        return "noise" if self.solver.times else "samples"
-
 
 def _check_given(
     op: str, given: dict[str, Tensor | None], num_samples: int, device: torch.device, event_dim: int
@@ -224,9 +223,8 @@ def _fused(request: _Request, bound: BoundVelocity, way: Way) -> tuple[Tensor, T
     """Penalty (...) and, if asked, scores (..., K, d), in float32, by one launch or one graph of launches."""
     displacement, num_samples, seed = request.displacement, request.num_samples, request.seed
     device = displacement.device
-    drawn_as = request.cond if isinstance(request.cond, Tensor) else displacement
-    start = drawn_as.new_empty(0, displacement.shape[-1]) if request.start is None else request.start
-    cond = bound.check_rows(start, request.cond, request.start_name(), "cond")
+    cond = request.cond
+    assert cond is None or isinstance(cond, Tensor), "check_rows checks this"
     prepare(request.solver, device)
     lead, d = displacement.shape[:-1], displacement.shape[-1]
     together = num_samples <= _MAX_SAMPLES
@@ -256,10 +254,10 @@ def _timed(request: _Request, rows: tuple[int, ...]) -> TimedAffine:
     affine = rule.affine(t, like, like)
     if affine.pairs is None:
         assert not isinstance(t, Tensor)
-        alpha, sigma = (None, None) if rule.path is PATHS["linear"] else rule.levels(t)
+        alpha, sigma = (None, None) if rule.path is PATHS["linear"] else rule.levels(t, like.device)
         return TimedAffine(None, t, alpha, sigma, affine.p, affine.q, affine.use_x)
     at = (t if isinstance(t, Tensor) else torch.full((1,), t, device=like.device)).to(torch.float32)
-    columns = [column.expand(*rows, 1) for column in (at, *rule.levels(at))]
+    columns = [column.expand(*rows, 1) for column in (at, *rule.levels(at, like.device))]
     table = torch.cat([*columns, affine.pairs.to(torch.float32).expand(*rows, 2)], -1)
     return TimedAffine(table.reshape(1, -1, 5), 0.0, None, None, affine.p, affine.q, affine.use_x)
 
@@ -273,12 +271,12 @@ def _step_by_step(request: _Request, bound: BoundVelocity, backend: Backend | No
     with torch.no_grad():
         with bound.context(start.device):
             cond = for_samples(request.cond, displacement.shape[:-1])
-            field, x = bound.flow()(start, cond, request.start_name(), "cond")
+            field, x = bound.flow()(start, cond)
             if solver.times:
                 x = integrate(field, x, solver)
             if isinstance(t, Tensor):
                 t = t.detach().to(x.dtype)
-            alpha, sigma = score_rule.levels(t)
+            alpha, sigma = score_rule.levels(t, x.device)
             x_t = sigma * bridge_noise.to(x.dtype) + alpha * x
             v_t = field(x_t, t)
         score = score_from_velocity(v_t, x_t, t, score_rule) if request.return_score else None

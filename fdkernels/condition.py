@@ -19,37 +19,30 @@ _DEEPEST = 16
 """Deeper nesting is treated as a mistake."""
 
 
-def check_condition(op: str, name: str, cond: Condition, lead: torch.Size, device: torch.device, like: str) -> None:
-    """Check that all tensors are on the device, and that their leading shape broadcasts to ``lead``.
+def check_condition(
+    op: str, name: str, cond: Condition, lead: torch.Size, device: torch.device, like: str, broadcasts: bool = True
+) -> None:
+    """Check that all tensors are on the device, and have the leading shape ``lead`` or, by default, broadcast to it.
 
     Args:
         like: the argument that has this leading shape, for messages.
+        broadcasts: False if there must be a state for each of the rows.
     """
     n = len(lead)
-    if isinstance(cond, Tensor):
-        check_floating(op, device, **{name: cond})
-        if cond.ndim == 0:
-            raise ValueError(f"{op}: {name} must be (..., c), got a scalar")
-        rest = cond.shape[min(n, cond.ndim - 1) :]
-        check_broadcast(op, name, cond, (*lead, *rest), f"(..., c) with {like}'s leading shape")
-        return
     for label, part in _parts(op, name, cond, 0):
-        check_dense(op, device, **{label: part})
-        if part.ndim < n:
-            raise ValueError(
-                f"{op}: {label} must begin with {like}'s leading shape {tuple(lead)}, got {tuple(part.shape)}"
-            )
-        check_broadcast(op, label, part, (*lead, *part.shape[n:]), f"{like}'s leading shape and any other dimensions")
-
-
-def check_condition_of_states(
-    op: str, name: str, cond: Condition, lead: torch.Size, device: torch.device, like: str
-) -> None:
-    """The same for a condition that must not broadcast, because it has a state for each of the rows."""
-    for label, part in _parts(op, name, cond, 0):
-        check_tensors, form = (check_floating, "be (..., c) with") if part is cond else (check_dense, "begin with")
+        plain = part is cond
+        check_tensors = check_floating if plain else check_dense
         check_tensors(op, device, **{label: part})
-        if part.shape[: len(lead)] != lead or (part is cond and part.ndim == len(lead)):
+        if plain and part.ndim == 0:
+            raise ValueError(f"{op}: {label} must be (..., c), got a scalar")
+        if broadcasts and (plain or part.ndim >= n):
+            own = min(n, part.ndim - 1) if plain else n
+            wants = (
+                f"(..., c) with {like}'s leading shape" if plain else f"{like}'s leading shape and any other dimensions"
+            )
+            check_broadcast(op, label, part, (*lead, *part.shape[own:]), wants)
+        elif part.shape[:n] != lead or (plain and part.ndim == n):
+            form = "be (..., c) with" if plain else "begin with"
             raise ValueError(f"{op}: {label} must {form} {like}'s leading shape {tuple(lead)}, got {tuple(part.shape)}")
 
 

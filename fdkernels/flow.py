@@ -113,12 +113,13 @@ def integrate_flow(
     solver = check_solver(op, num_steps, time_grid, method, clip, clip_each_step, path)
     bound = bind(op, velocity, x0, precision, event)
     rows = flat(x0, event_dim)
-    if choose_fused(op, backend, implementation, bound.packed, (rows,), differentiable):
-        given = bound.check_rows(rows, cond, "x0", "cond")
+    fused = choose_fused(op, backend, implementation, bound.packed, (rows,), differentiable)
+    given = bound.check_rows(rows, cond, "x0", "cond", rows.ndim - 1)
+    if fused:
         out = fused_integrate(bound.encoded(), rows, given, solver, return_path, bound.way(implementation))
         return shaped(out, event)
     with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()), bound.context(x0.device):
-        field, x = bound.flow()(rows, cond, "x0", "cond")
+        field, x = bound.flow()(rows, given)
         return shaped(integrate(field, x, solver, return_path).to(x0.dtype), event)
 
 
@@ -176,7 +177,7 @@ def integrate_flow_groups(
     bound = bind(op, velocity, x0s[0], precision, event)
     fused = choose_fused(op, backend, implementation, bound.packed, x0s, differentiable)
     for i, (x0, cond) in enumerate(zip(x0s, conds)):
-        bound.check_rows(x0, cond, f"x0s[{i}]", f"conds[{i}]")
+        bound.check_rows(x0, cond, f"x0s[{i}]", f"conds[{i}]", x0.ndim - 1)
     if fused:
         rows, cond = groups.join(x0s, conds)
         out = fused_integrate(bound.encoded(), rows, cond, solver, False, bound.way(implementation))
@@ -184,11 +185,11 @@ def integrate_flow_groups(
     with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()), bound.context(x0s[0].device):
         flow = bound.flow()
         if bound.packed is not None and cpu_field.serves(x0s[0]):
-            field, x = flow(*groups.join(x0s, conds), "x0s", "conds")
+            field, x = flow(*groups.join(x0s, conds))
             return groups.split(integrate(field, x, solver).to(x0s[0].dtype), given)
         apart = []
-        for i, (x0, cond) in enumerate(zip(x0s, conds)):
-            field, x = flow(x0, cond, f"x0s[{i}]", f"conds[{i}]")
+        for x0, cond in zip(x0s, conds):
+            field, x = flow(x0, cond)
             apart.append(shaped(integrate(field, x, solver).to(x0.dtype), event))
         return tuple(apart)
 

@@ -75,7 +75,7 @@ def flow_jacobian(
     solver = check_solver(op, num_steps, time_grid, method, clip, False, path)
     bound, rows = bind(op, velocity, x0, precision, event), flat(x0, event_dim)
     fused = choose_fused(op, backend, None, bound.packed, (rows,))
-    bound.check_rows(rows, cond, "x0", "cond")
+    bound.check_rows(rows, cond, "x0", "cond", rows.ndim - 1)
     end, jacobian = jacobian_along(solver, bound, rows, cond, fused)
     return shaped(end, event), shaped(jacobian, event, event)
 

@@ -52,13 +52,14 @@ class AffinePath:
         return found
 
 
-# The built-in paths also take a Python float and return one, so that a constant time needs no tensor.
+# The built-in paths also take a Python float and return one, so that a constant time needs no tensor. For a number that
+# changes from call to call, a compiler knows powers, sin, cos and tanh, but neither exp nor expm1.
 def _exp(t: Time) -> Time:
-    return torch.exp(t) if isinstance(t, Tensor) else math.exp(t)
+    return torch.exp(t) if isinstance(t, Tensor) else math.e**t
 
 
-def _expm1(t: Time) -> Time:
-    return torch.expm1(t) if isinstance(t, Tensor) else math.expm1(t)
+def _tanh(t: Time) -> Time:
+    return torch.tanh(t) if isinstance(t, Tensor) else math.tanh(t)
 
 
 def _sin(t: Time) -> Time:
@@ -81,8 +82,9 @@ def _vp_alpha(t: Time) -> Time:
 
 
 def _vp_sigma(t: Time) -> Time:
-    # 1 − α² cancels near t = 1
-    return (-_expm1(2 * _vp_log_alpha(t))) ** 0.5
+    # 1 − α² cancels near t = 1; with u = tanh(−log α) it is 2u / (1 + u)
+    u = _tanh(-_vp_log_alpha(t))
+    return (2 * u / (1 + u)) ** 0.5
 
 
 def _vp_d_alpha(t: Time) -> Time:
@@ -106,27 +108,48 @@ PATHS: dict[str, AffinePath] = {
 }
 
 
-def levels(op: str, path: AffinePath, t: float) -> tuple[float, float]:
-    """α_t and σ_t as numbers."""
-    return (t, 1 - t) if path is PATHS["linear"] else _levels(op, path, t)
+def levels(op: str, path: AffinePath, t: float, device: torch.device) -> tuple[Any, Any]:
+    """α_t and σ_t: numbers on a built-in path, or else tensors without dimensions, which the host does not read."""
+    if takes_numbers(path):
+        return _numbers(path, t)
+    alpha, sigma, _, _ = path.at(op, torch.full((), t, dtype=torch.float64, device=device))
+    return alpha, sigma
+
+
+def check_noise_left(op: str, path: AffinePath, t: float, what: str) -> None:
+    """Check that σ_t > 0. Of other than built-in paths this reads a tensor, which a compiled program does not."""
+    if takes_numbers(path):
+        _, sigma = _numbers(path, t)
+    elif torch.compiler.is_compiling():
+        return
+    else:
+        _, sigma = _read(op, path, t)
+    if not sigma > 0:
+        raise ValueError(f"{op}: t must leave some noise (σ_t > 0) for a {what} to exist, got t={t!r} with σ_t = 0")
+
+
+def _numbers(path: AffinePath, t: float) -> tuple[float, float]:
+    """α_t and σ_t of a built-in path."""
+    return (t, 1 - t) if path is PATHS["linear"] else (path.alpha(t), path.sigma(t))  # type: ignore[arg-type, return-value]
 
 
 @constant_when_compiled
-def _levels(op: str, path: AffinePath, t: float) -> tuple[float, float]:
-    if takes_numbers(path):
-        return path.alpha(t), path.sigma(t)  # type: ignore[arg-type, return-value]
+def _read(op: str, path: AffinePath, t: float) -> tuple[float, float]:
+    """α_t and σ_t of any path, as the host reads them."""
     alpha, sigma, _, _ = path.at(op, torch.tensor(t, dtype=torch.float64, device="cpu"))
-    return float(alpha), float(sigma)
+    return float(alpha.detach()), float(sigma.detach())
 
 
 def data_time(op: str, path: AffinePath) -> float:
     """The data's end of the path, 1 or 0: the one with less noise. The other is the noise's."""
-    return 1.0 if path is PATHS["linear"] else _data_time(op, path)
-
-
-@constant_when_compiled
-def _data_time(op: str, path: AffinePath) -> float:
-    (alpha_0, sigma_0), (alpha_1, sigma_1) = levels(op, path, 0.0), levels(op, path, 1.0)
+    if path is PATHS["linear"]:
+        return 1.0
+    if takes_numbers(path):
+        (alpha_0, sigma_0), (alpha_1, sigma_1) = _numbers(path, 0.0), _numbers(path, 1.0)
+    else:
+        if torch.compiler.is_compiling():  # for the guards on what the functions read: constants have none
+            path.at(op, torch.zeros((), dtype=torch.float64, device="cpu"))
+        (alpha_0, sigma_0), (alpha_1, sigma_1) = _read(op, path, 0.0), _read(op, path, 1.0)
     at_0, at_1 = abs(sigma_0 * alpha_1), abs(sigma_1 * alpha_0)
     if at_0 == at_1 or math.isnan(at_0) or math.isnan(at_1):
         raise ValueError(
@@ -143,7 +166,7 @@ def near_data(op: str, path: AffinePath, distance: float) -> float:
 
 def takes_numbers(path: AffinePath) -> bool:
     """Whether the path is built in. (PyTorch 2.7 cannot compile ``in`` for the values of a dict.)"""
-    return any(path is known for known in PATHS.values())
+    return path is PATHS["linear"] or any(path is known for known in PATHS.values())
 
 
 def resolve_path(op: str, path: PathName | AffinePath) -> AffinePath:

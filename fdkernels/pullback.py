@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from fdkernels.backend import Backend, Precision, choose_fused
-from fdkernels.condition import Condition, check_condition_of_states, for_samples
+from fdkernels.condition import Condition, check_condition, for_samples
 from fdkernels.dtypes import accumulate_dtype
 from fdkernels.events import check_event, check_event_dim, flat, form, shaped
 from fdkernels.jacobian import jacobian_along
 from fdkernels.noise import check_source, draw
-from fdkernels.paths import AffinePath, PathName, data_time, levels, near_data, resolve_path
+from fdkernels.paths import AffinePath, PathName, check_noise_left, data_time, levels, near_data, resolve_path
 from fdkernels.records import REDUCTIONS, Normalize, PenaltyRule, Reduction, check_penalty_rule, reduce
 from fdkernels.solvers import METHODS, Method, Solver
 from fdkernels.validation import (
@@ -170,7 +170,7 @@ def flow_pullback_penalty(
     device = check_floating(op, action=action, displacement=displacement)
     event_dim = check_event_dim(op, event_dim)
     event, lead = check_event(op, "displacement", displacement, event_dim), displacement.shape[:-event_dim]
-    check_condition_of_states(op, "cond", cond, lead, device, "the displacement")
+    check_condition(op, "cond", cond, lead, device, "the displacement", broadcasts=False)
     check_shape(op, "action", action, displacement.shape, f"(..., {form(event_dim)})")
     seed = check_source(op, seed, generator, device)
     if bridge_noise is None:
@@ -192,10 +192,10 @@ def flow_pullback_penalty(
     bridge_noise = flat(bridge_noise, event_dim)
     like = cond if isinstance(cond, Tensor) else displacement
     fused = choose_fused(op, backend, None, bound.packed, (displacement, like, action))
-    bound.check_rows(action, cond, "action", "cond")
+    bound.check_rows(action, cond, "action", "cond", len(lead))
     with torch.no_grad():
         noise = flat(draw(shape, like, generator, seed), event_dim) if bridge_noise is None else bridge_noise
-        alpha, sigma = levels(op, resolved, t)
+        alpha, sigma = levels(op, resolved, t, device)
         view = sigma * noise.to(action.dtype) + alpha * action.unsqueeze(-2)
         times = [t + (end - t) * i / num_steps for i in range(num_steps)]
         solver = Solver([*times, end], method, 0.0, 0.0, "never")
@@ -213,8 +213,7 @@ def _check_view(op: str, t: float | None, path: AffinePath) -> float:
     if not 0 <= as_float(t) <= 1 or as_float(t) == end:
         raise ValueError(f"{op}: t must be a number in {'[0, 1)' if end else '(0, 1]'}, got {brief(t)}")
     t = float(t)
-    if not levels(op, path, t)[1] > 0:
-        raise ValueError(f"{op}: t must leave some noise (σ_t > 0) for a Jacobian to exist, got t={t!r} with σ_t = 0")
+    check_noise_left(op, path, t, "Jacobian")
     return t
 
 

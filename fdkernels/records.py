@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fdkernels.dtypes import accumulate_dtype
 from fdkernels.layers import EncodedNetwork
-from fdkernels.paths import PATHS, AffinePath, PathName, Time, levels, resolve_path, takes_numbers
+from fdkernels.paths import PATHS, AffinePath, PathName, Time, check_noise_left, levels, resolve_path, takes_numbers
 from fdkernels.solvers import Solver
 from fdkernels.validation import brief, check_at_least, check_broadcast, check_choice, check_floating, is_number
 
@@ -87,10 +87,10 @@ class ScoreRule(NamedTuple):
             t = torch.full((1,) * ndim, t, dtype=dtype, device=x.device)
         return Affine(torch.cat(self._coefficients(t), -1), 1.0, 0.0, self.exact)
 
-    def levels(self, t: Tensor | float) -> tuple[Any, Any]:
-        """α and σ at a number, as numbers, or at a tensor of times, in its dtype."""
+    def levels(self, t: Tensor | float, device: torch.device) -> tuple[Any, Any]:
+        """α and σ at a number, as :func:`fdkernels.paths.levels`, or at a tensor of times, in its dtype."""
         if not isinstance(t, Tensor):
-            return levels(self.op, self.path, t)
+            return levels(self.op, self.path, t, device)
         alpha, sigma, _, _ = self.path.at(self.op, t.to(accumulate_dtype(t)))
         return alpha.to(t.dtype), sigma.to(t.dtype)
 
@@ -133,8 +133,7 @@ def check_time(
     if not 0 <= t <= 1:
         raise ValueError(f"{op}: t must lie in [0, 1], got {brief(t)}")
     t = float(t)
-    if not levels(op, path, t)[1] > 0:
-        raise ValueError(f"{op}: t must leave some noise (σ_t > 0) for a score to exist, got t={t!r} with σ_t = 0")
+    check_noise_left(op, path, t, "score")
     return t
 
 

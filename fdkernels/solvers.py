@@ -63,10 +63,6 @@ class Solver(NamedTuple):
     clip: str
     """When the state is clipped to [low, high]: at the "end", at every "step" or "never"."""
 
-    def finished(self) -> Solver:
-        """The same solver with nothing left to integrate."""
-        return Solver([], self.method, self.low, self.high, self.clip)  # PyTorch 2.7 does not compile _replace
-
 
 def check_solver(
     op: str,
@@ -76,8 +72,13 @@ def check_solver(
     clip: tuple[float, float] | None,
     clip_each_step: bool,
     path: PathName | AffinePath,
+    integrates: bool = True,
 ) -> Solver:
-    """The solver that these arguments of a public function describe."""
+    """The solver that these arguments of a public function describe.
+
+    Args:
+        integrates: False leaves the solver without times, so that the path needs no direction.
+    """
     resolved = resolve_path(op, path)
     check_choice(op, "method", method, METHODS)
     check_flag(op, "clip_each_step", clip_each_step)
@@ -85,13 +86,17 @@ def check_solver(
         raise ValueError(f"{op}: clip_each_step needs bounds, got clip=None")
     low, high = (0.0, 0.0) if clip is None else check_bounds(op, "clip", clip)
     when = "never" if clip is None else "step" if clip_each_step else "end"
-    return Solver(_check_times(op, num_steps, time_grid, resolved), method, low, high, when)
+    return Solver(_check_times(op, num_steps, time_grid, resolved if integrates else None), method, low, high, when)
 
 
-def _check_times(op: str, num_steps: int, time_grid: Sequence[float] | Tensor | None, path: AffinePath) -> list[float]:
-    """The S + 1 times: those of ``time_grid``, or i/S from the path's noise to its data."""
+def _check_times(
+    op: str, num_steps: int, time_grid: Sequence[float] | Tensor | None, path: AffinePath | None
+) -> list[float]:
+    """The S + 1 times: those of ``time_grid``, or i/S from the path's noise to its data; none without a path."""
     if time_grid is None:
         num_steps = check_count(op, "num_steps", num_steps)
+        if path is None:
+            return []
         times = [i / num_steps for i in range(num_steps + 1)]
         return times if data_time(op, path) == 1 else times[::-1]
     listed = _on_host(time_grid)
@@ -103,7 +108,7 @@ def _check_times(op: str, num_steps: int, time_grid: Sequence[float] | Tensor | 
             f"{op}: time_grid must hold two or more times, at most {MAX_COUNT + 1}, between {-MAX_TIME:g} and "
             f"{MAX_TIME:g}, got {brief(time_grid)}"
         )
-    return times
+    return [] if path is None else times
 
 
 def _on_host(value: Any) -> Any:

@@ -31,8 +31,8 @@ from fdkernels.torch_private import transforms_active
 from fdkernels.validation import brief, check_floating
 
 Velocity: TypeAlias = PackedMLP | nn.Module | Callable[[Tensor, Tensor, Any], Tensor]
-Flow: TypeAlias = Callable[[Tensor, Condition, str, str], "tuple[Field, Tensor]"]
-"""Maps x0, cond and their names in messages to v(x, t) and x0 in the dtype of the solver's state."""
+Flow: TypeAlias = Callable[[Tensor, Any], "tuple[Field, Tensor]"]
+"""Maps checked rows x0 and their condition to v(x, t) and x0 in the dtype of the solver's state."""
 
 
 class BoundVelocity(NamedTuple):
@@ -94,12 +94,11 @@ class BoundVelocity(NamedTuple):
     def _flow_of_mlp(self, packed: PackedMLP) -> Flow:
         network, outer = self._network(packed), torch.promote_types(packed.dtype, torch.float32)
 
-        def flow(x0: Tensor, cond: Condition, x0_name: str, cond_name: str) -> tuple[Field, Tensor]:
-            given = self.check_rows(x0, cond, x0_name, cond_name)
+        def flow(x0: Tensor, cond: Tensor | None) -> tuple[Field, Tensor]:
             x = x0.to(outer)
             if cpu_field.serves(x):
-                return cpu_field.CpuField(network, given, x.shape[:-1]), x
-            return network.field(given), x
+                return cpu_field.CpuField(network, cond, x.shape[:-1]), x
+            return network.field(cond), x
 
         return flow
 
@@ -107,7 +106,7 @@ class BoundVelocity(NamedTuple):
         op, velocity, event = self.op, self.velocity, self.event
         of_chunks = len(event) > 1
 
-        def flow(x0: Tensor, cond: Condition, x0_name: str, cond_name: str) -> tuple[Field, Tensor]:
+        def flow(x0: Tensor, cond: Condition) -> tuple[Field, Tensor]:
             lead = x0.shape[:-1]
             given, shape = spread(cond, lead), tuple(x0.shape)
             if of_chunks:
@@ -135,14 +134,14 @@ class BoundVelocity(NamedTuple):
 
         The backward pass thus runs once, as a compiled network requires.
         """
+        functional = torch.compiler.is_compiling() or transforms_active()
+        if not functional and torch.is_inference_mode_enabled():  # autograd cannot use a tensor that is made there
+            with torch.inference_mode(False), torch.no_grad():
+                return self._tangent_field_of_callable(x.clone(), each(torch.clone, cond))
         op, d = self.op, x.shape[-1]
         cond = spread(cond, x.shape[:-1])
-        functional = torch.compiler.is_compiling() or transforms_active()
-        if not functional and torch.is_inference_mode_enabled():  # whose tensors autograd cannot use
-            with torch.inference_mode(False):
-                x, cond = x.clone(), each(torch.clone, cond)
         copies, cond = x.expand(d, *x.shape), each(lambda part: part.expand(d, *part.shape), cond)
-        field, _ = self._flow_of_callable()(copies, cond, "x0", "cond")
+        field, _ = self._flow_of_callable()(copies, cond)
 
         def velocity(rows: Tensor, t: float | Tensor) -> Tensor:
             point = rows[0].detach().expand(copies.shape)
@@ -165,15 +164,19 @@ class BoundVelocity(NamedTuple):
 
         return velocity
 
-    def check_rows(self, x: Tensor, cond: Condition, x_name: str, cond_name: str) -> Any:
+    def check_rows(self, x: Tensor, cond: Condition, x_name: str, cond_name: str, num_leading: int) -> Any:
         """Check that x and cond have the widths of a packed MLP and, without autocast, the dtype of its weights.
+
+        Args:
+            num_leading: how many leading dimensions the rows have that cond belongs to. An MLP's cond has one more at
+                most; what it has beyond them is a callable's.
 
         Returns cond, which for a packed MLP is a tensor or None.
         """
         op, packed = self.op, self.packed
         if packed is None:
             return cond
-        if cond is not None and not (isinstance(cond, Tensor) and cond.ndim <= x.ndim):
+        if cond is not None and not (isinstance(cond, Tensor) and cond.ndim <= num_leading + 1):
             raise ValueError(f"{op}: velocity is an MLP, whose {cond_name} is a tensor (..., c), got {brief(cond)}")
         if x.shape[-1] != packed.action_dim:
             size = "·".join(map(str, self.event)) + "=" if len(self.event) > 1 else ""

@@ -305,6 +305,20 @@ def for_k(cond: Any) -> Any:
     return {name: part.unsqueeze(1) for name, part in cond.items()} if isinstance(cond, dict) else cond.unsqueeze(1)
 
 
+def test_derivatives_of_a_callable_in_inference_mode() -> None:
+    velocity, cond, *_ = pair("transformer")
+    outs = []
+    for mode in (True, False):
+        with torch.inference_mode(mode):
+            start = CHUNKS.clone()
+            given = {name: part.clone() for name, part in cond.items()}
+            outs.append((
+                *fdkernels.flow_jacobian(velocity, start, given, num_steps=2, event_dim=2),
+                fdkernels.flow_pullback_penalty(velocity, given, start, start, seed=1, event_dim=2).detach(),
+            ))  # fmt: skip
+    torch.testing.assert_close(*outs)
+
+
 def test_vmap_over_chunks() -> None:
     velocity, cond, *_ = pair("transformer")
     given = {"noise": NOISES, "bridge_noise": NOISES.flip(0), "num_steps": 2, "event_dim": 2}

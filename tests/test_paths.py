@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -205,6 +206,54 @@ def test_compiles_without_a_graph_break(path: Any, dynamic: bool) -> None:
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.parametrize("path", [*OTHERS, SQUARE], ids=["reversed", "vp", "cosine", "square"])
+def test_a_time_that_changes_compiles(path: Any) -> None:
+    displacement, velocity, x = draw(5, 3), draw(5, 2, 3), draw(5, 2, 3, seed=1)
+
+    def penalty(t: float) -> Tensor:
+        return fdkernels.velocity_fisher_penalty(displacement, velocity, x, t, path=path)
+
+    torch.compiler.reset()
+    compiled = torch.compile(penalty, fullgraph=True, backend="aot_eager")
+    for t in (0.5, 0.6, 0.7):
+        torch.testing.assert_close(compiled(t), penalty(t))
+
+
+class Power:
+    """A schedule with attributes: α_t = t^power, or with the data at t = 0 (1 − t)^power."""
+
+    def __init__(self) -> None:
+        self.power, self.backwards = 2, False
+        self.path = fdkernels.AffinePath(self.alpha, self.sigma, self.d_alpha, self.d_sigma)
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return (1 - t if self.backwards else t) ** self.power
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return t if self.backwards else 1 - t
+
+    def d_alpha(self, t: Tensor) -> Tensor:
+        grown = self.power * (1 - t if self.backwards else t) ** (self.power - 1)
+        return -grown if self.backwards else grown
+
+    def d_sigma(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t) if self.backwards else -torch.ones_like(t)
+
+
+def test_a_path_that_changes_compiles_anew() -> None:
+    """Its levels, and which way its time runs."""
+    schedule, cond, displacement, noise = Power(), draw(5, 3), draw(5, 3), draw(5, 2, 3)
+    given = {"path": schedule.path, "t": 0.5, "bridge_noise": noise, "num_steps": 1}
+
+    def penalty(displacement: Tensor) -> Tensor:
+        return fdkernels.flow_fisher_penalty(lambda x, t, c: c - t * x, cond, displacement, noise=noise, **given)
+
+    torch.compiler.reset()
+    compiled = torch.compile(penalty, fullgraph=True, backend="aot_eager")
+    for schedule.power, schedule.backwards in ((2, False), (3, False), (3, True)):
+        torch.testing.assert_close(compiled(displacement), penalty(displacement))
+
+
 def test_vmap_over_displacements() -> None:
     flow, cond, displacement = flow_of(), draw(5, 4), draw(3, 5, 3)
     options = {"path": "vp", "noise": draw(5, 2, 3), "bridge_noise": draw(5, 2, 3, seed=1)}
@@ -273,6 +322,24 @@ def test_the_signs_of_the_page() -> None:
     cosine = fdkernels.paths.PATHS["cosine"]
     prediction = cosine.alpha(t) * x0 - cosine.sigma(t) * a
     torch.testing.assert_close(-torch.pi / 2 * prediction, cosine.d_alpha(t) * a + cosine.d_sigma(t) * x0)
+
+
+def test_a_path_without_a_direction_serves_given_samples() -> None:
+    """Nothing is integrated, so no grid needs one. The levels may be learned."""
+    width = torch.nn.Parameter(torch.ones((), dtype=F64))
+    hill = fdkernels.AffinePath(
+        lambda t: 1 + t * (1 - t), lambda t: width * torch.ones_like(t), lambda t: 1 - 2 * t, torch.zeros_like
+    )
+    samples, bridge = draw(5, 2, 3), draw(5, 2, 3, seed=1)
+    given = {"bridge_noise": bridge, "t": 0.3, "path": hill}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        penalty = fdkernels.flow_fisher_penalty(FLOW, C, D, samples=samples, **given)
+    x = bridge + 1.21 * samples
+    v = FLOW(x, torch.full((5, 2, 1), 0.3, dtype=F64), C.unsqueeze(1).expand(5, 2, 4))
+    torch.testing.assert_close(penalty, fdkernels_ref.fisher_penalty(D, (1.21 * v - 0.4 * x) / 0.4))
+    with pytest.raises(ValueError, match="path must run between noise and data"):
+        fdkernels.flow_fisher_penalty(FLOW, C, D, noise=samples, **given)
 
 
 def test_a_path_without_a_direction_serves_with_times_given() -> None:

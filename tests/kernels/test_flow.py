@@ -289,6 +289,21 @@ def test_chain_on_other_paths(implementation: str) -> None:
     judge(path=square, t=0.2)
 
 
+@pytest.mark.parametrize("source", ["seed", "noise", "samples"])
+@pytest.mark.parametrize("lead", [(), (3,), (2, 3)], ids=str)
+def test_leading_dimensions(lead: tuple[int, ...], source: str) -> None:
+    """Any number of them, whatever the samples come from; a condition with more is none of an MLP."""
+    mlp, cond, displacement = network(3, 2, (16,)), guarded(draw(*lead, 3)), guarded(draw(*lead, 2))
+    noise = guarded(draw(*lead, 4, 2))
+    given = {"seed": 3} if source == "seed" else {source: noise, "bridge_noise": noise.flip(-1)}
+    run = functools.partial(fdkernels.flow_fisher_penalty, mlp, displacement=displacement, num_steps=1, **given)
+    torch.testing.assert_close(run(cond, backend="triton"), run(cond, backend="torch"), rtol=1e-3, atol=1e-4)
+    tokens = cond.unsqueeze(-2).expand(*lead, 5, 3)
+    for backend in ("triton", "torch"):
+        with pytest.raises(ValueError, match=r"velocity is an MLP, whose cond is a tensor \(\.\.\., c\), got"):
+            run(tokens, backend=backend)
+
+
 @pytest.mark.parametrize("seeded", [False, True])
 def test_chunks_are_flattened_actions(seeded: bool) -> None:
     mlp, cond, chunk, noise = (
