@@ -84,9 +84,9 @@ def flow_fisher_penalty(
     Args:
         velocity: as in :func:`integrate_flow`; a callable gets x (..., K, d), t (..., K, 1), cond (..., K, c), and for
             chunks x (N, horizon, width), t (N, 1, 1), cond (N, ...), with the K rows of a state next to each other.
-        cond: states (..., c). For a callable also tensors with more dimensions, such as tokens (..., T, c), and dicts,
-            tuples and lists of tensors of any dtype, all with the displacement's leading shape, and None. The K samples
-            of a state get the same.
+        cond: states (..., c). For a callable also a floating-point tensor with more dimensions, such as tokens
+            (..., T, c), and dicts, tuples and lists of tensors of any dtype, all with the displacement's leading shape,
+            and None; containers reach it as in :func:`integrate_flow`. The K samples of a state get the same.
         displacement: δ (..., d), same leading shape and device.
         path: the path that the flow was trained on, as in :func:`velocity_to_score` and :func:`integrate_flow`. The
             flow starts from N(0, I), so σ should be 1 at the noise's end; give ``noise`` or ``samples`` if it is not.

@@ -53,8 +53,10 @@ def integrate_flow(
             with x (..., d), t (..., 1) in x's dtype and cond (..., c), expanded to x's leading shape.
         x0: start of the flow (..., d), at the first time of the grid.
         cond: condition (..., c), or None. Its leading shape broadcasts to x0's: with (B, 1, c) against (B, K, d) one
-            state serves K samples. A callable may also take tensors with more dimensions behind the leading ones, such
-            as tokens (B, T, c), and dicts, tuples and lists of tensors of any dtype, each with all leading dimensions.
+            state serves K samples. A callable may also take a tensor with more dimensions behind the leading ones, such
+            as tokens (B, T, c). A plain tensor must be floating point. In a dict, tuple or list, tensors may have any
+            dtype and need all leading dimensions; any other mapping reaches the callable as a dict, any other sequence
+            as a list.
         path: the path that the flow was trained on, which says in which direction its time runs; as in
             :func:`velocity_to_score`. From noise to data, time runs from 0 to 1, but on ``"linear_reversed"`` and on
             an :class:`AffinePath` with its data at t = 0 from 1 to 0. Only the default of ``time_grid`` depends on it.

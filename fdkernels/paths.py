@@ -123,7 +123,7 @@ def check_noise_left(op: str, path: AffinePath, t: float, what: str) -> None:
     elif torch.compiler.is_compiling():
         return
     else:
-        _, sigma = _read(op, path, t)
+        _, sigma = levels(op, path, t, torch.device("cpu"))
     if not sigma > 0:
         raise ValueError(f"{op}: t must leave some noise (σ_t > 0) for a {what} to exist, got t={t!r} with σ_t = 0")
 
@@ -134,10 +134,9 @@ def _numbers(path: AffinePath, t: float) -> tuple[float, float]:
 
 
 @constant_when_compiled
-def _read(op: str, path: AffinePath, t: float) -> tuple[float, float]:
-    """α_t and σ_t of any path, as the host reads them."""
-    alpha, sigma, _, _ = path.at(op, torch.tensor(t, dtype=torch.float64, device="cpu"))
-    return float(alpha.detach()), float(sigma.detach())
+def _read_ends(op: str, path: AffinePath) -> list[float]:
+    """α and σ at 0, then at 1, of other than built-in paths."""
+    return [float(level.detach()) for t in (0.0, 1.0) for level in levels(op, path, t, torch.device("cpu"))]
 
 
 def data_time(op: str, path: AffinePath) -> float:
@@ -147,9 +146,9 @@ def data_time(op: str, path: AffinePath) -> float:
     if takes_numbers(path):
         (alpha_0, sigma_0), (alpha_1, sigma_1) = _numbers(path, 0.0), _numbers(path, 1.0)
     else:
-        if torch.compiler.is_compiling():  # for the guards on what the functions read: constants have none
-            path.at(op, torch.zeros((), dtype=torch.float64, device="cpu"))
-        (alpha_0, sigma_0), (alpha_1, sigma_1) = _read(op, path, 0.0), _read(op, path, 1.0)
+        if torch.compiler.is_compiling():  # for the guards on what the functions read: a constant has none
+            levels(op, path, 0.0, torch.device("cpu"))
+        alpha_0, sigma_0, alpha_1, sigma_1 = _read_ends(op, path)
     at_0, at_1 = abs(sigma_0 * alpha_1), abs(sigma_1 * alpha_0)
     if at_0 == at_1 or math.isnan(at_0) or math.isnan(at_1):
         raise ValueError(

@@ -141,7 +141,8 @@ def flow_pullback_penalty(
         method: as in :func:`integrate_flow`.
         damping, normalize, eps, reduction: as in :func:`pullback_penalty`.
         bridge_noise: ε_k, (..., K, d); drawn N(0, I) when None.
-        generator: draws it in the dtype of ``cond``. PyTorch's global one when None.
+        generator: draws it in the dtype of ``cond``, or of the displacement if ``cond`` is not a tensor. PyTorch's
+            global one when None.
         seed: draw it with a counter-based generator instead, as in :func:`flow_fisher_penalty`; positions 0 ... n − 1.
         return_jacobian: also return J_k (..., K, d, d).
         event_dim: as in :func:`flow_jacobian`. For chunks (..., h, w) this is also the shape of ``action``, ε_k are
