@@ -43,8 +43,11 @@ RELATED = [
     {"cond_dim", "hidden", "action_dim"},
 ]
 """Where one of them is odd, a message may name another."""
-NOT_COMPARED = "int too big to convert|not on the expected device meta"
-"""Why the reference may not take a call that is right; in all other cases it judges."""
+NOT_COMPARED = "int too big to convert|not on the expected device meta|the number of sizes provided"
+"""Why the reference may not take a call that is right; in all other cases it judges.
+
+The last is that of a condition with dimensions of its own, where a changed event_dim makes all rows one action.
+"""
 
 
 @st.composite
