@@ -96,7 +96,7 @@ def test_a_long_run_keeps_few(datasets: None, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("train.member.evaluate", lambda *args, **kwargs: {})
     monkeypatch.setattr("train.member.draw_curve", lambda *args: None)
     monkeypatch.setattr("train.loop.evaluation_line", lambda *args: "")
-    monkeypatch.setattr("train.loop.Run.finish", lambda run: None)
+    monkeypatch.setattr("train.loop.Run.finish", lambda run: ("", {}))
     assert main([*FREQUENT, "--eval-every", "2", "--steps", "100", "--out", str(tmp_path / "run")]) == 0
     assert KEPT < most <= 2 * KEPT + 1
     assert max(best_files(tmp_path / "run" / "checkpoints")) == 110
