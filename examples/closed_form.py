@@ -85,7 +85,7 @@ def compare(experiment: Callable[[int], Mapping[str, NamedTuple]], seeds: int) -
     print(f"| --- |{' --- |' * len(next(iter(runs[0].values())))}")
     for contestant in runs[0]:
         print(f"| {contestant} | {' | '.join(map(cell, zip(*(run[contestant] for run in runs))))} |")
-    print(f"{seeds} seeds in {time.perf_counter() - began:.0f} s")
+    print(f"{seeds} {'seed' if seeds == 1 else 'seeds'} in {time.perf_counter() - began:.0f} s")
 
 
 def cell(values: Sequence[float]) -> str:

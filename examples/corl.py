@@ -241,7 +241,7 @@ def corridor(config: Config, seeds: int) -> None:
     print(f"| alpha {config.alpha} | return | hit a wall |\n| --- | --- | --- |")
     for title, values in scores.items():
         show(title, values)
-    print(f"{seeds} seeds in {time.perf_counter() - began:.0f} s")
+    print(f"{seeds} {'seed' if seeds == 1 else 'seeds'} in {time.perf_counter() - began:.0f} s")
 
 
 def main() -> None:
