@@ -141,14 +141,11 @@ def _read_ends(op: str, path: AffinePath) -> list[float]:
 
 def data_time(op: str, path: AffinePath) -> float:
     """The data's end of the path, 1 or 0: the one with less noise. The other is the noise's."""
-    if path is PATHS["linear"]:
-        return 1.0
-    if takes_numbers(path):
-        (alpha_0, sigma_0), (alpha_1, sigma_1) = _numbers(path, 0.0), _numbers(path, 1.0)
-    else:
-        if torch.compiler.is_compiling():  # for the guards on what the functions read: a constant has none
-            levels(op, path, 0.0, torch.device("cpu"))
-        alpha_0, sigma_0, alpha_1, sigma_1 = _read_ends(op, path)
+    if takes_numbers(path):  # known, for a compiler with dynamic shapes could not follow how it is found
+        return 0.0 if path is PATHS["linear_reversed"] else 1.0
+    if torch.compiler.is_compiling():  # for the guards on what the functions read: a constant has none
+        levels(op, path, 0.0, torch.device("cpu"))
+    alpha_0, sigma_0, alpha_1, sigma_1 = _read_ends(op, path)
     at_0, at_1 = abs(sigma_0 * alpha_1), abs(sigma_1 * alpha_0)
     if at_0 == at_1 or math.isnan(at_0) or math.isnan(at_1):
         raise ValueError(

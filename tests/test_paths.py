@@ -12,6 +12,7 @@ from torch import Tensor
 
 import fdkernels
 import fdkernels_ref
+from fdkernels.paths import PATHS, data_time
 from tests.closed_forms import SCHEDULES, anisotropic_gaussian
 
 F64 = torch.float64
@@ -204,6 +205,14 @@ def test_compiles_without_a_graph_break(path: Any, dynamic: bool) -> None:
         gradients += torch.autograd.grad(call(leaf).sum(), leaf)
     torch.testing.assert_close(compiled(displacement), run(displacement))
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_the_end_of_a_built_in_path_is_where_it_would_be_found(name: str) -> None:
+    """The same functions as somebody's own path are asked for it."""
+    path = PATHS[name]
+    own = fdkernels.AffinePath(path.alpha, path.sigma, path.d_alpha, path.d_sigma)
+    assert data_time("test", path) == data_time("test", own) == (0 if name == "linear_reversed" else 1)
 
 
 @pytest.mark.parametrize("path", [*OTHERS, SQUARE], ids=["reversed", "vp", "cosine", "square"])
