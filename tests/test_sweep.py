@@ -215,7 +215,7 @@ def mark(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 def nothing_runs(mark: str) -> None:
     try:
-        wait_for(lambda: not processes_with(mark), "", 60)
+        wait_for(lambda: not processes_with(mark), "", 180)
     except AssertionError:
         left = [command[:80] for command in processes_with(mark)]
         raise AssertionError(f"left running: {left}") from None

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import importlib
 import os
 import zlib
 from collections.abc import Iterator, Sequence
@@ -75,6 +76,10 @@ def joined(on_gpus: bool) -> Iterator[Place]:
         yield _place
         return
     backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
+    # Its functions have the default group as a default argument. If the compiler first imported it after the next line,
+    # the group and its threads would outlive `destroy_process_group`, and could meet the end of Python in a destructor,
+    # which aborts the process.
+    importlib.import_module("torch.distributed.nn.functional")
     with _contact():
         dist.init_process_group(backend, timeout=LONGEST_WAIT)
     _place = started
