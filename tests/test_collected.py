@@ -507,7 +507,7 @@ def test_a_kill_leaves_whole_parts_and_no_processes(folder, kill: signal.Signals
         assert len([child for child in children if lives(child)]) >= 2
     finally:
         run.send_signal(kill)
-        assert run.wait(timeout=30) != 0
+        assert run.wait(timeout=120) != 0
     wait_until(lambda: not any(map(lives, children)))
     whole = sorted(folder.rglob("*.npz"))
     assert 1 <= len(whole) < 100
