@@ -213,10 +213,13 @@ def wait():
     time.sleep(60)
 
 def work():
-    worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    context = multiprocessing.get_context("fork")
+    going = context.Event()
+    worker = context.Process(target=lambda: (going.wait(), wait()))
     worker.start()
     try:
-        wait()
+        going.set()
+        worker.join()
     finally:
         worker.terminate()
         worker.join()

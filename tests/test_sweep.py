@@ -336,8 +336,8 @@ def training(out: Path) -> list[tuple[Path, int]]:
     """The folders of trials that have a checkpoint and no result yet, and the processes that last trained there."""
     found = []
     for folder in folders(out):
-        begun = re.findall(r"^== on .*, process (\d+)$", (folder / "log.txt").read_text(), re.M)
-        if begun and any(folder.glob("checkpoints/*.safetensors")) and not (folder / "result.json").exists():
+        if any(folder.glob("checkpoints/*.safetensors")) and not (folder / "result.json").exists():
+            begun = re.findall(r"^== on .*, process (\d+)$", (folder / "log.txt").read_text(), re.M)
             found.append((folder, int(begun[-1])))
     return [(folder, pid) for folder, pid in found if Path(f"/proc/{pid}").exists()]
 
