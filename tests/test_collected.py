@@ -17,6 +17,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
+from tests.faults.harness import PATIENCE, wait_for
 from train import collect as command
 from train.behaviour import scripted
 from train.behaviour.scripted import CannotPlay, Episode
@@ -485,13 +486,6 @@ def lives(process: int) -> bool:
         return False
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
-    limit = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < limit, "waited in vain"
-        time.sleep(0.05)
-
-
 COLLECT = "from train.data import collected; collected.collect('pointmaze-large-navigate', 1000, workers=2)"
 
 
@@ -502,13 +496,13 @@ def test_a_kill_leaves_whole_parts_and_no_processes(folder, kill: signal.Signals
     run = subprocess.Popen([sys.executable, "-c", COLLECT], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
     try:
         first = folder / "pointmaze-large-navigate-v0" / "part-00000.npz"
-        wait_until(first.exists)
+        wait_for(first.exists, "no part was written")
         children = children_of(run.pid)
         assert len([child for child in children if lives(child)]) >= 2
     finally:
         run.send_signal(kill)
-        assert run.wait(timeout=120) != 0
-    wait_until(lambda: not any(map(lives, children)))
+        assert run.wait(timeout=PATIENCE) != 0
+    wait_for(lambda: not any(map(lives, children)), "a worker lives on")
     whole = sorted(folder.rglob("*.npz"))
     assert 1 <= len(whole) < 100
     collected.read("pointmaze-large-navigate", PART_EPISODES * len(whole))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults.harness import wait_for_checkpoint
 from train.outputs.folder import lock_folders
 from train.run import main
 from train.settings import RunError
@@ -32,11 +33,7 @@ def test_a_second_process_is_refused_until_the_first_is_dead(
     command = [sys.executable, str(REPOSITORY / "train" / "run.py"), *endless]
     first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
-        deadline = time.monotonic() + 120
-        while not any(out.glob("checkpoints/*.safetensors")):
-            assert time.monotonic() < deadline, "no checkpoint was written"
-            assert first.poll() is None, first.communicate()[1]
-            time.sleep(0.01)
+        wait_for_checkpoint(out, first)
         for how in ("--resume", "--overwrite"):
             assert main([*run, "--no-anneal", how]) == 2
             assert f"error: another process is training in {out}" in capsys.readouterr().err

@@ -25,6 +25,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import train.member
 import train.run
 from fdkernels.policy import Acting
+from tests.faults.harness import PATIENCE
 from train import diverged
 from train.agents import AGENTS
 from train.agents.base import Agent
@@ -540,7 +541,7 @@ def test_a_killed_run_ends_where_it_would_have(straight: Path, tmp_path: Path) -
     out = tmp_path / "run"
     arguments = [*TINY, "--online-steps", str(ONLINE), "--out", str(out)]
     done = subprocess.run(
-        [sys.executable, "-c", KILLED, *arguments], cwd=REPOSITORY, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", KILLED, *arguments], cwd=REPOSITORY, capture_output=True, text=True, timeout=PATIENCE
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
     checkpoint = read_checkpoint(max(out.glob("checkpoints/*")))

@@ -12,7 +12,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import matplotlib
@@ -24,6 +23,7 @@ from safetensors.torch import load_file
 
 import fdkernels
 import train.run
+from tests.faults.harness import PATIENCE, wait_for_checkpoint
 from train.agents import AGENTS
 from train.agents.base import METRICS
 from train.agents.hyperparameters import AgentConfig
@@ -107,14 +107,10 @@ def test_what_a_run_leaves_behind(finished: tuple[Path, str]) -> None:
 def test_an_interrupted_run_ends_where_it_would_have(finished: tuple[Path, str], tmp_path: Path, how: int) -> None:
     straight, _ = finished
     out = tmp_path / "run"
-    process = subprocess.Popen(command("--out", str(out)), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    deadline = time.time() + 120
-    while not list(out.glob("checkpoints/step-*.safetensors")):
-        assert time.time() < deadline, "no checkpoint was written"
-        assert process.poll() is None, process.stderr.read().decode()
-        time.sleep(0.01)
+    process = subprocess.Popen(command("--out", str(out)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for_checkpoint(out, process)
     process.send_signal(how)
-    assert process.wait(timeout=60) == (-signal.SIGKILL if how == signal.SIGKILL else 130)
+    assert process.wait(timeout=PATIENCE) == (-signal.SIGKILL if how == signal.SIGKILL else 130)
     process.communicate()
 
     assert main([*TINY, "--out", str(out), "--resume"]) == 0

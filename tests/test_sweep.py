@@ -12,9 +12,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.faults.harness import wait_for
 from train import run
 from train.environments import ENVIRONMENTS
 from train.outputs import curve
@@ -196,14 +196,6 @@ def processes_with(mark: str) -> list[str]:
     return [command for command in found if command]
 
 
-def wait_for(condition: Callable[[], Any], what: str, seconds: float = 300) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, what
-        time.sleep(0.01)
-    return found
-
-
 @pytest.fixture
 def mark(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Something in the environment of all processes that a test starts, none of which may survive it."""
@@ -215,7 +207,7 @@ def mark(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 def nothing_runs(mark: str) -> None:
     try:
-        wait_for(lambda: not processes_with(mark), "", 180)
+        wait_for(lambda: not processes_with(mark), "")
     except AssertionError:
         left = [command[:80] for command in processes_with(mark)]
         raise AssertionError(f"left running: {left}") from None

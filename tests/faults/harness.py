@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -25,6 +25,7 @@ from train.outputs.checkpoint import newest_checkpoints
 from train.outputs.events import read_events
 from train.outputs.folder import LOCK
 
+T = TypeVar("T")
 LAUNCHER = Path(__file__).with_name("launcher.py")
 RUN = Path(__file__).parents[2] / "train" / "run.py"
 PATIENCE = 300.0  # seconds that one process may take on a busy machine
@@ -125,6 +126,25 @@ def _live(log: Path, environment: dict[str, str], fault: Fault | None, argv: Seq
     os.chdir(log.parent)
     os.environ.update(environment)
     launch(fault, argv)
+
+
+def wait_for(condition: Callable[[], T], what: str) -> T:
+    """Wait until this returns something true, and return that."""
+    deadline = time.monotonic() + PATIENCE
+    while not (found := condition()):
+        assert time.monotonic() < deadline, what
+        time.sleep(0.01)
+    return found
+
+
+def wait_for_checkpoint(run: Path, process: subprocess.Popen[str]) -> None:
+    """Wait for the first checkpoint of a run that this process, whose stderr is a pipe, has begun."""
+
+    def is_there() -> bool:
+        assert process.poll() is None, process.communicate()[1]
+        return any(run.glob("checkpoints/step-*.safetensors"))
+
+    wait_for(is_there, "no checkpoint was written")
 
 
 def descendants(pid: int) -> list[int]:

@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from tests.faults.harness import PATIENCE
 from train.outputs.checkpoint import newest_step
 
 REPOSITORY = Path(__file__).parents[2]
@@ -77,7 +78,7 @@ def soak(out: Path, minutes: float, every: float) -> list[Sample]:
                 if (sample := look(process.pid, out, time.monotonic() - start)).steps:
                     samples.append(sample)
             process.send_signal(signal.SIGTERM)
-            if (code := process.wait(timeout=60)) != 130:
+            if (code := process.wait(timeout=PATIENCE)) != 130:
                 raise RuntimeError(f"the run ended with {code}:\n{out.with_suffix('.log').read_text()[-2000:]}")
         finally:
             process.kill()  # if it still runs

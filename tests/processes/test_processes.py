@@ -11,7 +11,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.faults.harness import descendants
+from tests.faults.harness import PATIENCE, descendants, wait_for_checkpoint
 from tests.processes.updates import CASES, states
 from tests.test_run import REPOSITORY, TINY, read
 from train import processes
@@ -68,7 +67,7 @@ def started(command: Sequence[str]) -> subprocess.Popen[str]:
 def finished(command: Sequence[str]) -> str:
     """What it printed."""
     process = started(command)
-    printed, errors = process.communicate(timeout=300)
+    printed, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, errors
     return printed
 
@@ -155,14 +154,6 @@ def processes_of(agent: int) -> list[int]:
     return [int(child) for child in children if b"run.py" in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 
-def wait_for_checkpoint(out: Path, process: subprocess.Popen[str]) -> None:
-    deadline = time.time() + 120
-    while not list(out.glob("checkpoints/step-*.safetensors")):
-        assert time.time() < deadline, "no checkpoint was written"
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.01)
-
-
 LONGER = ["--steps", "400", "--eval-every", "400", "--log-every", "50", "--checkpoint-every", "10"]
 
 
@@ -175,7 +166,7 @@ def test_a_killed_process_ends_all_and_the_run_goes_on(together: tuple[Path, str
     ranks = processes_of(process.pid)
     assert len(ranks) == 2
     os.kill(ranks[victim], signal.SIGKILL)
-    _, errors = process.communicate(timeout=60)  # seconds; many, because the machine may be busy
+    _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode != 0
     assert f"error (process {1 - victim}): process {1 - victim} has lost contact with the others" in errors
     assert "--resume goes on from the last checkpoint" in errors
@@ -206,7 +197,7 @@ def test_a_signal_stops_all_after_the_same_update(tmp_path: Path, how: int) -> N
     process = started([*torchrun(2), *training("--out", str(out), *LONGER)])
     wait_for_checkpoint(out, process)
     process.send_signal(how)
-    printed, errors = process.communicate(timeout=60)
+    printed, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode != 0
     (step,) = re.findall(r"stopped at step (\d+); --resume continues from there", printed)
     assert (out / "checkpoints" / f"step-{int(step):09}.safetensors").exists()
@@ -230,7 +221,7 @@ def test_a_seed_that_diverges_leaves_the_other(tmp_path: Path) -> None:
     out = tmp_path / "run"
     script = [str(REPOSITORY / "tests" / "processes" / "one_seed_diverges.py"), *HOPPER, "--num-seeds", "2"]
     process = started([*torchrun(2), *script, "--out", str(out)])
-    printed, errors = process.communicate(timeout=300)
+    printed, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode != 0
     assert "error (process 0): seed 1 diverged at update 12 (fidec)" in errors, errors
     assert "the other seeds go on" in printed
@@ -277,7 +268,7 @@ def node(port: int, rank: int) -> list[str]:
 def test_two_nodes(together: tuple[Path, str], tmp_path: Path, port: int) -> None:
     out = tmp_path / "run"
     nodes = [started([*node(port, rank), *training("--out", str(out))]) for rank in (0, 1)]
-    outputs = [process.communicate(timeout=300) for process in nodes]
+    outputs = [process.communicate(timeout=PATIENCE) for process in nodes]
     assert [process.returncode for process in nodes] == [0, 0], outputs
     ours, theirs = weights(out), weights(together[0])
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -291,7 +282,7 @@ def test_a_lost_node_ends_the_other(tmp_path: Path, port: int) -> None:
     wait_for_checkpoint(out, nodes[0])
     for pid in [*processes_of(nodes[1].pid), nodes[1].pid]:
         os.kill(pid, signal.SIGKILL)
-    _, errors = nodes[0].communicate(timeout=60)
+    _, errors = nodes[0].communicate(timeout=PATIENCE)
     assert nodes[0].returncode != 0
     assert "has lost contact with the others" in errors
     nodes[1].communicate()
@@ -305,7 +296,7 @@ def test_a_lost_node_ends_the_other(tmp_path: Path, port: int) -> None:
 def test_processes_that_differ_are_refused(tmp_path: Path, port: int, more: list[str]) -> None:
     out = tmp_path / "run"
     nodes = [started([*node(port, rank), *training("--out", str(out), *more[: rank * 2])]) for rank in (0, 1)]
-    errors = [process.communicate(timeout=120)[1] for process in nodes]
+    errors = [process.communicate(timeout=PATIENCE)[1] for process in nodes]
     assert all(process.returncode != 0 for process in nodes)
     assert any("the processes of this run have different settings" in text for text in errors), errors
 
@@ -313,7 +304,7 @@ def test_processes_that_differ_are_refused(tmp_path: Path, port: int, more: list
 @pytest.mark.long("three starts")
 def test_more_processes_than_rows(tmp_path: Path) -> None:
     process = started([*torchrun(3), *training("--out", str(tmp_path / "run"), "--batch-size", "2")])
-    errors = process.communicate(timeout=120)[1]
+    errors = process.communicate(timeout=PATIENCE)[1]
     assert process.returncode != 0
     assert "error (process 0): --batch-size 2 leaves nothing for some of 3 processes" in errors
     assert not (tmp_path / "run").exists()
