@@ -117,11 +117,13 @@ def test_errors_of_its_runs_are_its_own(tmp_path: Path, capsys: pytest.CaptureFi
 def test_a_stop_of_a_run_is_told_quietly_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stopped = Ending("stopped at step 1,234; --resume ...", {"error": "stopped", "step": 1234}, Exit.STOPPED)
+    stopped = Ending("", {"error": "stopped", "step": 1234}, Exit.STOPPED)
     monkeypatch.setattr(compare.run, "train", lambda config: stopped)
     asked = ["--env", "hopper-medium", "--out", str(tmp_path), "--seeds", "3"]
     message = f"stopped at step 1,234 of {tmp_path / 'fidec-seed3'}; the same command goes on"
     assert compare.main([*asked, "--quiet"]) == 130
-    assert capsys.readouterr().out == f"{message}\n"
+    assert capsys.readouterr() == ("", f"{message}\n")
     assert compare.main([*asked, "--json"]) == 130
-    assert json.loads(capsys.readouterr().out) == {"error": message, "exit_code": 130}
+    out, err = capsys.readouterr()
+    assert json.loads(out) == {"error": message, "exit_code": 130}
+    assert err.endswith(f"{message}\n")

@@ -22,6 +22,7 @@ from train.outputs import console
 from train.outputs.console import Ending, Output
 from train.presets import PRESETS, preset_config
 from train.settings import RunConfig, RunDiverged, RunError
+from train.signals import handle_stops
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = [
@@ -248,6 +249,20 @@ def test_sigterm_stops_every_command_in_good_order(where: str, message: str, sai
     assert process.returncode == 130
     assert json.loads(out) == {"error": message, "exit_code": 130}
     assert err == f"{said}{message}\n"
+
+
+def test_what_was_to_be_ignored_stays_ignored() -> None:
+    """A shell script starts ``run.py &`` with SIGINT ignored: Ctrl-C is for the script."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        replaced = handle_stops(lambda signum, frame: None)
+        try:
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+            assert list(replaced) == [signal.SIGTERM]
+        finally:
+            signal.signal(signal.SIGTERM, replaced[signal.SIGTERM])
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_exit_codes_are_documented() -> None:

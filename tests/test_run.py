@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
+import errno
 import functools
 import io
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -193,6 +195,33 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_a_run_without_an_intact_checkpoint_is_not_begun_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor one whose checkpoints could not be read this time."""
+    out = tmp_path / "run"
+    assert main([*TINY, "--out", str(out), "--steps", "10"]) == 0
+    with monkeypatch.context() as patch:
+        error = OSError(errno.EIO, os.strerror(errno.EIO), "step")
+        patch.setattr("train.outputs.checkpoint.load_file", lambda path: (_ for _ in ()).throw(error))
+        before = contents(out)
+        assert main([*TINY, "--out", str(out), "--resume"]) == 2
+        assert "step: the disk failed to read or write it" in capsys.readouterr().err
+        assert contents(out) == before
+    for path in out.glob("checkpoints/step-*.safetensors"):
+        path.write_bytes(path.read_bytes()[:1000])
+    before = contents(out)
+    for _ in range(2):
+        assert main([*TINY, "--out", str(out), "--resume"]) == 2
+        assert f"no checkpoint in {out / 'checkpoints'} is intact; begin anew" in capsys.readouterr().err
+    assert contents(out) == before
+    assert main([*TINY, "--steps", "1", "--out", str(out), "--overwrite"]) == 0
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "config.json"}
+
+
 def test_a_run_is_not_lost_or_mixed(finished: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
     out, _ = finished
     before = (out / "policy.safetensors").read_bytes()
@@ -364,7 +393,7 @@ def test_a_group_is_not_mixed_or_lost(
     assert main([*GROUP, "--out", str(out)]) == 2
     assert "fidec-seed0 already holds a run: --resume continues it" in capsys.readouterr().err
     assert main([*GROUP, "--num-seeds", "3", "--out", str(out), "--resume"]) == 2
-    assert "the seeds have no checkpoint of the same step" in capsys.readouterr().err
+    assert "the seeds have no intact checkpoint of the same step" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -398,6 +427,7 @@ def test_without_data_nothing_is_left_behind(
     ("flags", "message"),
     [
         (["--steps", "0"], "--steps must be positive, got 0"),
+        (["--resume", "--overwrite"], "--overwrite must be off together with --resume, got True"),
         (["--fisher-t", "1.0"], "--fisher-t must be at least 0 and below 1, got 1.0"),
         (["--num-fisher-samples", "0"], "--num-fisher-samples must be positive"),
         (["--tau", "1.5"], "--tau must be between 0 and 1"),

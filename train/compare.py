@@ -141,7 +141,7 @@ def compare(config: CompareConfig, extra: Sequence[str]) -> Ending:
         ending = run.train(planned.config)
         if ending.code == Exit.STOPPED:
             error = f"stopped at step {ending.document['step']:,} of {folder}; the same command goes on"
-            return Ending(error, {"error": error}, Exit.STOPPED)
+            return Ending("", {"error": error}, Exit.STOPPED)
         print(ending.text, flush=True)
         summary = read_json(folder / "result.json")
         results.setdefault(agent, []).append(summary)

@@ -28,13 +28,14 @@ from train.data.transitions import Batch, OfflineDataset
 from train.health import FirstUnsound, Wrong, sound, unsound
 from train.member import Member
 from train.online import Explorer
-from train.outputs.checkpoint import newest_checkpoints
+from train.outputs.checkpoint import Checkpoint, newest_checkpoints, newest_step
 from train.outputs.curve import draw_group_curve
 from train.outputs.diverged import Diverged, FailedUpdate, without_diverged
 from train.outputs.report import evaluation_line, final_table, group_table
 from train.outputs.result import Result
 from train.profiling import ProfiledUpdate
 from train.settings import RunConfig, RunDiverged, RunError, check_observations
+from train.signals import handle_stops
 
 LARGEST_SCALED = 1e18
 """Beyond this, squares are near the end of float32."""
@@ -162,7 +163,7 @@ class Run:
             member.open_record(self.step)
         self.first_unsound.begin(self.step)
         self.clock = time.perf_counter() - self.seconds
-        handlers = {signum: signal.signal(signum, self.request_stop) for signum in (signal.SIGINT, signal.SIGTERM)}
+        handlers = handle_stops(self.request_stop)
         try:
             for stage in self.stages:
                 if stage.start <= self.step < stage.end and not self._stops():
@@ -394,23 +395,30 @@ class Run:
             member.save(self.step, self.seconds)
 
     def resume(self) -> None:
-        """Continue from the newest intact checkpoint that all members share; start anew if there is none at all."""
+        """Continue from the newest intact checkpoint that all members share; start anew if there is none at all.
+
+        Raises:
+            RunError: there are some, and none of them will do. Nothing was deleted.
+        """
         for diverged in self.left_out:
             print(f"left out   {diverged}")
         if self.config.num_seeds == 1 and self.place.leads:
             self.members[0].recall_divergence()
         folders = [member.config.checkpoints for member in self.members]
-        found = newest_checkpoints(folders) if self.place.leads else ([], [])
-        checkpoints, problems = processes.from_leader(found)
+        found: tuple[list[Checkpoint], list[str], list[str]] = ([], [], [])
+        if self.place.leads:
+            found = *newest_checkpoints(folders), [str(folder) for folder in folders if newest_step(folder)]
+        checkpoints, problems, some = processes.from_leader(found)
         for problem in problems:
             print(f"refused    {problem}")
         if not checkpoints:
-            lonely = [str(folder) for folder in folders if self.place.leads and any(folder.glob("step-*.safetensors"))]
-            if lonely:
+            if some and len(folders) > 1:
                 raise RunError(
-                    f"--resume: the seeds have no checkpoint of the same step; there are some in {', '.join(lonely)}. "
-                    "Finish the seeds one by one with --num-seeds 1, or begin anew with --overwrite"
+                    f"--resume: the seeds have no intact checkpoint of the same step; there are some in "
+                    f"{', '.join(some)}. Finish the seeds one by one with --num-seeds 1, or begin anew with --overwrite"
                 )
+            if some:
+                raise RunError(f"--resume: no checkpoint in {some[0]} is intact; begin anew with --overwrite")
             print(f"resume     no checkpoint in {', '.join(str(f.parent) for f in folders)}: starting at update 0")
             return
         for member, checkpoint in zip(self.members, checkpoints):

@@ -56,6 +56,7 @@ from train.outputs.scores import Scores, Trial, is_finished
 from train.outputs.scores_picture import draw_scores
 from train.plan import check_choices, options_behind, plan
 from train.settings import PresetName, RunError
+from train.signals import handle_stops
 from train.worker import UNFIT, Board, Outcome, Site, Start, problem_of_node, train_trial, version
 
 LOOK_EVERY = 1.0
@@ -228,8 +229,7 @@ class Sweep:
         Raises:
             RunError: a node joined that cannot take part.
         """
-        signals: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM)
-        self.handlers = {signum: signal.signal(signum, self.request_stop) for signum in signals}
+        self.handlers = handle_stops(self.request_stop)
         try:
             with progress.bar(desc="sweep", total=len(self.trials), unit="trial", miniters=0) as bar:
                 changed = True
@@ -377,7 +377,7 @@ def sweep(config: SweepConfig, extra: Sequence[str]) -> Ending:
     document = {"folder": config.out, "seeds": config.seeds, **scores.document()}
     if stopped:
         error = "stopped; the same command continues"
-        return Ending(f"{text}\n{error}", {**document, "error": error}, Exit.STOPPED)
+        return Ending(text, {**document, "error": error}, Exit.STOPPED)
     return Ending(text, document, Exit.FAILED if any(trial.status == "failed" for trial in trials) else Exit.DONE)
 
 

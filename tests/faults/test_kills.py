@@ -205,5 +205,5 @@ def test_a_killed_overwrite_leaves_no_checkpoint_to_go_on_from(tmp_path: Path, m
             prepare_folder(config.folder, config)
     assert newest_step(checkpoints) == 0
     assert (config.folder / "config.json").exists(), "nothing tells that it is a run's folder"
-    prepare_folder(config.folder, dataclasses.replace(config, resume=True))
+    prepare_folder(config.folder, dataclasses.replace(config, resume=True, overwrite=False))
     assert [path.name for path in config.folder.iterdir()] == ["config.json"]

@@ -197,9 +197,9 @@ def test_a_signal_stops_all_after_the_same_update(tmp_path: Path, how: int) -> N
     process = started([*torchrun(2), *training("--out", str(out), *LONGER)])
     wait_for_checkpoint(out, process)
     process.send_signal(how)
-    printed, errors = process.communicate(timeout=PATIENCE)
+    _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode != 0
-    (step,) = re.findall(r"stopped at step (\d+); --resume continues from there", printed)
+    (step,) = re.findall(r"stopped at step (\d+); --resume continues from there", errors)
     assert (out / "checkpoints" / f"step-{int(step):09}.safetensors").exists()
     assert "error (process" not in errors
 

@@ -109,6 +109,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
     Raises:
         DamagedCheckpoint: the file is cut short or altered.
+        OSError, MemoryError: it could not be read, which says nothing about it.
     """
     try:
         check_safetensors(path)
@@ -121,17 +122,23 @@ def read_checkpoint(path: Path) -> Checkpoint:
         if step < 0 or not isinstance(notes, dict):
             raise ValueError(f"it is of step {step}, with notes in a {type(notes).__name__}")
         return Checkpoint(path, step, notes, tensors)
-    except Exception as error:  # safetensors, the operating system, or a header that is no longer text
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # safetensors, or a header that is no longer text
         raise DamagedCheckpoint(f"checkpoint {path} is damaged ({type(error).__name__}: {error})") from error
 
 
 def newest_checkpoints(folders: Sequence[Path]) -> tuple[list[Checkpoint], list[str]]:
     """One checkpoint from each folder, at the newest step that is intact in all; none if there is no such step.
 
-    The second list says what is wrong with damaged checkpoints, which are renamed to ``*.damaged``. Later checkpoints
-    are deleted, because training will reach those steps again.
+    The second list says what is wrong with damaged checkpoints. If others take their place, they are renamed to
+    ``*.damaged``, and later checkpoints are deleted, because training will reach those steps again.
+
+    Raises:
+        OSError, MemoryError: a checkpoint could not be read.
     """
     problems: list[str] = []
+    damaged: list[Path] = []
     paths = [dict(_newest_first(folder)) for folder in folders]
     for step in sorted(set.intersection(*map(set, paths)), reverse=True):
         found = []
@@ -140,8 +147,10 @@ def newest_checkpoints(folders: Sequence[Path]) -> tuple[list[Checkpoint], list[
                 found.append(read_checkpoint(path))
             except DamagedCheckpoint as error:
                 problems.append(str(error))
-                path.rename(path.with_suffix(".damaged"))
+                damaged.append(path)
         if len(found) == len(folders):
+            for path in damaged:
+                path.rename(path.with_suffix(".damaged"))
             for of_folder in paths:
                 for later in (path for at, path in of_folder.items() if at > step):
                     later.unlink(missing_ok=True)

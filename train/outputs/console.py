@@ -40,7 +40,7 @@ class Ending(NamedTuple):
     text: str
     """The result for people."""
     document: Mapping[str, Any]
-    """The result for ``--json``."""
+    """The result for ``--json``; if the command was stopped, with the message as "error"."""
     code: Exit = Exit.DONE
     problems: Sequence[str] = ()
     """Errors that did not keep it from a result."""
@@ -83,7 +83,6 @@ def conclude(
         ending = Ending("", {"error": message}, getattr(error, "exit_code", Exit.REFUSED), [message])
     except KeyboardInterrupt:
         message = f"stopped; {again}" if again else "stopped"
-        print(message, file=sys.stderr)
         ending = Ending("", {"error": message}, Exit.STOPPED)
     except Exception as error:  # the traceback comes from Python
         if output.json:
@@ -93,6 +92,8 @@ def conclude(
         _print_json(ending.document, ending.code)
     elif ending.text:
         print(ending.text.lstrip("\n") if output.quiet else ending.text)
+    if ending.code == Exit.STOPPED:
+        print(ending.document["error"], file=sys.stderr)
     for problem in ending.problems:
         print(f"error{who}: {problem}", file=sys.stderr)
     return ending.code

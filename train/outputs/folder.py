@@ -115,7 +115,7 @@ def prepare_folder(folder: Path, config: RunConfig) -> None:
     remove_partial(folder, *LEFT_BY_A_RUN, "config.json", "checkpoints")  # other files may be somebody else's
     for name in ("checkpoints", "tensorboard"):
         remove_partial(folder / name, "*")
-    if config.overwrite and not config.resume:
+    if config.overwrite:
         # The checkpoints go at once: if this is killed, --resume must not go on from some of them.
         if (folder / "checkpoints").exists():
             (folder / "checkpoints").rename(folder / "checkpoints.partial")
