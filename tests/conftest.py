@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from getpass import getuser
@@ -11,14 +12,17 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):  # set befo
 if capability := os.environ.get("ATEN_CPU_CAPABILITY"):  # not part of the key of PyTorch's cache of compiled code
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor-{capability}-{getuser()}")
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's background; so it would be for what tests start
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 import pytest
 import torch
 from hypothesis import settings
 
 DATA = Path(__file__).parent / "data"
-settings.register_profile("whole", max_examples=100, deadline=None)
+settings.register_profile("whole", max_examples=100, deadline=None, derandomize=True)
 settings.register_profile("quick", max_examples=12, deadline=None, derandomize=True)
-settings.register_profile("fuzz", max_examples=1000, deadline=None, print_blob=True)
+settings.register_profile("fuzz", max_examples=3000, deadline=None, print_blob=True)
 settings.load_profile("whole")
 
 

@@ -482,7 +482,7 @@ def children_of(process: int) -> list[int]:
 def lives(process: int) -> bool:
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
+    except OSError:  # ended, perhaps while this was read
         return False
 
 

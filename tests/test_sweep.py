@@ -28,6 +28,7 @@ from tests.faults.harness import PATIENCE, wait_for
 from train import run
 from train.environments import ENVIRONMENTS
 from train.outputs import curve
+from train.outputs.checkpoint import newest_step
 from train.outputs.folder import lock_folders
 from train.outputs.scores import Scores, Trial, is_finished
 from train.outputs.scores_picture import COLOURS, draw_scores
@@ -325,10 +326,10 @@ def swept_cell(out: Path, column: int) -> str:
 
 
 def training(out: Path) -> list[tuple[Path, int]]:
-    """The folders of trials that have a checkpoint and no result yet, and the processes that last trained there."""
+    """The folders of trials with a checkpoint and most of their updates before them, and who last trained there."""
     found = []
     for folder in folders(out):
-        if any(folder.glob("checkpoints/*.safetensors")) and not (folder / "result.json").exists():
+        if 0 < newest_step(folder / "checkpoints") <= 100:
             begun = re.findall(r"^== on .*, process (\d+)$", (folder / "log.txt").read_text(), re.M)
             found.append((folder, int(begun[-1])))
     return [(folder, pid) for folder, pid in found if Path(f"/proc/{pid}").exists()]
@@ -351,7 +352,8 @@ def test_what_dies_is_made_up_for_to_the_last_bit(swept: tuple[Path, str], tmp_p
     try:
 
         def on_other(yes: bool) -> list[tuple[Path, int]]:
-            return [(f, pid) for f, pid in training(out) if (parent_of(pid) == raylet.process.pid) == yes]
+            found = [(folder, pid, parent_of(pid)) for folder, pid in training(out)]
+            return [(folder, pid) for folder, pid, of in found if of and (of == raylet.process.pid) == yes]
 
         killed, worker = wait_for(lambda: on_other(False), "no trial on the first node has a checkpoint")[0]
         os.kill(worker, signal.SIGKILL)

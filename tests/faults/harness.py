@@ -137,8 +137,8 @@ def wait_for(condition: Callable[[], T], what: str) -> T:
     return found
 
 
-def wait_for_checkpoint(run: Path, process: subprocess.Popen[str]) -> None:
-    """Wait for the first checkpoint of a run that this process, whose stderr is a pipe, has begun."""
+def wait_for_checkpoint(run: Path, process: subprocess.Popen[Any]) -> None:
+    """Wait for the first checkpoint of a run that this process has begun."""
 
     def is_there() -> bool:
         assert process.poll() is None, process.communicate()[1]

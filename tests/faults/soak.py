@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.faults.harness import PATIENCE
+from tests.faults.harness import PATIENCE, wait_for_checkpoint
 from train.outputs.checkpoint import KEPT, newest_step
 
 REPOSITORY = Path(__file__).parents[2]
@@ -40,7 +40,7 @@ class Sample(NamedTuple):
     seconds: float
     steps: int
     rss: float
-    """MB"""
+    """MB, without pages of files, which come and go"""
     files: int
     threads: int
     disk: float
@@ -58,7 +58,7 @@ def look(pid: int, out: Path, seconds: float) -> Sample:
     return Sample(
         seconds,
         newest_step(out / "checkpoints"),
-        int(status["VmRSS"].split()[0]) / 1024,
+        int(status["RssAnon"].split()[0]) / 1024,
         len(os.listdir(f"/proc/{pid}/fd")),
         int(status["Threads"]),
         sum(sizes) / 2**20,
@@ -72,13 +72,13 @@ def soak(out: Path, minutes: float, every: float) -> list[Sample]:
     with out.with_suffix(".log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
         try:
+            wait_for_checkpoint(out, process)
             start, samples = time.monotonic(), []
             while time.monotonic() - start < 60 * minutes:
                 time.sleep(every)
                 if process.poll() is not None:
                     raise RuntimeError(f"the run ended:\n{out.with_suffix('.log').read_text()[-2000:]}")
-                if (sample := look(process.pid, out, time.monotonic() - start)).steps:
-                    samples.append(sample)
+                samples.append(look(process.pid, out, time.monotonic() - start))
             process.send_signal(signal.SIGTERM)
             if (code := process.wait(timeout=PATIENCE)) != 130:
                 raise RuntimeError(f"the run ended with {code}:\n{out.with_suffix('.log').read_text()[-2000:]}")

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into Linu
 @pytest.mark.usefixtures("datasets")
 def test_two_minutes(tmp_path: Path) -> None:
     samples = soak(tmp_path / "run", minutes=2, every=1)
-    assert samples[-1].steps > 1000
+    assert samples[-1].steps > 200
     assert problems(samples) == [], report(samples)
 
 

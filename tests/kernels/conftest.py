@@ -20,11 +20,10 @@ from tests.kernels.device import DEVICE, INTERPRETED, guarded_memory
 
 if DEVICE.type != "cuda" and not INTERPRETED:
     collect_ignore_glob = ["test_*.py"]
-
-# On a GPU each new size takes about a second to compile.
-examples = settings().max_examples if INTERPRETED else 10
-settings.register_profile("kernels", max_examples=examples, deadline=None, derandomize=True)
-settings.load_profile("kernels")
+else:  # on a GPU each new size takes about a second to compile
+    examples = settings().max_examples if INTERPRETED else 10
+    settings.register_profile("kernels", max_examples=examples, deadline=None, derandomize=True)
+    settings.load_profile("kernels")
 
 
 @pytest.fixture(autouse=True)

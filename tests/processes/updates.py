@@ -5,12 +5,14 @@ The first argument is the file to which the leader writes parameters and figures
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tests.faults.harness import wait_for
 from tests.test_update import BATCH, Training, dataset, make
 from train import processes
 from train.agents import AGENTS
@@ -43,11 +45,18 @@ def states() -> dict[str, Any]:
     return found
 
 
+def threads_named(name: str) -> list[str]:
+    found = []
+    for path in Path("/proc/self/task").glob("*/comm"):
+        with contextlib.suppress(OSError):  # it has just ended
+            found.append(path.read_text())
+    return [thread for thread in found if name in thread]
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     with processes.joined(on_gpus=False) as place:
         result = states()
         if place.leads:
             torch.save(result, sys.argv[1])
-    threads = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
-    assert not [name for name in threads if "gloo" in name], "the group's threads may meet the end of Python"
+    wait_for(lambda: not threads_named("gloo"), "the group's threads may meet the end of Python")
