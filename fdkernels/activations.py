@@ -69,6 +69,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "relu": Activation(nn.ReLU, _is(nn.ReLU), F.relu, _relu_slope, ("relu", ""), ("relu", "")),
     "tanh": Activation(nn.Tanh, _is(nn.Tanh), torch.tanh, _tanh_slope, ("tanh", ""), ("tanh", "")),
 }
+"""The activations of velocity networks. Their names are public; what stands behind them may change."""
 
 
 def name_of(module: nn.Module) -> str | None:

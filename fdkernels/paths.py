@@ -106,6 +106,7 @@ PATHS: dict[str, AffinePath] = {
         lambda t: -0.5 * math.pi * _sin(0.5 * math.pi * t),
     ),
 }
+"""The built-in paths by the names that ``path`` takes."""
 
 
 def levels(op: str, path: AffinePath, t: float, device: torch.device) -> tuple[Any, Any]:

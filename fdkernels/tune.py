@@ -2,9 +2,9 @@
 then on.
 
 Writes the winners to the user's table, $FDKERNELS_CONFIGS or
-~/.cache/fdkernels/configs.json, under the GPU's name; processes started
-afterwards use it. Without it they use the shipped table, or heuristics for GPUs
-that are not in it.
+fdkernels/configs.json in $XDG_CACHE_HOME or ~/.cache, under the GPU's name;
+processes started afterwards use it. Without it they use the shipped table, or
+heuristics for GPUs that are not in it.
 
 Each of the flow's candidates takes seconds to compile. One process per core
 compiles them, one precision at a time, while the precision before is timed.

@@ -131,6 +131,27 @@ def test_tables_are_those_of_the_results() -> None:
     )
 
 
+def table_of(page: str, first: str) -> list[list[str]]:
+    """The cells of the table whose head begins with this one, by lines; without the first of the head."""
+    _, found, rest = (ROOT / page).read_text().partition(f"| {first} |")
+    assert found, f"{page} has no table {first!r}"
+    head, _, *lines = rest.partition("\n\n")[0].splitlines()
+    return [[cell.strip() for cell in line.removesuffix("|").lstrip("|").split("|")] for line in [head, *lines]]
+
+
+def test_the_science_pages_table_is_that_of_all_metrics() -> None:
+    """The means after 4,000 and 30,000 updates; one where they are the same."""
+    columns, *lines = table_of("docs/science/README.md", "after 4,000 / 30,000 updates")
+    head, *rows = table_of("docs/science/gain.md", "metric")
+    every = {label: dict(zip(head, cells)) for label, *cells in rows}
+    for label, *cells in lines:
+        for column, cell in zip(columns, cells, strict=True):
+            both = [name for name in head if name.endswith((f"{column}, 4k", f"{column}, 30k"))]
+            means = [every[label][name].partition(" (")[0] for name in both]
+            assert len(means) == 2
+            assert " / ".join(dict.fromkeys(means)) == cell, f"{label}, {column}"
+
+
 PROGRAMS = sorted(
     program
     for page in (ROOT / "docs" / "commands").glob("*.md")

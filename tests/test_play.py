@@ -96,7 +96,7 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert play.main([str(argument) for argument in arguments]) == 2
         return capsys.readouterr().err
 
-    assert "is not there: a run writes it when it has finished" in error(str(tmp_path))
+    assert "is not there (a run writes its policy when it has finished)" in error(str(tmp_path))
     fql = finished(tmp_path / "fql", "fql")
     refused = error(str(fql), "--acting", "best-of-n")
     assert f"{fql}: Policy: acting='best-of-n' refines an action, and a one-step policy has nothing" in refused

@@ -187,7 +187,8 @@ class Folder(Group):
     """Updates between checkpoints; one is also written after each stage and on Ctrl-C. They hold what was seen
     online."""
     profile: bool = False
-    """Write a trace of a few of the agent's updates to trace.json in the run's folder, for ui.perfetto.dev."""
+    """Write a trace of a few of the agent's updates to trace.json in the run's folder, for ui.perfetto.dev, and what
+    took longest in them to trace.txt."""
 
 
 @dataclasses.dataclass(frozen=True)

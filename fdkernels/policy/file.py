@@ -74,7 +74,7 @@ def load_policy(
             header, weights = file.metadata() or {}, {name: file.get_tensor(name) for name in names}
         policy = _policy(header, weights)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise PolicyError(f"{path} is not there: a run writes it when it has finished") from error
+        raise PolicyError(f"{path} is not there (a run writes its policy when it has finished)") from error
     except OSError as error:
         raise PolicyError(f"{path} cannot be read: {error.strerror or error}") from error
     except (safetensors.SafetensorError, *_REFUSALS) as error:
