@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fdkernels.backend import MAX_PENALTY_D, Backend, Implementation, Precision, choose_backend, choose_fused
 from fdkernels.condition import Condition, check_condition, for_samples
-from fdkernels.events import check_event, check_event_dim, flat, form, shaped
+from fdkernels.events import check_event, check_event_dim, check_samples, flat, shaped
 from fdkernels.noise import check_source, draw
 from fdkernels.ops.chain import chain
 from fdkernels.ops.integrate import prepare
@@ -37,7 +37,7 @@ from fdkernels.records import (
 )
 from fdkernels.solvers import Method, Solver, check_solver, integrate
 from fdkernels.torch_private import transforms_active
-from fdkernels.validation import check_choice, check_count, check_flag, check_floating, check_shape
+from fdkernels.validation import check_choice, check_count, check_flag, check_floating
 from fdkernels.velocity import BoundVelocity, Velocity, bind
 
 _MAX_SAMPLES = 64
@@ -140,10 +140,7 @@ def flow_fisher_penalty(
     event, lead = check_event(op, "displacement", displacement, event_dim), displacement.shape[:-event_dim]
     check_condition(op, "cond", cond, lead, device, "the displacement", broadcasts=False)
     given = {"samples": samples, "noise": noise, "bridge_noise": bridge_noise}
-    shape = (*lead, _check_given(op, given, num_samples, device, event_dim), *event)
-    for name, tensor in given.items():
-        if tensor is not None:
-            check_shape(op, name, tensor, shape, f"(..., K, {form(event_dim)})")
+    shape = (*lead, _check_given(op, given, num_samples, displacement, event_dim), *event)
     seed = check_source(op, seed, generator, device)
     score_rule = check_score_rule(op, path, convention, min_sigma)
     t = near_data(op, score_rule.path, 0.05) if t is None else t
@@ -204,17 +201,21 @@ class _Request(NamedTuple):
 
 
 def _check_given(
-    op: str, given: dict[str, Tensor | None], num_samples: int, device: torch.device, event_dim: int
+    op: str, given: dict[str, Tensor | None], num_samples: int, displacement: Tensor, event_dim: int
 ) -> int:
     """The number of samples: that of a given tensor, or else the one asked for."""
     tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
     if tensors:
-        check_floating(op, device, **tensors)
+        check_floating(op, displacement.device, **tensors)
     if given["samples"] is not None and given["noise"] is not None:
         raise ValueError(f"{op}: samples and noise exclude each other, for given samples are not integrated again")
-    counts = [tensor.shape[-event_dim - 1] for tensor in tensors.values() if tensor.ndim > event_dim]
+    for name, tensor in tensors.items():
+        check_samples(op, displacement, name, tensor, event_dim)
+    counts = [tensor.shape[-event_dim - 1] for tensor in tensors.values()]
     if not counts:
         return check_count(op, "num_samples", num_samples)
+    if any(count != counts[0] for count in counts):
+        raise ValueError(f"{op}: {' and '.join(tensors)} must have the same K, got {' and '.join(map(str, counts))}")
     check_count(op, f"K, the number of samples in {' and '.join(tensors)},", counts[0])
     return counts[0]
 

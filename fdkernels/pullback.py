@@ -10,7 +10,7 @@ from torch import Tensor
 from fdkernels.backend import Backend, Precision, choose_fused
 from fdkernels.condition import Condition, check_condition, for_samples
 from fdkernels.dtypes import accumulate_dtype
-from fdkernels.events import check_event, check_event_dim, flat, form, shaped
+from fdkernels.events import check_event, check_event_dim, check_samples, flat, form, shaped
 from fdkernels.jacobian import jacobian_along
 from fdkernels.noise import check_source, draw
 from fdkernels.paths import AffinePath, PathName, check_noise_left, data_time, levels, near_data, resolve_path
@@ -178,9 +178,9 @@ def flow_pullback_penalty(
         shape = (*lead, check_count(op, "num_samples", num_samples), *event)
     else:
         check_floating(op, device, bridge_noise=bridge_noise)
-        samples = bridge_noise.shape[-event_dim - 1] if bridge_noise.ndim > event_dim else 0
-        shape = (*lead, check_count(op, "K, the number of samples in bridge_noise,", samples), *event)
-        check_shape(op, "bridge_noise", bridge_noise, shape, f"(..., K, {form(event_dim)})")
+        check_samples(op, displacement, "bridge_noise", bridge_noise, event_dim)
+        shape = bridge_noise.shape
+        check_count(op, "K, the number of samples in bridge_noise,", shape[len(lead)])
     resolved = resolve_path(op, path)
     t, end = _check_view(op, t, resolved), data_time(op, resolved)
     num_steps = check_count(op, "num_steps", num_steps)

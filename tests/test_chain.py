@@ -211,7 +211,8 @@ C, D, S = torch.randn(4, 5), torch.randn(4, 6), torch.randn(4, 3, 6)
 FLOW = fdkernels.VelocityMLP(5, 6, hidden=(8,))
 BAD = {
     "K": ({"num_samples": 0}, "num_samples"),
-    "bridge noise": ({"noise": S, "bridge_noise": S[:, :2]}, "bridge_noise must be"),
+    "bridge noise": ({"noise": S, "bridge_noise": S[:, :2]}, "noise and bridge_noise must have the same K"),
+    "no K": ({"noise": D}, r"noise must be \(\.\.\., K, d\) .* leading shape \(4,\), got \(4, 6\)"),
     "samples": ({"samples": S[:2]}, "samples must be"),
     "samples and noise": ({"samples": S, "noise": S}, "samples and noise exclude each other"),
     "seed and generator": ({"seed": 1, "generator": torch.Generator()}, "seed and generator exclude each other"),

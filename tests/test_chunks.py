@@ -359,7 +359,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     ),
     "another chunk, noise": (
         lambda: fdkernels.flow_fisher_penalty(FLOW, COND, CHUNKS, noise=NOISES.mT, event_dim=2), ValueError,
-        r"noise must be .* = \(5, 3, 4, 2\), got \(5, 3, 2, 4\)",
+        r"noise must be .* event \(4, 2\) and its leading shape \(5,\), got \(5, 3, 2, 4\)",
     ),
     "another chunk, action": (
         lambda: fdkernels.flow_pullback_penalty(FLOW, COND, CHUNKS.mT, CHUNKS, event_dim=2), ValueError,

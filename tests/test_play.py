@@ -75,6 +75,7 @@ def test_films(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert "hop.gif: 0.1 s" in capsys.readouterr().out
     assert play.main([str(run), "--episodes", "1", "--record", str(tmp_path / "hop.nothing")]) == 2
     assert "error: --record" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "run"], "nothing is left of it"
 
 
 def test_exports_what_it_played(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -197,23 +198,27 @@ def test_what_would_not_be_loaded_is_not_saved(tmp_path: Path) -> None:
     refused(changed, "load_policy would refuse .*'iterated' refines an action")
 
 
-def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "a"
-    save_policy(Policy(network()), file)
+@pytest.mark.parametrize("write", [save_policy, export_policy])
+def test_a_file_is_written_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Policy, Path], None]
+) -> None:
+    file = tmp_path / "a.pt2"
+    write(Policy(network()), file)
     before = file.read_bytes()
 
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match=r"No space left on device: '.*/a'"):
-        save_policy(Policy(network("one-step")), file)
+    with pytest.raises(OSError, match=r"No space left on device: '.*/a\.pt2'"):
+        write(Policy(network("one-step")), file)
     assert file.read_bytes() == before
     assert list(tmp_path.iterdir()) == [file]
-    with pytest.raises(FileNotFoundError, match=r"nowhere/a'"):
-        save_policy(Policy(network()), tmp_path / "nowhere" / "a")
+    with pytest.raises(FileNotFoundError, match=r"nowhere/a\.pt2'"):
+        write(Policy(network()), tmp_path / "nowhere" / "a.pt2")
+    (tmp_path / "folder.pt2").mkdir()
     with pytest.raises(ValueError, match="is not a regular file"):
-        save_policy(Policy(network()), tmp_path)
+        write(Policy(network()), tmp_path / "folder.pt2")
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:

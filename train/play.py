@@ -98,6 +98,7 @@ def film(spec: EnvSpec, act: Callable[[np.ndarray], np.ndarray], path: Path, see
     env = gym.make(spec.env_id, render_mode="rgb_array", **view)
     frames: list[Any] = []
     over = False
+    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
     try:
         fps = int(env.metadata["render_fps"])
         obs, _ = env.reset(seed=seed)
@@ -105,17 +106,19 @@ def film(spec: EnvSpec, act: Callable[[np.ndarray], np.ndarray], path: Path, see
             frames.append(env.render())
             obs, _, terminated, truncated, _ = env.step(act(obs[None])[0])
             over = terminated or truncated
-        options: dict[str, Any] = {"fps": fps}
+        speed: dict[str, Any] = {"fps": fps}
         shown = frames
         if path.suffix == ".gif":
             # GIF counts in hundredths of a second, and viewers slow down frames shorter than two of them
             every = next(n for n in range(1, fps + 1) if n * 1000 % (10 * fps) == 0 and n * 1000 >= 20 * fps)
-            shown, options = frames[::every], {"duration": every * 1000 // fps, "loop": 0}
+            shown, speed = frames[::every], {"duration": every * 1000 // fps, "loop": 0}
         path.parent.mkdir(parents=True, exist_ok=True)
-        imageio.imwrite(path, np.stack(shown), **options)
+        imageio.imwrite(partial, np.stack(shown), **speed)
+        partial.replace(path)
     except Exception as error:  # from the renderer or the file writer
         raise PlayError(f"--record {path}: {type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
     finally:
+        partial.unlink(missing_ok=True)
         env.close()
     return f"{path}: {len(frames) / fps:.1f} s"
 

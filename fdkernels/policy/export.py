@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib
+import io
 import logging
 import os
 import warnings
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from fdkernels.policy.acting import Acting
 from fdkernels.policy.network import FlowPolicy, check_float32
 from fdkernels.policy.player import Policy
+from fdkernels.policy.whole import write_whole
 
 SUFFIXES = (".pt2", ".onnx")
 INPUTS, OUTPUT = ("observation", "noise"), "action"
@@ -24,6 +26,8 @@ INPUTS, OUTPUT = ("observation", "noise"), "action"
 
 def export_policy(policy: Policy, path: str | os.PathLike[str]) -> None:
     """Write the policy's acting rule with its networks as a pure function (observation, noise) -> action.
+
+    The file is written whole or not at all.
 
     The graph is the same on every machine: it has no kernels, and nothing that only suits this processor. The batch
     size is free; the rule, its N and the weights are fixed. Noise and the frames before are the caller's.
@@ -39,16 +43,24 @@ def export_policy(policy: Policy, path: str | os.PathLike[str]) -> None:
             a runtime of ONNX.
 
     Raises:
-        ValueError: the path ends in something else, or the networks are not float32.
+        ValueError: the path ends in something else or is no regular file, or the networks are not float32.
+        OSError: the file cannot be written.
         ImportError: onnxscript, which an ``.onnx`` needs, is not installed.
     """
     path = Path(path)
     if path.suffix not in SUFFIXES:
         raise ValueError(f"export_policy: path must end in {' or '.join(SUFFIXES)}, got {path.name!r}")
     check_float32("export_policy", policy.network)
-    if path.suffix == ".pt2":
-        torch.export.save(trace(policy), path)
-        return
+    write_whole(path, _pt2(policy) if path.suffix == ".pt2" else _onnx(policy))
+
+
+def _pt2(policy: Policy) -> bytes:
+    file = io.BytesIO()
+    torch.export.save(trace(policy), file)
+    return file.getvalue()
+
+
+def _onnx(policy: Policy) -> bytes:
     try:
         importlib.import_module("onnxscript")
     except ImportError as error:
@@ -63,7 +75,8 @@ def export_policy(policy: Policy, path: str | os.PathLike[str]) -> None:
             verbose=False,
         )
         assert program is not None
-        program.save(path)
+        content: bytes = program.model_proto.SerializeToString()
+        return content
 
 
 def trace(policy: Policy) -> torch.export.ExportedProgram:

@@ -5,12 +5,10 @@ A file may be a stranger's. Nothing in it is executed, and nothing is larger tha
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import operator
 import os
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,7 +21,8 @@ from fdkernels.policy.config import PolicyConfig
 from fdkernels.policy.encoder import FEATURES
 from fdkernels.policy.network import KINDS, FlowPolicy, check_float32
 from fdkernels.policy.player import Policy, rule_with_settings
-from fdkernels.policy.untrusted import check_header, check_safetensors, parse_json, require_alike, require_file
+from fdkernels.policy.untrusted import check_header, check_safetensors, parse_json, require_alike
+from fdkernels.policy.whole import write_whole
 from fdkernels.validation import brief
 
 LONGEST_NAME = 200
@@ -100,22 +99,7 @@ def save_policy(policy: Policy, path: str | os.PathLike[str], notes: Mapping[str
         OSError: the file cannot be written.
         ImportError: safetensors is not installed.
     """
-    path, content = Path(path), policy_bytes(policy.network, policy.acting, policy.env, notes or {})
-    if path.exists():
-        require_file(path)  # a device would be replaced
-    partial = path.with_name(f".policy-{secrets.token_hex(8)}.partial")  # its own, because others may save there too
-    try:
-        with partial.open("xb") as file:
-            file.write(content)
-            file.flush()  # or the end of it would be written only after the fsync
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        if isinstance(error, OSError):
-            raise OSError(error.errno, error.strerror or str(error), str(path)) from error
-        raise
+    write_whole(Path(path), policy_bytes(policy.network, policy.acting, policy.env, notes or {}))
 
 
 def policy_bytes(network: FlowPolicy, acting: Acting, env: str, notes: Mapping[str, str]) -> bytes:
