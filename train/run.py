@@ -212,7 +212,7 @@ def _train(config: RunConfig, locks: contextlib.ExitStack, patience: float) -> E
     problems = [f"{diverged}; see {diverged.folder}" for diverged in run.diverged if place.leads]
     if run.stopped:
         message = f"stopped at step {run.step:,}; --resume continues from there"
-        return Ending("", {"error": message, "step": run.step}, Exit.STOPPED, problems)
+        return Ending("", {"error": message, "step": run.step} if place.leads else {}, Exit.STOPPED, problems)
     return Ending(*run.finish(), Exit.DIVERGED if run.diverged else Exit.DONE, problems)
 
 

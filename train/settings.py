@@ -234,7 +234,6 @@ class RunConfig(Schedule, Data, Evaluation, Online, Algorithm, Hardware, Folder,
         check_acting(acting_samples=self.acting_samples, acting_temperature=self.acting_temperature)
         size = self.dataset_size
         require("dataset_size", size, isinstance(size, str) or size > 0, "default, full or a positive number")
-        require("overwrite", self.overwrite, not (self.overwrite and self.resume), "off together with --resume")
         for name in ("acting", "online_acting"):
             allowed = getattr(self, name) not in REFINING_RULES or AGENTS[self.agent].refines
             require(name, getattr(self, name), allowed, f"a rule without refinement for {self.agent}")

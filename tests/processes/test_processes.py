@@ -21,15 +21,13 @@ from safetensors.torch import load_file
 
 from tests.faults.harness import PATIENCE, descendants, wait_for_checkpoint
 from tests.processes.updates import CASES, states
-from tests.test_run import REPOSITORY, TINY, read
+from tests.test_run import LONGER, REPOSITORY, TINY, read
 from train import processes
 from train.outputs.diverged import read_diverged
 from train.run import choose_device, main
 from train.settings import RunError
 
 pytestmark = pytest.mark.usefixtures("datasets")
-HOPPER = [*TINY, "--env", "hopper-medium", "--dataset-size", "5"]
-"""Little data, and short episodes, because an untrained Hopper falls."""
 
 
 def torchrun(count: int, *options: str) -> list[str]:
@@ -38,7 +36,7 @@ def torchrun(count: int, *options: str) -> list[str]:
 
 
 def training(*arguments: str) -> list[str]:
-    return [str(REPOSITORY / "train" / "run.py"), *HOPPER, *arguments]
+    return [str(REPOSITORY / "train" / "run.py"), *TINY, *arguments]
 
 
 STARTED: list[subprocess.Popen[str]] = []
@@ -108,7 +106,7 @@ def test_rows_of_all_processes_are_the_batch(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("alone") / "run"
-    assert main([*HOPPER, "--out", str(out)]) == 0
+    assert main([*TINY, "--out", str(out)]) == 0
     return out
 
 
@@ -152,9 +150,6 @@ def processes_of(agent: int) -> list[int]:
     """Those that a torchrun started."""
     children = Path(f"/proc/{agent}/task/{agent}/children").read_text().split()
     return [int(child) for child in children if b"run.py" in Path(f"/proc/{child}/cmdline").read_bytes()]
-
-
-LONGER = ["--steps", "400", "--eval-every", "400", "--log-every", "50", "--checkpoint-every", "10"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds torchrun's processes by Linux's /proc")
@@ -206,7 +201,7 @@ def test_a_signal_stops_all_after_the_same_update(tmp_path: Path, how: int) -> N
 
 @pytest.mark.long("two runs in two processes")
 def test_several_seeds_in_several_processes(tmp_path: Path) -> None:
-    assert main([*HOPPER, "--num-seeds", "2", "--out", str(tmp_path / "alone")]) == 0
+    assert main([*TINY, "--num-seeds", "2", "--out", str(tmp_path / "alone")]) == 0
     finished([*torchrun(2), *training("--num-seeds", "2", "--out", str(tmp_path / "together"))])
     for seed in (0, 1):
         ours, theirs = (weights(tmp_path / name / f"fidec-seed{seed}") for name in ("together", "alone"))
@@ -219,7 +214,7 @@ def test_several_seeds_in_several_processes(tmp_path: Path) -> None:
 def test_a_seed_that_diverges_leaves_the_other(tmp_path: Path) -> None:
     """NaN in a row of the second seed that only the second process has."""
     out = tmp_path / "run"
-    script = [str(REPOSITORY / "tests" / "processes" / "one_seed_diverges.py"), *HOPPER, "--num-seeds", "2"]
+    script = [str(REPOSITORY / "tests" / "processes" / "one_seed_diverges.py"), *TINY, "--num-seeds", "2"]
     process = started([*torchrun(2), *script, "--out", str(out)])
     printed, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode != 0

@@ -40,7 +40,7 @@ class Ending(NamedTuple):
     text: str
     """The result for people."""
     document: Mapping[str, Any]
-    """The result for ``--json``; if the command was stopped, with the message as "error"."""
+    """The result for ``--json``; if the command was stopped, with what is to be said of it as "error"."""
     code: Exit = Exit.DONE
     problems: Sequence[str] = ()
     """Errors that did not keep it from a result."""
@@ -92,7 +92,7 @@ def conclude(
         _print_json(ending.document, ending.code)
     elif ending.text:
         print(ending.text.lstrip("\n") if output.quiet else ending.text)
-    if ending.code == Exit.STOPPED:
+    if ending.code == Exit.STOPPED and "error" in ending.document:
         print(ending.document["error"], file=sys.stderr)
     for problem in ending.problems:
         print(f"error{who}: {problem}", file=sys.stderr)

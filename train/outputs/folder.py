@@ -32,6 +32,8 @@ BEFORE_A_RUN = {LOCK, LOG, "config.json.partial"}
 
 def check_folder(folder: Path, config: RunConfig) -> None:
     """Raise RunError rather than mix two runs in one folder, lose a run, or touch a folder that no run made."""
+    if config.resume and config.overwrite:
+        raise RunError("--resume goes on with a run and --overwrite deletes it: give one of them")
     if not folder.exists() or (folder.is_dir() and {path.name for path in folder.iterdir()} <= BEFORE_A_RUN):
         return
     try:
