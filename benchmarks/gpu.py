@@ -93,7 +93,7 @@ def bench(suite: str, seconds: float, small: str) -> Step:
 def train(name: str, seconds: float, *options: str, small: tuple[str, ...], keep: tuple[str, ...]) -> Step:
     command = ("train/run.py", "--env", "halfcheetah-medium-expert", "--out", f"{{work}}/{name}")
     tiny = ("--device=cpu", "--actor-hidden=16", "16", "--critic-hidden=16", "--batch-size=32", "--flow-steps=2")
-    short = ("--env=halfcheetah-medium", "--eval-episodes=1", "--log-every=5")
+    short = ("--env=hopper-medium", "--dataset-size=5", "--eval-episodes=1", "--log-every=5")
     return Step(name, seconds, (*command, *options), (*short, *tiny, *small), keep=keep)
 
 

@@ -70,9 +70,9 @@ def test_the_picture_shows_every_middle(tmp_path: Path) -> None:
 def test_runs_go_on_where_they_were(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny = (  # noqa: SIM905 (reads as typed)
         "--actor-hidden 16 16 --critic-hidden 16 --flow-steps 2 --batch-size 32 --flow-warmup 4 --critic-warmup 4 "
-        "--steps 4 --log-every 2 --eval-every 4 --eval-episodes 2 --interim-episodes 1 --device cpu"
+        "--steps 4 --log-every 2 --eval-every 4 --eval-episodes 2 --interim-episodes 1 --device cpu --dataset-size 5"
     ).split()
-    options = ["--env", "halfcheetah-medium", "--preset", "quick", "--agents", "fidec", "fql", "--out", str(tmp_path)]
+    options = ["--env", "hopper-medium", "--preset", "quick", "--agents", "fidec", "fql", "--out", str(tmp_path)]
     assert compare.main([*options, "--seeds", "0", "--", *tiny]) == 0
     assert "| FQL, one sample |" in capsys.readouterr().out
 
