@@ -75,7 +75,17 @@ def test_films(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert "hop.gif: 0.1 s" in capsys.readouterr().out
     assert play.main([str(run), "--episodes", "1", "--record", str(tmp_path / "hop.nothing")]) == 2
     assert "error: --record" in capsys.readouterr().err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "run"], "nothing is left of it"
+
+    def breaks_off(path: Path, frames: np.ndarray, **options: object) -> None:
+        path.write_bytes(b"GIF89a")
+        raise OSError("no space left")
+
+    before = film.read_bytes()
+    monkeypatch.setattr(imageio, "imwrite", breaks_off)
+    assert play.main([str(run), "--episodes", "1", "--record", str(film)]) == 2
+    assert f"error: --record {film}: OSError: no space left" in capsys.readouterr().err
+    assert list(film.parent.iterdir()) == [film]
+    assert film.read_bytes() == before
 
 
 def test_exports_what_it_played(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ import functools
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -75,7 +76,7 @@ def test_first_lines_say_what_is_trained_on_what(finished: tuple[Path, str]) -> 
     assert lines[2] == "update     plain, no CUDA graphs on the CPU"
     data = [line for line in lines if line.startswith("data ")]
     assert any("mujoco/hopper/medium-v0" in line for line in data)
-    assert any("fdkernels/hopper/medium-5ep-v0" in line and "transitions" in line for line in data)
+    assert any("fdkernels/hopper/medium-5ep-v0" in line and re.search(r" \d,\d+ transitions", line) for line in data)
     assert sorted(p.name for p in out.parent.iterdir()) == ["run"], "a run leaves files only in its own folder"
 
 
@@ -224,9 +225,23 @@ def test_a_run_without_an_intact_checkpoint_is_not_begun_anew(
     before = contents(out)
     for _ in range(2):
         assert main([*TINY, "--out", str(out), "--resume"]) == 2
-        assert f"no checkpoint in {out / 'checkpoints'} is intact; begin anew" in capsys.readouterr().err
+        assert f"no checkpoint in {out / 'checkpoints'} is intact; delete that folder" in capsys.readouterr().err
     assert contents(out) == before
-    assert main([*TINY, "--steps", "1", "--out", str(out), "--overwrite"]) == 0
+    shutil.rmtree(out / "checkpoints")
+    assert main([*TINY, "--steps", "1", "--out", str(out), "--resume"]) == 0
+
+
+@pytest.mark.long("plays a hundred episodes, and evaluates long ones")
+def test_where_no_episode_ends_early(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On as many data as by default."""
+    arguments = [*TINY, "--env", "halfcheetah-medium", "--dataset-size", "default", "--steps", "2"]
+    assert main([*arguments, "--eval-episodes", "1", "--out", str(tmp_path / "run")]) == 0
+    printed = capsys.readouterr().out
+    assert re.search("data .*fdkernels/halfcheetah/medium-100ep-v0.* 100,000 transitions", printed)
+    (row, *_) = read(tmp_path / "run" / "evaluations.csv")
+    assert float(row["score_mean"]) == pytest.approx(
+        100 * (float(row["return_mean"]) + 280.178953) / (12135.0 + 280.178953), rel=1e-6
+    )
 
 
 def contents(folder: Path) -> dict[Path, bytes]:

@@ -415,10 +415,10 @@ class Run:
             if some and len(folders) > 1:
                 raise RunError(
                     f"--resume: the seeds have no intact checkpoint of the same step; there are some in "
-                    f"{', '.join(some)}. Finish the seeds one by one with --num-seeds 1, or begin anew with --overwrite"
+                    f"{', '.join(some)}. Finish the seeds one by one with --num-seeds 1, or delete these to begin anew"
                 )
             if some:
-                raise RunError(f"--resume: no checkpoint in {some[0]} is intact; begin anew with --overwrite")
+                raise RunError(f"--resume: no checkpoint in {some[0]} is intact; delete that folder to begin anew")
             print(f"resume     no checkpoint in {', '.join(str(f.parent) for f in folders)}: starting at update 0")
             return
         for member, checkpoint in zip(self.members, checkpoints):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import secrets
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -98,7 +100,7 @@ def film(spec: EnvSpec, act: Callable[[np.ndarray], np.ndarray], path: Path, see
     env = gym.make(spec.env_id, render_mode="rgb_array", **view)
     frames: list[Any] = []
     over = False
-    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
+    partial = path.with_name(f".{secrets.token_hex(4)}.partial{path.suffix}")
     try:
         fps = int(env.metadata["render_fps"])
         obs, _ = env.reset(seed=seed)
@@ -118,8 +120,9 @@ def film(spec: EnvSpec, act: Callable[[np.ndarray], np.ndarray], path: Path, see
     except Exception as error:  # from the renderer or the file writer
         raise PlayError(f"--record {path}: {type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
     finally:
-        partial.unlink(missing_ok=True)
         env.close()
+        with contextlib.suppress(OSError):
+            partial.unlink()
     return f"{path}: {len(frames) / fps:.1f} s"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import signal
 import socket
 import traceback
 import zlib
@@ -106,6 +107,7 @@ def train_trial(name: str, options: Sequence[str], folder: Path, site: Site, thr
     # not waited for: while a task waits, Ray gives its core to another
     board.begin.remote(name, ray.get_runtime_context().get_node_id(), newest_step(folder / "checkpoints"))
     torch.set_num_threads(threads)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # by which Ray stops a trial, also if a shell ignores it
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOG).open("a", buffering=1) as log:
         for stream in (1, 2):  # messages of C++ code as well; the process ends with its trial

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.faults.harness import PATIENCE, wait_for_checkpoint
+from tests.faults.harness import PATIENCE
 from train.outputs.checkpoint import KEPT, newest_step
 
 REPOSITORY = Path(__file__).parents[2]
@@ -72,13 +72,13 @@ def soak(out: Path, minutes: float, every: float) -> list[Sample]:
     with out.with_suffix(".log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
         try:
-            wait_for_checkpoint(out, process)
             start, samples = time.monotonic(), []
             while time.monotonic() - start < 60 * minutes:
                 time.sleep(every)
                 if process.poll() is not None:
                     raise RuntimeError(f"the run ended:\n{out.with_suffix('.log').read_text()[-2000:]}")
-                samples.append(look(process.pid, out, time.monotonic() - start))
+                if (sample := look(process.pid, out, time.monotonic() - start)).steps:
+                    samples.append(sample)
             process.send_signal(signal.SIGTERM)
             if (code := process.wait(timeout=PATIENCE)) != 130:
                 raise RuntimeError(f"the run ended with {code}:\n{out.with_suffix('.log').read_text()[-2000:]}")
@@ -89,7 +89,8 @@ def soak(out: Path, minutes: float, every: float) -> list[Sample]:
 
 def growth(samples: list[Sample]) -> dict[str, tuple[float, float]]:
     """Of each figure: its median in the first half after the beginning, and in the second."""
-    settled = [s for s in samples if s.seconds > min(600, samples[-1].seconds / 3)]
+    first, last = samples[0].seconds, samples[-1].seconds
+    settled = [s for s in samples if s.seconds - first > min(600, (last - first) / 3)]
     halves = settled[: len(settled) // 2], settled[len(settled) // 2 :]
     names = ("steps", "rss", "files", "threads", "disk")
     return {name: tuple(statistics.median(getattr(s, name) for s in half) for half in halves) for name in names}  # type: ignore[misc]

@@ -109,7 +109,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
     Raises:
         DamagedCheckpoint: the file is cut short or altered.
-        OSError, MemoryError: it could not be read, which says nothing about it.
+        OSError: it could not be read, which says nothing about it.
     """
     try:
         check_safetensors(path)
@@ -122,8 +122,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
         if step < 0 or not isinstance(notes, dict):
             raise ValueError(f"it is of step {step}, with notes in a {type(notes).__name__}")
         return Checkpoint(path, step, notes, tensors)
-    except (OSError, MemoryError):
+    except OSError:
         raise
+    except (MemoryError, RuntimeError) as error:  # Python or PyTorch has no memory for it
+        raise OSError(f"{path} could not be read ({type(error).__name__}: {error})") from error
     except Exception as error:  # safetensors, or a header that is no longer text
         raise DamagedCheckpoint(f"checkpoint {path} is damaged ({type(error).__name__}: {error})") from error
 
@@ -135,7 +137,7 @@ def newest_checkpoints(folders: Sequence[Path]) -> tuple[list[Checkpoint], list[
     ``*.damaged``, and later checkpoints are deleted, because training will reach those steps again.
 
     Raises:
-        OSError, MemoryError: a checkpoint could not be read.
+        OSError: a checkpoint could not be read.
     """
     problems: list[str] = []
     damaged: list[Path] = []

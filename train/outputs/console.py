@@ -110,9 +110,13 @@ def _stop_at_sigterm() -> None:
     if signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:
         return
 
+    command = os.getpid()
+
     def stop(signum: int, frame: FrameType | None) -> None:
         signal.signal(signum, signal.SIG_DFL)
-        raise KeyboardInterrupt
+        if os.getpid() == command:
+            raise KeyboardInterrupt
+        os.kill(os.getpid(), signum)  # a worker process that has just been forked
 
     signal.signal(signal.SIGTERM, stop)
     # not in worker processes, which this one ends by that signal
