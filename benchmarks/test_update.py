@@ -16,7 +16,7 @@ from benchmarks.harness import ON_GPU, Entry, Race, precision
 from benchmarks.updates import CASES, JUDGED_UPDATES, Case, Contestant, Eager, Jax, Ours, judge
 
 
-def make(variant: str, case: Case) -> Contestant:
+def make(variant: str, case: Case, table: str) -> Contestant:
     if variant == "eager":
         return Eager(case)
     if variant == "eager, torch.compile":
@@ -24,7 +24,7 @@ def make(variant: str, case: Case) -> Contestant:
     if variant == "eager, torch.compile with CUDA graphs":
         return Eager(case, mode="reduce-overhead")
     if variant == "JAX":
-        return Jax(case)
+        return Jax(case, table)
     return Ours(
         case,
         captured="captured" in variant,
@@ -65,7 +65,7 @@ def test_update(race: Race, variant: str, case: Case, table: str) -> None:
         torch_memory=variant != "JAX",
     )
     with precision(table):
-        contestant, baseline = make(variant, case), Eager(case)
+        contestant, baseline = make(variant, case, table), Eager(case)
 
         def judge_first_updates(i: int, outputs: None) -> float:
             for _ in range(JUDGED_UPDATES - 1):

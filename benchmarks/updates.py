@@ -165,8 +165,10 @@ class Eager:
 
 
 class Jax:
-    def __init__(self, case: Case) -> None:
-        pytest.importorskip("jax")
+    def __init__(self, case: Case, table: str) -> None:
+        jax = pytest.importorskip("jax")
+        # on a GPU its default is TF32; a CPU has float32 only
+        jax.config.update("jax_default_matmul_precision", "tensorfloat32" if table == "tf32" else "highest")
         pytest.importorskip("flax")
         pytest.importorskip("optax")
         self.peer = importlib.import_module("benchmarks.peers.jax_agent")

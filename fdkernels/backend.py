@@ -158,8 +158,13 @@ def check_float32_products(op: str, precision: str | None, device: torch.device)
 
 @constant_when_compiled
 def float32_products() -> str:
-    """The setting of ``torch.set_float32_matmul_precision``."""
-    return torch.get_float32_matmul_precision()
+    """The setting of ``torch.set_float32_matmul_precision``, or what ``torch.backends…fp32_precision`` comes to."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # it was set for each backend
+        backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+        set_for = {backend.fp32_precision for backend in backends}
+        return "medium" if "bf16" in set_for else "high" if "tf32" in set_for else "highest"
 
 
 def plain_is_better(*tensors: Tensor | None) -> bool:

@@ -63,7 +63,7 @@ def integrate_flow(
         num_steps: S; the times are i/S, i = 0 ... S, or the same backwards.
         method: ``"euler"``, ``"midpoint"``, ``"heun"`` (order 2) or ``"rk4"`` (order 4).
         time_grid: S + 1 times to use instead, in any direction and within ±10,000: a sequence, or a 1-d tensor (read on
-            the host).
+            the host). The kernels keep half a kilobyte for each different grid on the device, for captured graphs.
         clip: bounds applied to the end of the path; None never clips.
         clip_each_step: apply them after every step. The inner stages of a step are never clipped.
         return_path: return the states at all times, (S + 1, ..., d), as stepped and clipped; x0 comes first, unchanged.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
+import subprocess
+import sys
 from collections.abc import Sequence
 from typing import Any
 from unittest import mock
@@ -268,6 +270,23 @@ def test_the_setting_for_float32_is_never_touched() -> None:
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="this PyTorch has one setting for all")
+def test_the_settings_for_float32_of_each_backend() -> None:
+    """PyTorch's getter for all of them raises where they differ. In a process of its own: they cannot be taken back."""
+    code = """
+import torch, fdkernels
+from fdkernels.backend import float32_products
+flow, x0, cond = fdkernels.VelocityMLP(3, 2, hidden=(8,)), torch.randn(4, 2), torch.randn(4, 3)
+for setting, means in ("tf32", "high"), ("bf16", "medium"), ("ieee", "highest"):
+    torch.backends.mkldnn.matmul.fp32_precision = setting
+    assert float32_products() == means
+    assert fdkernels.integrate_flow(flow, x0, cond).isfinite().all()
+assert torch.compile(fdkernels.integrate_flow, backend="eager")(flow, x0, cond).isfinite().all()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
 
 
 # -- closed forms ----------------------------------------------------------------------------------------------------

@@ -13,6 +13,11 @@ from torch import Tensor
 
 import fdkernels
 import fdkernels_ref
+from fdkernels.kernels.penalty import launch
+from fdkernels.kernels.penalty.kernel import penalty_kernel, score_gradient_kernel
+from fdkernels.kernels.tuning.table import gpu_of
+from fdkernels.kernels.tuning.tiles import penalty_tile
+from fdkernels.records import PenaltyRule
 from tests.judge import assert_close, with_gradients
 from tests.kernels.device import BACKENDS, DEVICE, DTYPES, INTERPRETED, guarded, strided
 
@@ -81,6 +86,30 @@ def test_penalty_and_gradients(
     displacement, score = draw((*lead, d), dtype, 1), draw((*lead, num_samples, d), dtype, 2, scale=3)
     judge_penalty(displacement, score, backend)
     judge_penalty(displacement, score, backend, normalize="none", damping=0.1)
+
+
+@pytest.mark.parametrize("d", [6, 8])
+def test_more_numbers_than_32_bits_count(d: int) -> None:
+    """The first program of launches over batches that no test has memory for: it only touches rows that are there."""
+    tile = penalty_tile(gpu_of(DEVICE), "penalty", 4, d, 4)
+    rows = 4 * tile.rows
+    displacement, score = draw((rows, d), torch.float32, 1).to(DEVICE), draw((rows, 4, d), torch.float32, 2).to(DEVICE)
+    rule = PenaltyRule(1e-3, True, 1e-6)
+    wanted = launch.penalty(displacement, score, rule, True, True)
+    wanted_of_score = launch.score_gradient(wanted[0], displacement, score, wanted[0], wanted[2], rule)
+    fixed: dict[str, Any] = {"K": 4, "D": d, "TILE": tile, "NORMALIZE": True, "num_warps": tile.num_warps}
+    for many in (2**31 // (4 * d) + 2, 2**31 // 4 + 2):
+        out = [torch.empty_like(tensor) for tensor in wanted]
+        of_score = torch.empty_like(score)
+        penalty_kernel[(1,)](
+            displacement, launch.Scores(score), *out, many, rule.damping, rule.eps, SCORE="given",
+            COEFFICIENTS="scalar", **fixed,
+        )  # fmt: skip
+        score_gradient_kernel[(1,)](
+            wanted[0], displacement, score, wanted[0], wanted[2], of_score, many, rule.eps, **fixed
+        )
+        for ours, theirs in zip((*out, of_score), (*wanted, wanted_of_score)):
+            assert torch.equal(ours[: tile.rows], theirs[: tile.rows]), many
 
 
 def judge_score(

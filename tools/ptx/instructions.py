@@ -151,8 +151,9 @@ ARITHMETIC: dict[str, tuple[Any, tuple[str, ...]]] = {
 }
 SHIFTS = {"shl": np.left_shift, "shr": np.right_shift}
 COMPARISONS = {
-    **{"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater},
-    **{"ge": np.greater_equal, "neu": np.not_equal},  # numpy's != is true for NaN
+    **{"eq": np.equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal},
+    "ne": lambda a, b: (a < b) | (a > b),
+    "neu": np.not_equal,  # numpy's != is true for NaN
     "ltu": lambda a, b: ~(a >= b),
     "leu": lambda a, b: ~(a > b),
     "gtu": lambda a, b: ~(a <= b),

@@ -8,7 +8,7 @@ and gradients are clipped by each seed's own norm. On CUDA one call integrates t
 integrates them one after another, and on processors where that is faster it computes the losses one by one too.
 
 A seed whose numbers went wrong can be left out. It stays in the arithmetic, because a smaller stack would round
-differently for the others, but its parameters no longer move.
+differently for the others, but its parameters no longer move, and its target network comes to a rest on them.
 """
 
 from __future__ import annotations

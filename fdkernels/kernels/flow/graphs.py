@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from fdkernels.backend import float32_products
 from fdkernels.torch_private import clear_cublas_workspaces
 
 Function: TypeAlias = Callable[[Any, Any, Any], tuple[Tensor, ...]]
@@ -47,7 +48,7 @@ def replayed(
     with torch.cuda.device(device), _lock:
         addresses = tuple(None if tensor is None else tensor.data_ptr() for tensor in parameters)
         forms = tuple(map(_form, (*inputs, *parameters)))
-        key = (function, device, addresses, forms, settings, torch.get_float32_matmul_precision())
+        key = (function, device, addresses, forms, settings, float32_products())
         recording = _remembered(key, lambda: _record(function, inputs, parameters, settings))
         if recording is None:
             return function(inputs, parameters, settings)

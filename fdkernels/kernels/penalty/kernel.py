@@ -71,6 +71,7 @@ def penalty_kernel(
     RUN: tl.constexpr = ROWS * (K if K < BLOCK_K else BLOCK_K)  # not min, which is tl.minimum before Triton 3.6
     STEP: tl.constexpr = ROWS * K if K <= BLOCK_K else (K | BLOCK_K) & -(K | BLOCK_K)  # gcd of K and BLOCK_K
     first = tl.program_id(0).to(tl.int64) * ROWS
+    num_rows = tl.cast(num_rows, tl.int64)  # num_rows · K · d may pass 2³¹
     r = tl.arange(0, ROWS)
     delta = load_rows(displacement_ptr, first, num_rows, r, r < ROWS, ROWS, ROWS, D, BLOCK_D)
 
@@ -111,6 +112,7 @@ def score_gradient_kernel(
     RUN: tl.constexpr = ROWS * (K if K < BLOCK_K else BLOCK_K)  # not min, which is tl.minimum before Triton 3.6
     STEP: tl.constexpr = ROWS * K if K <= BLOCK_K else (K | BLOCK_K) & -(K | BLOCK_K)  # gcd of K and BLOCK_K
     first = tl.program_id(0).to(tl.int64) * ROWS
+    num_rows = tl.cast(num_rows, tl.int64)  # num_rows · K · d may pass 2³¹
     r = tl.arange(0, ROWS)
     inside = first + r < num_rows
     delta = load_rows(displacement_ptr, first, num_rows, r, r < ROWS, ROWS, ROWS, D, BLOCK_D)
