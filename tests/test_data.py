@@ -22,9 +22,11 @@ import numpy as np
 import pytest
 import torch
 
+from tests.strangers import PASSING, SAID, fail, files_in
+from train import run
 from train.behaviour import rollout
 from train.behaviour.policy import BehaviourPolicy
-from train.data import generated, hosted, minari_cache, network
+from train.data import generated, hdf5, hosted, minari_cache, network, room
 from train.data.episode import BadEpisode, Episode, check_episodes
 from train.data.load import load_dataset
 from train.data.spec import DatasetUnavailable
@@ -421,6 +423,42 @@ def test_damaged_generated_data_is_made_again(cache, policies) -> None:
     after = load_dataset(HOPPER, policies=policies, download=False)
     assert "generated again because the copy in the cache was damaged" in after.source[1]
     assert torch.equal(before.rewards, after.rewards)
+
+
+@pytest.mark.parametrize("fault", SAID)
+@pytest.mark.parametrize("dataset_id", ["fdkernels/hopper/medium-5ep-v0", MEDIUM])
+def test_what_says_nothing_about_data_costs_none(
+    cache, policies, monkeypatch, capsys, dataset_id: str, fault: str
+) -> None:
+    policy = policies / f"{HOPPER.sources[1].policies[0]}.safetensors"
+    (cache / dataset_id).parent.mkdir(parents=True)
+    rollout.store_rollouts(cache / dataset_id, dataset_id, HOPPER, policy, 2)
+    before = files_in(cache)
+    capsys.readouterr()
+    with monkeypatch.context() as faulty:
+        forbid_generation(faulty)
+        if fault in PASSING:
+            faulty.setattr(hdf5.Arrays, "find", fail(PASSING[fault]))
+        else:
+            faulty.setattr(room, "available", lambda: 9)
+        flags = ["--env", HOPPER.name, "--dataset-size", "5", "--device", "cpu", "--out", str(cache.parent / "run")]
+        assert run.main(flags) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert SAID[fault] in line
+    assert str(cache / dataset_id / "data" / "main_data.hdf5") in line
+    assert files_in(cache) == before
+    assert "local cache" in "".join(load_dataset(HOPPER).source)
+
+
+def test_generated_data_that_cannot_be_read_back(cache, policies, monkeypatch) -> None:
+    def store(folder: Path, *args, store_rollouts=generated.store_rollouts) -> None:
+        store_rollouts(folder, *args)
+        os.truncate(folder / "data" / "main_data.hdf5", 1000)
+
+    monkeypatch.setattr(generated, "store_rollouts", store)
+    with pytest.raises(DatasetUnavailable, match=f"{cache}.* cannot be read .*truncated file"):
+        load_dataset(HOPPER, policies=policies, download=False)
 
 
 def test_damaged_hosted_data_is_refused_by_its_folder(cache, policies, monkeypatch) -> None:

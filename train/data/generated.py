@@ -89,4 +89,10 @@ def _read_or_generate(dataset_id: str, spec: EnvSpec, policy_file: Path, episode
         finally:
             shutil.rmtree(staging, ignore_errors=True)
     origin += ", generated again because the copy in the cache was damaged" if damaged else ", generated now"
-    return Part(dataset_id, origin, minari_cache.read(dataset_id))
+    try:
+        return Part(dataset_id, origin, minari_cache.read(dataset_id))
+    except minari_cache.Unreadable as error:
+        raise DatasetUnavailable(
+            f"{folder} was generated now, and cannot be read ({error}).\n"
+            "What to do: run again; if that does not help, set MINARI_DATASETS_PATH to a folder on another disk."
+        ) from error
