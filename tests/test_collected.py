@@ -18,10 +18,11 @@ import numpy as np
 import pytest
 
 from tests.faults.harness import PATIENCE, wait_for
+from tests.strangers import PASSING, SAID, fail, files_in
 from train import collect as command
 from train.behaviour import scripted
 from train.behaviour.scripted import CannotPlay, Episode
-from train.data import collected
+from train.data import collected, npz, room
 from train.data.collected import PART_EPISODES
 
 pytest.importorskip("ogbench", reason="OGBench is an extra of this project")
@@ -386,6 +387,30 @@ def test_a_damaged_part_is_named_and_made_again(played, capsys, damage: Callable
     assert f"{parts[1]} is damaged" in capsys.readouterr().err
     assert played == seeds_of(MAZE, *range(10, 20))
     assert_equal(collected.read(MAZE, 30), before)
+
+
+@pytest.mark.parametrize("fault", SAID)
+def test_what_says_nothing_about_a_part_costs_none(folder, played, monkeypatch, capsys, fault: str) -> None:
+    first, _ = collected.collect(MAZE, 20, workers=1)
+    before = files_in(folder)
+    del played[:]
+    with monkeypatch.context() as faulty:
+        if fault in PASSING:
+            faulty.setattr(npz.npy, "read_array", fail(PASSING[fault]))
+        else:
+            faulty.setattr(room, "available", lambda: 9)
+        with pytest.raises(OSError) as error:
+            collected.read(MAZE, 20)
+        assert error.value.filename == str(first)
+        capsys.readouterr()
+        assert command.main(["--env", MAZE, "--episodes", "20", "--workers", "1"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert SAID[fault] in line
+    assert str(first) in line
+    assert not played
+    assert files_in(folder) == before
+    assert len(collected.read(MAZE, 20)["actions"]) == 20 * SHORT
 
 
 def test_a_missing_part_is_not_read(played) -> None:

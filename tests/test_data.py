@@ -4,6 +4,7 @@ import dataclasses
 import http.server
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -22,9 +23,11 @@ import numpy as np
 import pytest
 import torch
 
+from tests.strangers import PASSING, SAID, fail, files_in
+from train import run
 from train.behaviour import rollout
-from train.behaviour.policy import BehaviourPolicy
-from train.data import generated, hosted, minari_cache, network
+from train.behaviour.policy import POLICIES, BehaviourPolicy
+from train.data import generated, hdf5, hosted, minari_cache, network, room
 from train.data.episode import BadEpisode, Episode, check_episodes
 from train.data.load import load_dataset
 from train.data.spec import DatasetUnavailable
@@ -255,7 +258,8 @@ def host(monkeypatch, policies: Path, episodes: dict[str, int]) -> list[str]:
 
 def test_generated_once_then_read_from_the_cache(cache, policies, monkeypatch) -> None:
     first = load_dataset(HOPPER, policies=policies)
-    assert first.dataset_ids == ("fdkernels/hopper/medium-5ep-v0",)
+    (dataset_id,) = first.dataset_ids
+    assert re.fullmatch("fdkernels/hopper/medium-[0-9a-f]{8}-5ep-v0", dataset_id)
     assert "cannot be reached" in first.source[0]
     assert "generated now" in first.source[1]
     forbid_generation(monkeypatch)
@@ -276,7 +280,7 @@ def test_generated_data_does_not_depend_on_where_it_is(tmp_path, policies, monke
 
 def test_generated_dataset_is_a_minari_dataset_with_its_history(policies) -> None:
     dataset = load_dataset(HOPPER, policies=policies, download=False)
-    stored = minari.load_dataset("fdkernels/hopper/medium-5ep-v0")
+    stored = minari.load_dataset(*dataset.dataset_ids)
     assert list(minari.list_local_datasets()) == [stored.id]
     assert (stored.total_episodes, stored.total_steps) == (5, len(dataset))
     assert stored.env_spec.id == "Hopper-v5"
@@ -287,6 +291,22 @@ def test_generated_dataset_is_a_minari_dataset_with_its_history(policies) -> Non
     assert len(set(seeds)) == 5
     scores = minari.get_normalized_score(stored, dataset.outcomes.returns)
     np.testing.assert_allclose(100 * scores, HOPPER.scoring(dataset.outcomes))
+
+
+def test_policies_do_not_clash(tmp_path, policies, monkeypatch) -> None:
+    shipped = load_dataset(HOPPER, download=False)
+    assert shipped.dataset_ids == ("fdkernels/hopper/medium-5ep-v0",)
+    others = load_dataset(HOPPER, policies=policies, download=False)
+    assert "generated now" in others.source[1]
+    assert others.dataset_ids != shipped.dataset_ids
+    copied, empty = tmp_path / "copied", tmp_path / "empty"
+    shutil.copytree(POLICIES, copied)
+    empty.mkdir()
+    forbid_generation(monkeypatch)
+    assert torch.equal(load_dataset(HOPPER, policies=copied, download=False).rewards, shipped.rewards)
+    assert torch.equal(load_dataset(HOPPER, policies=policies, download=False).rewards, others.rewards)
+    with pytest.raises(DatasetUnavailable, match="lacks a behaviour policy for it"):
+        load_dataset(HOPPER, policies=empty, download=False)
 
 
 def test_sizes_do_not_clash(policies) -> None:
@@ -423,6 +443,42 @@ def test_damaged_generated_data_is_made_again(cache, policies) -> None:
     assert torch.equal(before.rewards, after.rewards)
 
 
+@pytest.mark.parametrize("fault", SAID)
+@pytest.mark.parametrize("dataset_id", ["fdkernels/hopper/medium-5ep-v0", MEDIUM])
+def test_what_says_nothing_about_data_costs_none(
+    cache, policies, monkeypatch, capsys, dataset_id: str, fault: str
+) -> None:
+    policy = policies / f"{HOPPER.sources[1].policies[0]}.safetensors"
+    (cache / dataset_id).parent.mkdir(parents=True)
+    rollout.store_rollouts(cache / dataset_id, dataset_id, HOPPER, policy, 2)
+    before = files_in(cache)
+    capsys.readouterr()
+    with monkeypatch.context() as faulty:
+        forbid_generation(faulty)
+        if fault in PASSING:
+            faulty.setattr(hdf5.Arrays, "find", fail(PASSING[fault]))
+        else:
+            faulty.setattr(room, "available", lambda: 9)
+        flags = ["--env", HOPPER.name, "--dataset-size", "5", "--device", "cpu", "--out", str(cache.parent / "run")]
+        assert run.main(flags) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert SAID[fault] in line
+    assert str(cache / dataset_id / "data" / "main_data.hdf5") in line
+    assert files_in(cache) == before
+    assert "local cache" in "".join(load_dataset(HOPPER).source)
+
+
+def test_generated_data_that_cannot_be_read_back(cache, policies, monkeypatch) -> None:
+    def store(folder: Path, *args, store_rollouts=generated.store_rollouts) -> None:
+        store_rollouts(folder, *args)
+        os.truncate(folder / "data" / "main_data.hdf5", 1000)
+
+    monkeypatch.setattr(generated, "store_rollouts", store)
+    with pytest.raises(DatasetUnavailable, match=f"{cache}.* cannot be read .*truncated file"):
+        load_dataset(HOPPER, policies=policies, download=False)
+
+
 def test_damaged_hosted_data_is_refused_by_its_folder(cache, policies, monkeypatch) -> None:
     host(monkeypatch, policies, {MEDIUM: 4})
     load_dataset(HOPPER)
@@ -480,7 +536,7 @@ def test_a_bad_dataset_is_refused_by_name(policies, monkeypatch) -> None:
         return [first, *(e._replace(rewards=np.full_like(e.rewards, np.nan)) for e in others)]
 
     monkeypatch.setattr(minari_cache, "read", spoilt)
-    with pytest.raises(DatasetUnavailable, match=r"^fdkernels/hopper/medium-5ep-v0 .*episode 1 has nan in its rewards"):
+    with pytest.raises(DatasetUnavailable, match=r"^fdkernels/hopper/medium-\w+-5ep-v0 .*episode 1 has nan in"):
         load_dataset(HOPPER, policies=policies, download=False)
 
 

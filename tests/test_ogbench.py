@@ -18,7 +18,7 @@ import torch
 
 from train import environments, play, run
 from train.behaviour import scripted
-from train.data import collected, ogbench
+from train.data import collected, npz, ogbench
 from train.data.generated import EPISODES
 from train.data.load import load_dataset
 from train.data.spec import DatasetUnavailable, EnvSpec, NotInstalled
@@ -109,7 +109,7 @@ def test_recorded_states_earn_what_the_environment_pays() -> None:
     assert (first.success, second.success) == (bool((paid[:80] == 0).any()), True)
 
 
-def test_generated_data_teach_a_task() -> None:
+def test_generated_data_teach_a_task(monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = load_dataset(MAZE)
     assert dataset.dataset_ids == ("fdkernels/pointmaze-medium-navigate-10ep-v0",)
     assert "HF_HUB_OFFLINE forbids downloads" in dataset.source[0]
@@ -119,9 +119,13 @@ def test_generated_data_teach_a_task() -> None:
     assert torch.equal(dataset.masks == 0, dataset.rewards == 0)
     inner = torch.arange(len(dataset)) % (STATES - 1) != STATES - 2
     assert torch.equal(dataset.next_observations[:-1][inner[:-1]], dataset.observations[1:][inner[:-1]])
-    again = load_dataset(MAZE)
+    unpacked: list[str] = []
+    with monkeypatch.context() as counted:
+        counted.setattr(npz, "opened", lambda path, opened=npz.opened: (unpacked.append(path.name), opened(path))[1])
+        again = load_dataset(MAZE)
     assert "not looked for, there are episodes of OGBench's scripted controllers" in again.source[0]
     assert "local files" in again.source[1]
+    assert unpacked == [part.name for part in collected.parts("pointmaze-medium-navigate", 10)]
     assert torch.equal(again.rewards, dataset.rewards)
     other = load_dataset(dataclasses.replace(MAZE, sources=resolve(MAZE.name.replace("task1", "task2")).sources))
     assert torch.equal(other.observations, dataset.observations), "another task has the same states"

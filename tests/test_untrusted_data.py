@@ -186,8 +186,9 @@ def test_more_than_there_is_memory_for(place: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(room, "available", lambda: 1 << 20)
     with pytest.raises(
         DatasetUnavailable, match=r"observations takes 2,400,000 bytes of memory, and 1,048,576 are left"
-    ):
+    ) as error:
         load_dataset(MAZE)
+    assert "delete" not in str(error.value), "nothing is wrong with the file"
 
 
 def test_unpacking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

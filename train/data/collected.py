@@ -27,6 +27,7 @@ from filelock import FileLock
 from train.behaviour import scripted
 from train.behaviour.scripted import DTYPES, Episode
 from train.data import npz
+from train.data.damage import require_damage
 from train.progress import bar
 
 PART_EPISODES = 10
@@ -81,6 +82,7 @@ def collect(name: str, episodes: int, *, workers: int | None = None, folder: Pat
     Raises:
         CannotPlay: nothing can be generated under that name, or OGBench is not installed.
         ChildProcessError: a worker process ended early.
+        OSError: a part could not be read, which says nothing about it, or not be written.
     """
     if workers is not None and workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")
@@ -113,6 +115,7 @@ def read(name: str, episodes: int, folder: Path | None = None) -> Episode:
 
     Raises:
         Unreadable: a part is missing or damaged; ``collect`` generates it again.
+        OSError: a part could not be read, or there is no memory for it, which says nothing about it.
     """
     rows = scripted.recipe_of(name).rows
     files = parts(name, episodes, folder)
@@ -141,6 +144,7 @@ def _read(part: Path, rows: int) -> Episode:
     except FileNotFoundError:
         raise Unreadable(f"{part} does not exist") from None
     except Exception as error:  # on a damaged file NumPy may raise anything
+        require_damage(error, part)
         raise Unreadable(f"{part} is damaged ({type(error).__name__}: {error})") from error
     return columns
 

@@ -1,16 +1,17 @@
-"""Rollouts of the behaviour policies that ship with the project, generated once and kept in Minari's folder."""
+"""Rollouts of behaviour policies, by default those of this project, generated once and kept in Minari's folder."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import shutil
 from pathlib import Path
 
 from filelock import FileLock
 from minari.storage import get_dataset_path
 
-from train.behaviour.policy import BadPolicy
+from train.behaviour.policy import POLICIES, BadPolicy
 from train.behaviour.rollout import store_rollouts
 from train.data import minari_cache
 from train.data.spec import DatasetUnavailable, EnvSpec, NotHere, Part, Size, Source, Wanted
@@ -34,6 +35,8 @@ class Rollouts(Source):
         return f"rollouts of {' and '.join(self.policies)}"
 
     def is_cached(self, wanted: Wanted) -> bool:
+        if wanted.policies != POLICIES and not self.can_generate(wanted):
+            return False  # what may be there is of the policies that ship
         return all(map(minari_cache.is_cached, self.dataset_ids(wanted)))
 
     def whereabouts(self, wanted: Wanted) -> str:
@@ -55,14 +58,34 @@ class Rollouts(Source):
             raise DatasetUnavailable(str(error)) from error
 
     def dataset_ids(self, wanted: Wanted) -> list[str]:
-        # raise -v0 when the policies or the way they are played change
-        return [f"fdkernels/{policy.replace('-', '/', 1)}-{episodes_of(wanted.size)}ep-v0" for policy in self.policies]
+        # raise -v0 when the policies that ship or the way they are played change
+        return [
+            f"fdkernels/{file.stem.replace('-', '/', 1)}-{_mark(file)}{episodes_of(wanted.size)}ep-v0"
+            for file in self._files(wanted)
+        ]
 
     def can_generate(self, wanted: Wanted) -> bool:
-        return all(file.exists() for file in self._files(wanted))
+        return all(file.is_file() for file in self._files(wanted))
 
     def _files(self, wanted: Wanted) -> list[Path]:
         return [wanted.policies / f"{policy}.safetensors" for policy in self.policies]
+
+
+def _mark(file: Path) -> str:
+    """What tells rollouts of this policy from those of the one that ships under its name; nothing if it is that one."""
+    shipped = POLICIES / file.name
+    if file == shipped:
+        return ""
+    found = _digest(file)
+    return "" if shipped.is_file() and found == _digest(shipped) else f"{found}-"
+
+
+def _digest(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as content:
+        while block := content.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()[:8]
 
 
 def _read_or_generate(dataset_id: str, spec: EnvSpec, policy_file: Path, episodes: int) -> Part:
@@ -89,4 +112,10 @@ def _read_or_generate(dataset_id: str, spec: EnvSpec, policy_file: Path, episode
         finally:
             shutil.rmtree(staging, ignore_errors=True)
     origin += ", generated again because the copy in the cache was damaged" if damaged else ", generated now"
-    return Part(dataset_id, origin, minari_cache.read(dataset_id))
+    try:
+        return Part(dataset_id, origin, minari_cache.read(dataset_id))
+    except minari_cache.Unreadable as error:
+        raise DatasetUnavailable(
+            f"{folder} was generated now, and cannot be read ({error}).\n"
+            "What to do: run again; if that does not help, set MINARI_DATASETS_PATH to a folder on another disk."
+        ) from error

@@ -34,7 +34,7 @@ class Arrays:
 
     def __init__(self, file: h5py.File, size: int) -> None:
         self.file = file
-        self._stored, self._room = size, Room()
+        self._stored, self._room = size, Room(Path(file.filename))
 
     def find(self, parent: h5py.Group, name: str) -> h5py.Group | h5py.Dataset:
         """The group or array of that name.
@@ -58,6 +58,7 @@ class Arrays:
 
         Raises:
             ValueError: there is none; or it is not numbers, not in this file, or not as large as it says.
+            OSError: there is no memory for it (ENOMEM).
         """
         found = self.find(parent, name)
         if not isinstance(found, h5py.Dataset) or found.shape is None or found.dtype.kind not in "biuf":

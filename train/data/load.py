@@ -31,6 +31,7 @@ def load_dataset(
     Raises:
         DatasetUnavailable: no source has data, or the data are damaged.
         NotInstalled: the environment needs a package that is missing.
+        OSError: data could not be read or written; what is there is left as it is.
     """
     spec.check_installed()
     wanted = Wanted(size, download, policies, tuple(ENVIRONMENTS.values()))

@@ -11,6 +11,7 @@ from minari import EpisodeData
 from minari.storage import get_dataset_path
 
 from train.data import hdf5
+from train.data.damage import require_damage
 from train.data.episode import Episode
 from train.reading import read_json
 
@@ -40,16 +41,19 @@ def read(dataset_id: str, convert: Callable[[EpisodeData], Episode] = as_episode
 
     Raises:
         Unreadable: the dataset is missing, damaged, or has an episode without an end.
+        OSError: it could not be read, or there is no memory for it, which says nothing about it.
     """
     folder = get_dataset_path(dataset_id) / "data"
+    recording = folder / "main_data.hdf5"
     try:
         metadata = read_json(folder / "metadata.json")
         count, layout = metadata["total_episodes"], metadata.get("data_format", "hdf5")
         if layout != "hdf5" or not isinstance(count, int):
             raise ValueError(f"its metadata have {count!r:.20} episodes in the format {layout!r:.20}")
-        with hdf5.opened(folder / "main_data.hdf5") as arrays:
+        with hdf5.opened(recording) as arrays:
             return [convert(_stored(arrays, i)) for i in range(count)]
     except Exception as error:  # on a damaged file h5py may raise anything
+        require_damage(error, recording)
         raise Unreadable(brief(error)) from error
 
 

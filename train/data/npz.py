@@ -122,12 +122,13 @@ def read(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
 
     Raises:
         OSError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError: the archive is damaged.
-        ValueError: an array is not what its header says, or there is no memory for it.
+        OSError: there is no memory for an array (ENOMEM).
+        ValueError: an array is not what its header says.
     """
     with opened(path) as archive:
         entries = set(archive.namelist())
         there = [name for name in names if f"{name}.npy" in entries]
-        room = Room()
+        room = Room(path)
         for name in there:
             room.take(name, header(archive, name).nbytes)
         arrays = {}

@@ -10,6 +10,7 @@ their images are mapped from disk and stay there in 8 bits.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -211,8 +212,7 @@ class Collected(Source):
         episodes = episodes_of(wanted.size)
         origin = "scripted controllers, " + ("local files" if self.is_cached(wanted) else "generated now")
         try:
-            collected.collect(self.name, episodes)
-            columns = collected.read(self.name, episodes)
+            columns = self._columns(episodes)
         except (ChildProcessError, collected.Unreadable) as error:
             raise DatasetUnavailable(f"{self.name} cannot be generated: {error}") from error
         try:
@@ -221,6 +221,12 @@ class Collected(Source):
             folder = collected.parts(self.name, 1)[0].parent
             raise DatasetUnavailable(f"the files in {folder} are not {self} ({brief(error)}): delete them") from error
         return [Part(f"fdkernels/{self.name}-{episodes}ep-v0", origin, found)]
+
+    def _columns(self, episodes: int) -> dict[str, np.ndarray]:
+        with contextlib.suppress(collected.Unreadable):  # `collect` would unpack all parts to check them
+            return collected.read(self.name, episodes)
+        collected.collect(self.name, episodes)
+        return collected.read(self.name, episodes)
 
 
 def images(path: Path) -> np.ndarray:

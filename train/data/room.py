@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from pathlib import Path
-
-from fdkernels.policy.untrusted import Refused
 
 MOST_PACKED = 1032
 """The most bytes that one byte of deflated data can hold; a file that claims more lies."""
@@ -23,17 +22,19 @@ def available() -> int | None:
 class Room:
     """The memory that is left for the arrays of one file."""
 
-    def __init__(self) -> None:
+    def __init__(self, path: Path) -> None:
+        self._path = path
         self._left = available()
 
     def take(self, name: str, nbytes: int) -> None:
         """Set aside memory for an array.
 
         Raises:
-            Refused: there is not as much.
+            OSError: there is not as much; names the file.
         """
         if self._left is None:
             return
         if nbytes > self._left:
-            raise Refused(f"{name} takes {nbytes:,} bytes of memory, and {self._left:,} are left")
+            problem = f"{name} takes {nbytes:,} bytes of memory, and {self._left:,} are left; free some"
+            raise OSError(errno.ENOMEM, problem, str(self._path))
         self._left -= nbytes

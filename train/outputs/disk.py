@@ -12,6 +12,7 @@ _PROBLEMS = {
     errno.EACCES: "access is not permitted. Permit it, or write elsewhere",
     errno.ENOENT: "it is not there, or its folder was deleted or moved. Put it back",
     errno.ESTALE: "it is not there, or its folder was deleted or moved. Put it back",
+    errno.EMFILE: "more files are open than may be (ulimit -n). Raise the limit",
     errno.EIO: "the disk failed to read or write it. Repair the disk, or write elsewhere",
 }
 
