@@ -17,8 +17,8 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
-from tests.faults.harness import PATIENCE, wait_for
-from tests.strangers import PASSING, SAID, fail, files_in
+from tests.read_errors import PASSING, SAID, fail, files_in
+from tests.waiting import PATIENCE, wait_for
 from train import collect as command
 from train.behaviour import scripted
 from train.behaviour.scripted import CannotPlay, Episode

@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.strangers import PASSING, SAID, fail, files_in
+from tests.read_errors import PASSING, SAID, fail, files_in
 from train import run
 from train.behaviour import rollout
 from train.behaviour.policy import POLICIES, BehaviourPolicy

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.harness import wait_for_checkpoint
+from tests.waiting import wait_for_checkpoint
 from train.outputs.folder import lock_folders
 from train.run import main
 from train.settings import RunError

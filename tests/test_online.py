@@ -25,7 +25,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import train.member
 import train.run
 from fdkernels.policy import Acting
-from tests.faults.harness import PATIENCE
+from tests.waiting import PATIENCE
 from train import diverged
 from train.agents import AGENTS
 from train.agents.base import Agent

@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 
 import fdkernels
 import train.run
-from tests.faults.harness import PATIENCE, wait_for_checkpoint
+from tests.waiting import PATIENCE, wait_for_checkpoint
 from train.agents import AGENTS
 from train.agents.base import METRICS
 from train.agents.hyperparameters import AgentConfig

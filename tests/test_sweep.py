@@ -24,7 +24,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.faults.harness import PATIENCE, wait_for
+from tests.waiting import PATIENCE, wait_for
 from train import run
 from train.environments import ENVIRONMENTS
 from train.outputs import curve

@@ -14,21 +14,20 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from tests.faults.launcher import Fault, launch
+from tests.waiting import PATIENCE, descendants
 from train.outputs.checkpoint import newest_checkpoints
 from train.outputs.events import read_events
 from train.outputs.folder import LOCK
 
-T = TypeVar("T")
 LAUNCHER = Path(__file__).with_name("launcher.py")
 RUN = Path(__file__).parents[2] / "train" / "run.py"
-PATIENCE = 300.0  # seconds that one process may take on a busy machine
 TINY = (  # noqa: SIM905 (reads as typed)
     "--env hopper-medium --dataset-size 2 --actor-hidden 16 16 --critic-hidden 16 --flow-steps 2 --batch-size 32 "
     "--flow-warmup 6 --critic-warmup 4 --steps 20 --log-every 5 --eval-every 10 --eval-episodes 2 --checkpoint-every 5 "
@@ -126,39 +125,6 @@ def _live(log: Path, environment: dict[str, str], fault: Fault | None, argv: Seq
     os.chdir(log.parent)
     os.environ.update(environment)
     launch(fault, argv)
-
-
-def wait_for(condition: Callable[[], T], what: str) -> T:
-    """Wait until this returns something true, and return that."""
-    deadline = time.monotonic() + PATIENCE
-    while not (found := condition()):
-        assert time.monotonic() < deadline, what
-        time.sleep(0.01)
-    return found
-
-
-def wait_for_checkpoint(run: Path, process: subprocess.Popen[Any]) -> None:
-    """Wait for the first checkpoint of a run that this process has begun."""
-
-    def is_there() -> bool:
-        assert process.poll() is None, process.communicate()[1]
-        return any(run.glob("checkpoints/step-*.safetensors"))
-
-    wait_for(is_there, "no checkpoint was written")
-
-
-def descendants(pid: int) -> list[int]:
-    """The processes that this one has started, and those that they have started."""
-    parents: dict[int, int] = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
-        except (OSError, ValueError):  # it has just ended
-            continue
-    found = [pid]
-    for parent in found:
-        found += [child for child, of in parents.items() if of == parent]
-    return found[1:]
 
 
 # -- what a run leaves -------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.faults.harness import PATIENCE
+from tests.waiting import PATIENCE
 from train.outputs.checkpoint import KEPT, newest_step
 
 REPOSITORY = Path(__file__).parents[2]

@@ -17,8 +17,9 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.faults.harness import LAUNCHER, PATIENCE, RUN, TINY, Command, assert_same_group, assert_same_run
+from tests.faults.harness import LAUNCHER, RUN, TINY, Command, assert_same_group, assert_same_run
 from tests.faults.launcher import Fault
+from tests.waiting import PATIENCE
 from train.outputs.checkpoint import newest_step
 from train.outputs.folder import prepare_folder
 from train.run import parse

@@ -19,9 +19,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.faults.harness import PATIENCE, descendants, wait_for_checkpoint
 from tests.processes.updates import CASES, states
 from tests.test_run import LONGER, REPOSITORY, TINY, read
+from tests.waiting import PATIENCE, descendants, wait_for_checkpoint
 from train import processes
 from train.outputs.diverged import read_diverged
 from train.run import choose_device, main

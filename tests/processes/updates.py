@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from tests.faults.harness import wait_for
 from tests.test_update import BATCH, Training, dataset, make
+from tests.waiting import wait_for
 from train import processes
 from train.agents import AGENTS
 from train.agents.base import Learner
