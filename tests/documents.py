@@ -133,7 +133,8 @@ def typed(block: Block) -> list[list[str]]:
         assert bash is not None
         for name in STUBS:
             stub = stubs / name
-            stub.write_text(f'#!{bash}\nprintf "%s\\0" "${{0##*/}}" "$@" >> {record}\nprintf "\\036\\0" >> {record}\n')
+            # in one write, because the programs of a pipeline run at the same time
+            stub.write_text(f'#!{bash}\nprintf "%s\\0" "${{0##*/}}" "$@" "\036" >> {record}\n')
             stub.chmod(0o755)
         ran = subprocess.run(
             [bash, "-eu", "-c", code], cwd=work, env={"PATH": str(stubs)}, capture_output=True, text=True, timeout=60
