@@ -23,8 +23,7 @@ F64 = torch.float64
 gelu = functools.partial(F.gelu, approximate="tanh")
 
 
-# with gradients, AMD's choices do not depend on the capability
-@pytest.fixture(params=[name for name in PROCESSORS if name != "AMD, AVX2"], autouse=True)
+@pytest.fixture(params=PROCESSORS, autouse=True)
 def chosen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     run_as(request.param, monkeypatch)
     return request.param
@@ -44,7 +43,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
 def here(chosen: str) -> bool:
     """Whether this processor takes oneDNN, if PyTorch's build offers the choice."""
-    return chosen.startswith("AMD") and torch.backends.mkl.is_available() and torch_private.has_onednn()
+    return chosen == "AMD, AVX-512" and torch.backends.mkl.is_available() and torch_private.has_onednn()
 
 
 def judge(name: str, ours: Callable[..., Tensor], plain: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> None:

@@ -86,8 +86,6 @@ class Workspace:
             run = self._fused_layer(layer)
         elif self.num_rows < _FEW_ROWS:
             run = plain_layer(layer)
-        elif self.num_rows >= _FEW_ROWS_FOR_ONEDNN and cpu_layers.onednn_suits(layer.weight, layer.bias):
-            run = self._onednn_layer(layer)
         else:
             run = self._layer_in_place(layer)
         if operands == torch.float32:
@@ -102,9 +100,6 @@ class Workspace:
             h = layer_norm(h, layer.norm_before)
         h = h.mul_(cpu_layers.gelu_gate(h, out=self._part(self.gate, h.shape[1])))
         return h if layer.norm_after is None else layer_norm(h, layer.norm_after)
-
-    def _onednn_layer(self, layer: Layer) -> Function:
-        return lambda h: self.finish(onednn_linear(h, layer.weight, layer.bias, "none", ""), layer)
 
     def _layer_in_place(self, layer: Layer) -> Function:
         weight, bias = layer.weight.t(), layer.bias

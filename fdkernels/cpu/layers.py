@@ -35,15 +35,15 @@ def serves(x: Tensor) -> bool:
 
 
 def multiplies_apart(x: Tensor) -> bool:
-    """Whether several networks run faster one by one than as one batched product, which only PyTorch has."""
-    return serves(x) and x.numel() >= _MANY_ROWS * x.shape[-1] and processor.onednn_multiplies()
+    """Whether several networks run faster one by one than as one batched product."""
+    return serves(x) and x.numel() >= _MANY_ROWS * x.shape[-1] and processor.networks_run_apart()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``F.linear``: x (..., in), weight (out, in), bias (out,). Differentiable, any number of times."""
     # The size is checked first, so that the single row of a robot waits for no other check. It is not checked when
     # compiling, because a compiler would compile small and large separately.
-    if is_compiling() or x.numel() < _MANY_ROWS * _WIDE or not (serves(x) and onednn_suits(weight, bias)):
+    if is_compiling() or x.numel() < _MANY_ROWS * _WIDE or not (serves(x) and _onednn_suits(weight, bias)):
         return F.linear(x, weight, bias)
     if x.shape[-1] != weight.shape[1] or x.numel() < _MANY_ROWS * x.shape[-1]:
         return F.linear(x, weight, bias)
@@ -55,7 +55,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return out.view(*x.shape[:-1], -1)
 
 
-def onednn_suits(weight: Tensor, bias: Tensor | None) -> bool:
+def _onednn_suits(weight: Tensor, bias: Tensor | None) -> bool:
     """Whether oneDNN can multiply many rows by this weight, and is faster than PyTorch."""
     if not (processor.onednn_multiplies() and serves(weight) and (bias is None or serves(bias))):
         return False

@@ -6,26 +6,25 @@ Without gradients (``field.py``):
 few rows                                  PyTorch's own functions, as few as possible: calling them takes most time
 AVX-512, or half precision with           oneDNN's products, which apply bias and activation to a block while it is in
 hardware units                            the cache
-AVX2 or less                              products into fresh memory (AMD: oneDNN's) or into buffers that all steps
-                                          share (PyTorch's); activations in place
+AVX2 or less                              products into buffers that all steps share, activations in place
 half precision without hardware units     float32 products of operands rounded to half precision
 ========================================  ============================================================================
 
 With gradients (``layers.py``):
 
 ========================================  ============================================================================
-AMD                                       oneDNN's products, network by network; tanh-GELU through a sigmoid
-Intel with AVX-512                        PyTorch's own functions; twin networks as one batched product
-others                                    the same, but tanh-GELU through a sigmoid
+products                                  oneDNN's on AMD with AVX-512, else PyTorch's
+twin networks                             one by one on AMD, else as one batched product
+tanh-GELU                                 PyTorch's on Intel with AVX-512, else through a sigmoid
 ========================================  ============================================================================
 
-PyTorch multiplies with MKL, which on AMD processors uses AVX2 whatever they have, and not at its best. A product of 256
-rows, 512 wide, on 2 threads of an EPYC 9005 takes 0.63 ms; oneDNN's takes 0.29, or 0.54 if held to AVX2. PyTorch's tanh
-makes GELU slow: 78 µs for those rows, 34 through a sigmoid; its gradient takes 83 and 43.
+PyTorch multiplies with MKL, which on AMD processors uses AVX2 whatever they have. A product of 256 rows, 512 wide, on 2
+threads of an EPYC 9005 takes 0.63 ms, and oneDNN's 0.29 with AVX-512. On an EPYC 7003, which has AVX2 alone, both take
+about 1.0 ms, but a weight's gradient takes oneDNN 1.4 and MKL 1.0: whole updates are 9 to 13 % faster with MKL.
 
-A hidden layer for these rows with AVX2 alone (EPYC 7003, 2 threads) takes 0.95 ms for MKL's product; with tanh-GELU it
-takes 1.07 in place, 1.25 with PyTorch's own, and 1.58 fused by oneDNN, whose tanh then gathers from a table. PyTorch's
-bfloat16 product takes 130 ms on a processor without units for it.
+PyTorch's tanh makes GELU slow: on the EPYC 9005 78 µs for those rows, 34 through a sigmoid, its gradient 83 and 43; on
+the EPYC 7003 259 and 131, 275 and 91. There a hidden layer takes 1.07 ms with GELU in place, and 1.58 with the one that
+oneDNN fuses, whose tanh gathers from a table. PyTorch's bfloat16 product takes 130 ms where there are no units for it.
 """
 
 from __future__ import annotations
@@ -48,7 +47,12 @@ def has_avx512() -> bool:
 
 def onednn_multiplies() -> bool:
     """Whether oneDNN's float32 product is faster than PyTorch's."""
-    return _is_amd() and torch.backends.mkl.is_available() and has_onednn()
+    return _is_amd() and has_avx512() and torch.backends.mkl.is_available() and has_onednn()
+
+
+def networks_run_apart() -> bool:
+    """Whether several networks are faster one by one than as one batched product."""
+    return _is_amd()
 
 
 def sigmoid_is_fast() -> bool:
