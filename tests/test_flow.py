@@ -183,7 +183,7 @@ def test_every_way_on_the_cpu_gives_the_same(activation: str, chosen: str, monke
         flow = fdkernels.VelocityMLP(cond_dim, 2, hidden, activation, layer_norm)
         packed, plain = fdkernels.pack_mlp(flow.net, order), as_reference(flow.net, order)
         exact = as_reference(copy.deepcopy(flow.net).double(), order)
-        for rows in (0, 1, 15, 16, 47, 48, 130, 800):
+        for rows in (0, 1, 15, 16, 47, 48, 130, 800, 1300):
             x0, cond = torch.randn(rows, 2), torch.randn(rows, cond_dim)
             before = x0.clone()
             out = fdkernels.integrate_flow(packed, x0, cond, num_steps=3, clip=None)
@@ -207,7 +207,7 @@ def test_weights_as_they_lie(precision: str | None, chosen: str, monkeypatch: py
         same.bias = nn.Parameter(layer.bias.detach().repeat_interleave(2)[::2])
     nn.init.constant_(flow.net[2].bias, 0.7)
     odd.net[2].bias = nn.Parameter(torch.tensor([0.7]).expand(140))
-    for rows in (20, 100, 800):
+    for rows in (20, 100, 800, 1300):
         x0, cond = torch.randn(rows, 2), torch.randn(rows, 3)
         truth = fdkernels.integrate_flow(copy.deepcopy(flow).double(), x0.double(), cond.double(), clip=None)
         plain = fdkernels.integrate_flow(flow, x0, cond, clip=None, precision=precision)

@@ -5,6 +5,7 @@ A flow spends its time in the products of the hidden layers, and in plain PyTorc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -19,6 +20,7 @@ from fdkernels.torch_private import has_onednn, onednn_linear, onednn_packed
 
 _FEW_ROWS = 16  # ten steps: 2.1 ms with plain layers and 2.5 in place for one row, 5.4 and 5.1 for 16 rows
 _FEW_ROWS_FOR_ONEDNN = 48  # ten steps of one row with AVX-512: 1.4 ms in PyTorch, 2.6 in oneDNN
+_MANY_ROWS_FOR_MKL = 1280  # on AMD with AVX2, ten steps of 1,024 rows take both 171 ms; of 1,536 MKL 296, oneDNN 262
 _WORTH_PACKING = 768  # packing 512² takes 0.12 ms once; a step saves 0.09, with 1,536 rows 0.2, with 256 0.03
 _WIDE_CONDITION = 64  # if wider, its share of the first layer is computed once, and takes memory traffic at every step
 Function = Callable[[Tensor], Tensor]
@@ -78,12 +80,14 @@ class Workspace:
         self.num_rows = num_rows
         self.out, self.before, self.gate = torch.empty(3, num_rows * widest, dtype=torch.float32, device="cpu")
         half = any(layer.weight.dtype != torch.float32 for layer in mlp.middle)
-        self.fused = half or (num_rows >= _FEW_ROWS_FOR_ONEDNN and processor.has_avx512() and has_onednn())
+        self.fuses = half or processor.has_avx512()
+        enough = _FEW_ROWS_FOR_ONEDNN if self.fuses else _MANY_ROWS_FOR_MKL if processor.is_amd() else math.inf
+        self.onednn = half or (num_rows >= enough and has_onednn())
 
     def layer(self, layer: Layer, operands: torch.dtype = torch.float32) -> Function:
         """The layer as a function of rows, which are rounded to ``operands``."""
-        if self.fused:
-            run = self._fused_layer(layer)
+        if self.onednn:
+            run = self._onednn_layer(layer)
         elif self.num_rows < _FEW_ROWS:
             run = plain_layer(layer)
         else:
@@ -115,9 +119,11 @@ class Workspace:
     def _part(self, buffer: Tensor, width: int) -> Tensor:
         return buffer[: self.num_rows * width].view(self.num_rows, width)
 
-    def _fused_layer(self, layer: Layer) -> Function:
+    def _onednn_layer(self, layer: Layer) -> Function:
         weight = onednn_packed(layer.weight, self.num_rows) if self.num_rows >= _WORTH_PACKING else layer.weight
         bias = None if layer.bias is None else layer.bias.contiguous()  # oneDNN ignores its strides
+        if not self.fuses:
+            return lambda h: self.finish(onednn_linear(h, weight, bias, "none", ""), layer)
         fused, rest = ("none", ""), layer
         onednn = None if layer.activation is None else ACTIVATIONS[layer.activation].onednn
         if layer.norm_before is None and onednn is not None:

@@ -36,7 +36,7 @@ def serves(x: Tensor) -> bool:
 
 def multiplies_apart(x: Tensor) -> bool:
     """Whether several networks run faster one by one than as one batched product."""
-    return serves(x) and x.numel() >= _MANY_ROWS * x.shape[-1] and processor.networks_run_apart()
+    return serves(x) and x.numel() >= _MANY_ROWS * x.shape[-1] and processor.is_amd()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -6,7 +6,8 @@ Without gradients (``field.py``):
 few rows                                  PyTorch's own functions, as few as possible: calling them takes most time
 AVX-512, or half precision with           oneDNN's products, which apply bias and activation to a block while it is in
 hardware units                            the cache
-AVX2 or less                              products into buffers that all steps share, activations in place
+AVX2 or less                              activations in place; on AMD, oneDNN's products of many rows; else PyTorch's,
+                                          into buffers that all steps share
 half precision without hardware units     float32 products of operands rounded to half precision
 ========================================  ============================================================================
 
@@ -20,7 +21,7 @@ tanh-GELU                                 PyTorch's on Intel with AVX-512, else 
 
 PyTorch multiplies with MKL, which on AMD processors uses AVX2 whatever they have. A product of 256 rows, 512 wide, on 2
 threads of an EPYC 9005 takes 0.63 ms, and oneDNN's 0.29 with AVX-512. On an EPYC 7003, which has AVX2 alone, both take
-about 1.0 ms, but a weight's gradient takes oneDNN 1.4 and MKL 1.0: whole updates are 9 to 13 % faster with MKL.
+about 1.0 ms, but a weight's gradient takes oneDNN 1.4 and MKL 1.0. From about a thousand rows MKL falls behind there.
 
 PyTorch's tanh makes GELU slow: on the EPYC 9005 78 µs for those rows, 34 through a sigmoid, its gradient 83 and 43; on
 the EPYC 7003 259 and 131, 275 and 91. There a hidden layer takes 1.07 ms with GELU in place, and 1.58 with the one that
@@ -47,17 +48,12 @@ def has_avx512() -> bool:
 
 def onednn_multiplies() -> bool:
     """Whether oneDNN's float32 product is faster than PyTorch's."""
-    return _is_amd() and has_avx512() and torch.backends.mkl.is_available() and has_onednn()
-
-
-def networks_run_apart() -> bool:
-    """Whether several networks are faster one by one than as one batched product."""
-    return _is_amd()
+    return is_amd() and has_avx512() and torch.backends.mkl.is_available() and has_onednn()
 
 
 def sigmoid_is_fast() -> bool:
     """Whether a sigmoid and the products around it take less time than PyTorch's tanh-GELU."""
-    return _is_amd() or not has_avx512()
+    return is_amd() or not has_avx512()
 
 
 def name() -> str:
@@ -67,6 +63,6 @@ def name() -> str:
 
 
 @functools.cache
-def _is_amd() -> bool:
+def is_amd() -> bool:
     """A processor that is not reported is taken to suit PyTorch's own functions."""
     return name().startswith("AMD")
