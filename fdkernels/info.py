@@ -68,7 +68,7 @@ def _cpu() -> Lines:
     name = processor.name() or "not reported by this PyTorch"
     yield "CPU", f"{name}; {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     yield "  operators", "PyTorch; Triton's interpreter if asked" if INTERPRETER else "PyTorch"
-    yield "  float32 layers", "oneDNN" if processor.onednn_multiplies() else "PyTorch's own"
+    yield "  layers that learn", "oneDNN" if processor.onednn_multiplies() else "PyTorch's own"
     yield "  tanh-GELU", "through a sigmoid" if processor.sigmoid_is_fast() else "PyTorch's own"
     units = processor.multiplies(torch.bfloat16)
     yield "  bfloat16", "hardware units" if units else "no units: float32 products of rounded operands, no faster"

@@ -20,7 +20,7 @@ from fdkernels.torch_private import has_onednn, onednn_linear, onednn_packed
 
 _FEW_ROWS = 16  # ten steps: 2.1 ms with plain layers and 2.5 in place for one row, 5.4 and 5.1 for 16 rows
 _FEW_ROWS_FOR_ONEDNN = 48  # ten steps of one row with AVX-512: 1.4 ms in PyTorch, 2.6 in oneDNN
-_MANY_ROWS_FOR_MKL = 1280  # on AMD with AVX2, ten steps of 1,024 rows take both 171 ms; of 1,536 MKL 296, oneDNN 262
+_MANY_ROWS_FOR_MKL = 1280  # EPYC 7003, ten steps: 1,024 rows take both 171 ms; 1,536 take MKL 296, oneDNN 262
 _WORTH_PACKING = 768  # packing 512² takes 0.12 ms once; a step saves 0.09, with 1,536 rows 0.2, with 256 0.03
 _WIDE_CONDITION = 64  # if wider, its share of the first layer is computed once, and takes memory traffic at every step
 Function = Callable[[Tensor], Tensor]
