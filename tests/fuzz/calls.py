@@ -519,18 +519,23 @@ def jacobian_reference(velocity: Any, x0: Tensor, cond: Tensor | None = None, **
 def pullback_reference(displacement: Tensor, jacobian: Tensor, doubt: bool = False, **options: Any) -> Tensor:
     """Computed in float64, as ours. A row whose covariance is not finite or has no inverse is NaN.
 
-    With ``doubt``, so is one where rounding decides whether it has.
+    With ``doubt``, so is one where rounding decides whether it has, and others are off by what rounding may do to an
+    inverse. A Jacobian that is off shows less: if its columns are equal, so are theirs, and the covariance keeps its
+    rank.
     """
     reduction, d = options.pop("reduction", "none"), jacobian.shape[-1]
     wide, identity = jacobian.double(), torch.eye(d, dtype=torch.float64, device="cpu")
     covariance = wide @ wide.mT + options.get("damping", DAMPING) * identity
     root, failed = torch.linalg.cholesky_ex(covariance)
     bad = ~covariance.isfinite().all(-1).all(-1) | (failed != 0)
-    if doubt:
-        pivots, variances = (matrix.diagonal(dim1=-2, dim2=-1) for matrix in (root, covariance))
-        bad |= (pivots.square() < 1e-10 * variances).any(-1)
-    sound = torch.where(bad[..., None, None], identity, wide)
+    pivots, variances = (matrix.diagonal(dim1=-2, dim2=-1) for matrix in (root, covariance))
+    doubtful = bad | (pivots.square() < 1e-10 * variances).any(-1)
+    sound = torch.where(doubtful[..., None, None], identity, wide)
     out = fdkernels_ref.pullback_penalty(displacement.double(), sound, **options)
+    if doubt:
+        bad = doubtful
+        condition = torch.linalg.cond(torch.where(doubtful[..., None, None], identity, covariance)).amax(-1)
+        out = out * (1 + torch.finfo(torch.float64).eps * condition)
     out = torch.where(bad.any(-1), torch.nan, out)
     out = out if reduction == "none" else out.mean() if reduction == "mean" else out.sum()
     return out.to(torch.promote_types(torch.promote_types(displacement.dtype, jacobian.dtype), torch.float32))
