@@ -24,7 +24,7 @@ def finished(datasets: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose best evaluation is in the middle."""
     out = tmp_path_factory.mktemp("best") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("train.member.draw_curve", lambda *args: None)
+        patch.setattr("train.outputs.curve.draw_curve", lambda *args: None)
         assert main([*FREQUENT, "--out", str(out)]) == 0
     return out
 
@@ -94,7 +94,7 @@ def test_a_long_run_keeps_few(datasets: None, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(Member, "save", noted)
     monkeypatch.setattr("train.member.Result.add", better)
     monkeypatch.setattr("train.member.evaluate", lambda *args, **kwargs: {})
-    monkeypatch.setattr("train.member.draw_curve", lambda *args: None)
+    monkeypatch.setattr("train.outputs.curve.draw_curve", lambda *args: None)
     monkeypatch.setattr("train.loop.evaluation_line", lambda *args: "")
     monkeypatch.setattr("train.loop.Run.finish", lambda run: ("", {}))
     assert main([*FREQUENT, "--eval-every", "2", "--steps", "100", "--out", str(tmp_path / "run")]) == 0

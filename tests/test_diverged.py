@@ -47,7 +47,7 @@ GROUP = [*TINY, "--num-seeds", "3"]
 def _without_pictures() -> Iterator[None]:
     """Curves of single runs take longer than these runs."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("train.member.draw_curve", lambda *args: None)
+        patch.setattr("train.outputs.curve.draw_curve", lambda *args: None)
         yield
 
 
@@ -360,8 +360,8 @@ def test_the_other_seeds_go_on_as_if_nothing_had_happened(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     drawn: list[Sequence[Diverged]] = []
-    draw = train.loop.draw_group_curve
-    monkeypatch.setattr(train.loop, "draw_group_curve", lambda *args: (drawn.append(args[-1]), draw(*args))[1])
+    draw = curve.draw_group_curve
+    monkeypatch.setattr(curve, "draw_group_curve", lambda *args: (drawn.append(args[-1]), draw(*args))[1])
     with monkeypatch.context() as patch:
         before_update(patch, 18, spoil)
         assert main([*GROUP, "--out", str(tmp_path)]) == 3

@@ -22,8 +22,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-import train.member
-import train.run
 from fdkernels.policy import Acting
 from tests.waiting import PATIENCE
 from train import diverged
@@ -453,7 +451,7 @@ OFFLINE, ONLINE = 16, 24
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Most tests need no pictures, which take longer than a run."""
-    monkeypatch.setattr(train.member, "draw_curve", lambda *args: None)
+    monkeypatch.setattr("train.outputs.curve.draw_curve", lambda *args: None)
 
 
 def go(out: Path, *flags: str, online: int = ONLINE) -> Path:
@@ -478,7 +476,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run."""
     register()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.member, "draw_curve", lambda *args: None)
+        patch.setattr("train.outputs.curve.draw_curve", lambda *args: None)
         return go(tmp_path_factory.mktemp("straight") / "run")
 
 
@@ -595,7 +593,7 @@ def offline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run that never went online."""
     register()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.member, "draw_curve", lambda *args: None)
+        patch.setattr("train.outputs.curve.draw_curve", lambda *args: None)
         return go(tmp_path_factory.mktemp("offline") / "run", online=0)
 
 
@@ -799,8 +797,9 @@ def test_updates_learn_from_the_replay_only_online(tmp_path: Path, monkeypatch: 
 def test_the_curve_marks_where_online_begins(
     straight: Path, offline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.undo()
     figures: list[Any] = []
-    monkeypatch.setattr(curve.plt, "close", figures.append)
+    monkeypatch.setattr(curve, "png_of", lambda figure, dpi: figures.append(figure) or b"")
     for out in (straight, offline):
         flags = ["--online-steps", str(ONLINE)] if out is straight else []
         folder = tmp_path / out.parent.name
@@ -818,9 +817,6 @@ def test_the_curve_marks_where_online_begins(
     # the score counts from the end of the flow's warm-up, the panels from the agent's first update
     assert marked == [(12, "online", 12), *[(8, "online", 8)] * 3]
     assert unmarked == []
-    for figure in figures:
-        monkeypatch.undo()
-        curve.plt.close(figure)
 
 
 @pytest.mark.parametrize(
@@ -850,7 +846,7 @@ def test_refusals(flags: list[str], message: str, tmp_path: Path, capsys: pytest
 
 
 def test_one_seed_of_a_group_goes_online_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("train.loop.draw_group_curve", lambda *args: None)
+    monkeypatch.setattr("train.outputs.curve.draw_group_curve", lambda *args: None)
     assert main([*TINY, "--num-seeds", "2", "--out", str(tmp_path)]) == 0
     go(tmp_path / "fidec-seed1", "--seed", "1", "--resume", online=5)
     rows = read(tmp_path / "fidec-seed1" / "metrics.csv")

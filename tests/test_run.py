@@ -35,7 +35,7 @@ from train.data.synthetic import random_dataset
 from train.environments import ENVIRONMENTS, resolve
 from train.evaluate import ROLES, run_episodes
 from train.loop import Run
-from train.outputs import curve
+from train.outputs import curve, statistics
 from train.presets import preset_config
 from train.run import main, parse
 from train.settings import RunError
@@ -382,11 +382,11 @@ def test_the_picture_of_a_group(tmp_path: Path) -> None:
 
 def test_the_interval_is_that_of_the_interquartile_mean() -> None:
     scores = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 1000.0]
-    middle, (low, high) = curve.interquartile_mean(scores)
+    middle, (low, high) = statistics.interquartile_mean(scores)
     assert middle == 4.5
     assert 2 < low < 3.5
     assert 5.5 < high < 400
-    assert curve.interquartile_mean([3.0, 3.0]) == (3.0, (3.0, 3.0))
+    assert statistics.interquartile_mean([3.0, 3.0]) == (3.0, (3.0, 3.0))
 
 
 @pytest.mark.long("two runs of a group, and one that goes on alone is among the others")

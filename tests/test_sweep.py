@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from tests.waiting import PATIENCE, wait_for
 from train import run
 from train.environments import ENVIRONMENTS
-from train.outputs import curve
+from train.outputs import statistics
 from train.outputs.checkpoint import newest_step
 from train.outputs.folder import lock_folders
 from train.outputs.scores import Scores, Trial, is_finished
@@ -102,11 +102,11 @@ def test_the_table_marks_what_is_not_final() -> None:
 
 def test_the_mean_weighs_environments_equally() -> None:
     scores = [[10.0, 20.0, 30.0, 40.0], [90.0]]
-    middle, (low, high) = curve.mean_of_tasks(scores)
+    middle, (low, high) = statistics.mean_of_tasks(scores)
     assert middle == (25 + 90) / 2
-    of_first = curve.interquartile_mean(scores[0])[1]
+    of_first = statistics.interquartile_mean(scores[0])[1]
     assert (low, high) == pytest.approx([(bound + 90) / 2 for bound in of_first])
-    several = curve.mean_of_tasks([scores[0]] * 9)[1]
+    several = statistics.mean_of_tasks([scores[0]] * 9)[1]
     assert several[1] - several[0] < 0.5 * (of_first[1] - of_first[0]), "seeds are resampled together"
 
 

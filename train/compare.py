@@ -20,9 +20,10 @@ from train.environments import resolve
 from train.exits import Exit
 from train.outputs import console
 from train.outputs.console import Ending, Output
-from train.outputs.curve import Middle, draw_comparison, interquartile_mean
+from train.outputs.curve import draw_comparison
 from train.outputs.files import write_whole
 from train.outputs.report import cloning_title, with_interval
+from train.outputs.statistics import Middle, interquartile_mean
 from train.plan import check_choices, options_behind, plan
 from train.reading import read_json
 from train.settings import PresetName

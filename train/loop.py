@@ -29,7 +29,6 @@ from train.health import FirstUnsound, Wrong, sound, unsound
 from train.member import Member
 from train.online import Explorer
 from train.outputs.checkpoint import Checkpoint, newest_checkpoints, newest_step
-from train.outputs.curve import draw_group_curve
 from train.outputs.diverged import Diverged, FailedUpdate, without_diverged
 from train.outputs.report import evaluation_line, final_table, group_table
 from train.outputs.result import Result
@@ -376,6 +375,8 @@ class Run:
             self.seconds = time.perf_counter() - self.clock
             tqdm.write(evaluation_line(self.step, seed, rows, member.config, self.seconds / 60))
         if self.config.num_seeds > 1 and self.place.leads:
+            from train.outputs.curve import draw_group_curve
+
             results = [member.result for member in self.alive]
             evaluations = [result.evaluations for result in results]
             score, label = results[0].dataset_score, self.spec.score_label

@@ -15,7 +15,6 @@ from train.health import Wrong, gradient_numbers, inspect, state_numbers, wrong
 from train.online import ONLINE_METRICS, Explorer
 from train.outputs.best import keep_best, prune_best, save_best
 from train.outputs.checkpoint import Checkpoint, save_checkpoint, state_tensors
-from train.outputs.curve import draw_curve
 from train.outputs.diverged import FILE, Diverged, DivergedError, FailedUpdate, read_diverged, save_diverged
 from train.outputs.notes import check_notes
 from train.outputs.policy import save_policy
@@ -60,6 +59,8 @@ class Member:
 
     def evaluate(self, step: int, *, interim: bool) -> dict[str, dict[str, Any]]:
         """Play episodes, write a row for each of the `ROLES`, and redraw the curve."""
+        from train.outputs.curve import draw_curve  # takes a second to import, and most programs end without it
+
         assert self.record is not None
         config, spec = self.config, self.result.spec
         played = evaluate(

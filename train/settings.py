@@ -284,6 +284,11 @@ class RunConfig(Schedule, Data, Evaluation, Online, Algorithm, Hardware, Folder,
         """The parent of the folders of several seeds."""
         return self.out or Path("runs") / self.env
 
+    @property
+    def group_curve(self) -> Path:
+        """The picture of several seeds."""
+        return self.group_folder / f"{self.agent}-seeds{self.seed}to{self.seed + self.num_seeds - 1}.png"
+
     def of_each_seed(self) -> list[RunConfig]:
         """For each seed, the settings that would train its agent alone."""
         if self.num_seeds == 1:

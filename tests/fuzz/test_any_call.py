@@ -32,6 +32,7 @@ TENSORS = {"displacement", "score", "velocity", "x", "t", "cond", "x0", "noise",
 TENSORS |= {"x0s", "conds", "jacobian", "action", "event_dim"}
 RELATED = [
     TENSORS,
+    TENSORS | {"precision"},  # one that is less than their dtype
     {"path", "convention", "t", "time_grid"},
     {"clip", "clip_each_step"},
     {"num_samples", "noise", "bridge_noise", "samples", "t"},

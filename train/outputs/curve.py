@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import matplotlib as mpl
-import numpy as np
-from scipy.stats import bootstrap, trim_mean
-
-mpl.use("Agg")
-import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -22,6 +16,7 @@ from train.agents import AGENTS
 from train.outputs.diverged import Diverged
 from train.outputs.files import write_whole
 from train.outputs.record import read_table
+from train.outputs.statistics import interquartile_mean
 from train.settings import RunConfig, role_names
 
 BLUE, GREEN, ORANGE, GREY, RED = "#1f5fa8", "#3a8f5c", "#d9822b", "#8a8f98", "#c0392b"
@@ -45,13 +40,9 @@ def draw_curve(folder: Path, config: RunConfig, dataset_score: float, label: str
     evaluations = read_table(folder / "evaluations.csv")
     metrics = [row for row in read_table(folder / "metrics.csv") if row["stage"] in (config.agent, "online")]
 
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplot_mosaic(
-            [["score"] * 3, ["left", "middle", "right"]],
-            figsize=(10, 6.4),
-            height_ratios=[1.6, 1],
-            layout="constrained",
-        )
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(10, 6.4), layout="constrained")
+        axes = figure.subplot_mosaic([["score"] * 3, ["left", "middle", "right"]], height_ratios=[1.6, 1])
         _draw_score(axes["score"], evaluations, config, dataset_score, label)
         for ax, panel in zip((axes["left"], axes["middle"], axes["right"]), AGENTS[config.agent].panels):
             ax.set_title(panel.title, loc="left")
@@ -82,7 +73,7 @@ def png_of(figure: Figure, dpi: int) -> bytes:
     """The finished figure as a picture, and its memory back."""
     content = io.BytesIO()
     figure.savefig(content, dpi=dpi, format="png")
-    plt.close(figure)
+    figure.clear()  # so that the caller, which holds it, does not hold the rest
     gc.collect()  # a figure is full of cycles, and Python would look for them only some ten figures and 57 MB later
     return content.getvalue()
 
@@ -131,40 +122,6 @@ def _finish_score(ax: Axes, title: str, config: RunConfig, dataset_score: float,
     ax.legend(frameon=False, loc="best")
 
 
-Middle: TypeAlias = tuple[float, tuple[float, float]]
-"""An interquartile mean and its interval."""
-
-
-def interquartile_mean(scores: Sequence[float]) -> Middle:
-    """Mean of the middle half of one or more scores, with its 95 % percentile-bootstrap interval over seeds.
-
-    This is what rliable reports for one task (arXiv 2108.13264, 2,000 resamples). Two or three scores are all kept, and
-    the interval of a single one has no width.
-    """
-    return mean_of_tasks([scores])
-
-
-def mean_of_tasks(scores: Sequence[Sequence[float]]) -> Middle:
-    """The mean of several tasks' interquartile means; its interval comes from resampling the seeds of each task."""
-    return _mean_of_tasks(tuple(map(tuple, scores)))
-
-
-@functools.lru_cache(maxsize=4096)  # a sweep asks again for each cell of its table, of which few have changed
-def _mean_of_tasks(scores: tuple[tuple[float, ...], ...]) -> Middle:
-    single = [of_task[0] for of_task in scores if len(of_task) == 1]
-    several = [of_task for of_task in scores if len(of_task) > 1]
-
-    def mean(*samples: Any, axis: int = -1) -> Any:
-        return (sum(single) + sum(trim_mean(sample, 0.25, axis=axis) for sample in samples)) / len(scores)
-
-    middle = float(mean(*several))
-    if not several:
-        return middle, (middle, middle)
-    rng = np.random.default_rng(0)
-    found = bootstrap(several, mean, n_resamples=2000, method="percentile", rng=rng).confidence_interval
-    return middle, (float(found.low), float(found.high))
-
-
 def draw_comparison(
     path: Path,
     title: str,
@@ -181,8 +138,9 @@ def draw_comparison(
         dataset_score: mean score of the dataset's own episodes.
         label: name of the score, for the axis.
     """
-    with plt.rc_context(STYLE):
-        figure, ax = plt.subplots(figsize=(9, 1.4 + 0.45 * len(lines)), layout="constrained")
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(9, 1.4 + 0.45 * len(lines)), layout="constrained")
+        ax = figure.subplots()
         for y, (middle, (low, high), scores) in enumerate(lines.values()):
             ax.plot([low, high], [y, y], color=BLUE, linewidth=7, alpha=0.3, solid_capstyle="butt")
             ax.plot(scores, [y] * len(scores), "o", color=GREY, markersize=4)
@@ -198,11 +156,6 @@ def draw_comparison(
         ax.set_title(title, loc="left", fontsize=14, pad=20)
         ax.grid(axis="x", alpha=0.25)
         _save(figure, path)
-
-
-def group_curve_path(config: RunConfig) -> Path:
-    last = config.seed + config.num_seeds - 1
-    return config.group_folder / f"{config.agent}-seeds{config.seed}to{last}.png"
 
 
 def draw_group_curve(
@@ -227,8 +180,9 @@ def draw_group_curve(
     def line_of(rows: Sequence[Mapping[str, Any]], role: str) -> dict[int, float]:
         return {row["step"] - config.flow_warmup: row["score_mean"] for row in rows if row["role"] == role}
 
-    with plt.rc_context(STYLE):
-        figure, ax = plt.subplots(figsize=(10, 5), layout="constrained")
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(10, 5), layout="constrained")
+        ax = figure.subplots()
         for of_seed in diverged:
             for role, colour, _ in _roles(config):
                 ended = line_of(of_seed.evaluations, role)
@@ -247,4 +201,4 @@ def draw_group_curve(
         seeds = f"seeds {config.seed} to {config.seed + config.num_seeds - 1}"
         title = f"{config.agent} on {config.env}, {seeds}: interquartile mean, 95 % interval, each seed"
         _finish_score(ax, title, config, dataset_score, label)
-        return _save(figure, group_curve_path(config))
+        return _save(figure, config.group_curve)

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from train.agents import AGENTS
 from train.data.spec import EnvSpec
 from train.evaluate import ROLES
-from train.outputs.curve import group_curve_path, interquartile_mean
 from train.outputs.diverged import Diverged
 from train.outputs.result import Result
+from train.outputs.statistics import interquartile_mean
 from train.settings import RunConfig, role_names
 
 
@@ -70,7 +70,7 @@ def group_table(config: RunConfig, results: Sequence[Result], minutes: float, di
     lines.append(f"{'interquartile mean':20}{cells}   [95 % interval over seeds]")
     lines.append(f"{'dataset':20}{results[0].dataset_score:>20.1f}")
     folders = f"{config.agent}-seed{config.seed} ... {config.agent}-seed{config.seed + config.num_seeds - 1}"
-    lines += ["", f"{minutes:.1f} minutes. {group_curve_path(config)}; in {folders} the files of each seed"]
+    lines += ["", f"{minutes:.1f} minutes. {config.group_curve}; in {folders} the files of each seed"]
     return "\n".join(lines)
 
 

@@ -11,10 +11,10 @@ from typing import Any, Literal, NamedTuple
 from train.agents import AGENTS
 from train.environments import resolve
 from train.evaluate import ROLES
-from train.outputs.curve import Middle, mean_of_tasks
 from train.outputs.folder import defaults
 from train.outputs.record import EVALUATION_COLUMNS, read_table
 from train.outputs.report import cloning_title, with_interval
+from train.outputs.statistics import Middle, mean_of_tasks
 from train.reading import read_json
 from train.settings import RunConfig, RunError, role_names
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import matplotlib as mpl
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from train.agents import AGENTS
-from train.outputs.curve import BLUE, GREEN, GREY, ORANGE, STYLE, plt, png_of
+from train.outputs.curve import BLUE, GREEN, GREY, ORANGE, STYLE, png_of
 from train.outputs.scores import Cell, Column, Scores
 
 COLOURS = (BLUE, ORANGE, GREEN, "#8c4a9e", "#b8423f", "#4aa3a8", "#7a5c3a")
@@ -26,16 +29,10 @@ def draw_scores(scores: Scores) -> bytes:
         and (chosen := [i for i, column in enumerate(scores.columns) if column.role in (role, "flow")])
     ]
     height = max(0.3, 0.12 * max(len(chosen) for _, chosen in panels))
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(
-            1,
-            len(panels),
-            figsize=(2.5 + 5 * len(panels), 1.9 + height * len(rows)),
-            sharex=True,
-            sharey=True,
-            squeeze=False,
-            layout="constrained",
-        )
+    with mpl.rc_context(STYLE):
+        size = 2.5 + 5 * len(panels), 1.9 + height * len(rows)
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)
         for ax, (title, chosen) in zip(axes[0], panels):
             shifts = np.linspace(-0.3, 0.3, len(chosen)) if len(chosen) > 1 else np.zeros(1)
             for shift, i in zip(shifts, chosen):
@@ -60,7 +57,7 @@ def draw_scores(scores: Scores) -> bytes:
         return png_of(figure, dpi=120)
 
 
-def _draw_column(ax: plt.Axes, column: Column, cells: Sequence[Cell], shift: float) -> None:
+def _draw_column(ax: Axes, column: Column, cells: Sequence[Cell], shift: float) -> None:
     """The marks of an agent, in all rows."""
     agents = list(AGENTS)
     cloning = column.role == "flow"
