@@ -62,15 +62,18 @@ bench-compare: $(STAMP)
 
 # On a machine with a CUDA GPU: tests, tuning, benchmarks and training in half an hour, with the installed packages.
 # `make gpu-check` and so on run its parts. WHEELS names a folder of wheels of packages that are missing and cannot be
-# downloaded there. `make gpu-wheels` fills it with the usual ones; run it with that machine's version of Python.
+# downloaded there. `make gpu-wheels` fills it with the usual ones, for the version of Python in GPU_PYTHON on x86-64.
 GPU := $(PYTHON) benchmarks/gpu.py $(if $(WHEELS),--wheels $(WHEELS))
 SELDOM := docstring-parser einops farama-notifications glfw gymnasium minari mujoco mujoco-core pyopengl typeguard tyro
 gpu:
 	$(GPU)
 gpu-check gpu-tune gpu-bench gpu-train:
 	$(GPU) $(@:gpu-%=%)
+GPU_PYTHON ?= 3.12
+PLATFORMS := $(foreach glibc,2_28 2_27 2_17,--platform manylinux_$(glibc)_x86_64) --platform manylinux2014_x86_64
 gpu-wheels:
-	$(PYTHON) -m pip download --no-deps --only-binary=:all: --constraint constraints.txt -d $(or $(WHEELS),wheels) $(SELDOM)
+	$(PYTHON) -m pip download --no-deps --only-binary=:all: --constraint constraints.txt -d $(or $(WHEELS),wheels) \
+	--python-version $(GPU_PYTHON) --implementation cp $(PLATFORMS) $(SELDOM)
 
 # torch goes first, so that an existing build is not replaced by a larger one.
 $(STAMP): pyproject.toml constraints.txt

@@ -6,7 +6,8 @@ interrupted, and the next one begins; it also gets the time that earlier ones
 left over. Results go into the folder of --out ($OUT, or runs/gpu/out) as they
 appear, and all output into `log.txt` there; the last lines printed give the
 outcome of each command. `tune` writes the library's own table of
-implementations and tiles, which all later commands use.
+implementations and tiles. All later commands use it, also those of later calls,
+for which it is kept in runs/gpu.
 
 Installed packages are used, whatever their version. If the machine lacks some
 and cannot download them, --wheels names a folder of their wheels
@@ -20,6 +21,7 @@ import contextlib
 import dataclasses
 import gzip
 import json
+import math
 import os
 import re
 import shutil
@@ -40,8 +42,8 @@ examples:
       all four parts, half an hour at most
   {PROGRAM} check tune
       two parts, 9.5 minutes; bench and train take as long each
-  {PROGRAM} train
-      a second call continues from the last checkpoint
+  {PROGRAM} train --seconds 400
+      no longer than that; a second call continues from the last checkpoint
   {PROGRAM} --dry-run
       the same commands on a CPU and in small, to see whether they work
 
@@ -55,6 +57,9 @@ GRACE = 45.0
 """Seconds between the interrupt and the kill, in which to finish an evaluation and write a checkpoint."""
 PYTEST = ("-m", "pytest", "-p", "no:cacheprovider")
 LARGE = re.compile("checkpoints|policy[.]safetensors")
+TABLE = Path("fdkernels/kernels/tuning/shipped.json")
+HANGS = ("-o", "faulthandler_timeout=90", "-o", "faulthandler_exit_on_timeout=true")
+"""A test that hangs ends its process and says where it was; the others go on."""
 WORKERS = str(min(12, os.cpu_count() or 1))
 
 
@@ -73,6 +78,8 @@ class Step:
 
     In these fields {out} stands for the folder of results, {work} for `WORK` or its counterpart in a dry run.
     """
+    shown: bool = False
+    """Whether its output is printed, and not only kept."""
 
     def arguments(self, folders: dict[str, Path], dry: bool) -> list[str]:
         return [argument.format_map(folders) for argument in (*self.command, *(self.small if dry else ()))]
@@ -84,10 +91,10 @@ def kernel_tests() -> tuple[str, ...]:
     return tuple(str(file.relative_to(ROOT)) for file in files if file.name != "test_sanitizer.py")
 
 
-def bench(suite: str, seconds: float, small: str) -> Step:
+def bench(suite: str, seconds: float, small: str, *, name: str = "", chosen: str = "") -> Step:
     options = ("--benchmark-only", "--benchmark-columns=median,iqr,min,rounds", "--results={out}/bench.json")
-    command = (*PYTEST, *options, "--seconds=0.5", f"benchmarks/test_{suite}.py")
-    return Step(suite, seconds, command, ("--seconds=0", "-k", small))
+    command = (*PYTEST, *options, "--seconds=0.5", f"benchmarks/test_{suite}.py", *(("-k", chosen) if chosen else ()))
+    return Step(name or suite, seconds, command, ("--seconds=0", "-k", small))
 
 
 def train(name: str, seconds: float, *options: str, small: tuple[str, ...], keep: tuple[str, ...]) -> Step:
@@ -97,57 +104,73 @@ def train(name: str, seconds: float, *options: str, small: tuple[str, ...], keep
     return Step(name, seconds, (*command, *options), (*short, *tiny, *small), keep=keep)
 
 
-FEW_UPDATES = ("--preset", "full", "--steps", "200", "--eval-every", "1000", "--eval-episodes", "2", "--overwrite")
-WARM_UPS = ("--flow-warmup", "20", "--critic-warmup", "20", "--steps", "20", "--eval-episodes", "1", "--overwrite")
+FEW_UPDATES = (
+    *("--preset", "full", "--steps", "200", "--eval-every", "1000", "--eval-episodes", "2", "--overwrite"),
+    *("--dataset-size", "10"),
+)
+WARM_UPS = (
+    *("--flow-warmup", "20", "--critic-warmup", "20", "--steps", "20", "--eval-episodes", "1", "--overwrite"),
+    *("--dataset-size", "10"),
+)
 TRACE = ("{work}/profile/trace.json", "{work}/profile/trace.txt")
 SEEDS = (
     *("--preset", "full", "--num-seeds", "8", "--steps", "1_000_000"),
     *("--eval-every", "100_000", "--eval-episodes", "10", "--resume"),
 )
 TUNED_FLOW = ("--precision", "high", "bf16", "highest", "--rows", "256", "1536", "16384")
-TINY_FLOW = ("--only", "score", "flow", "--hidden", "16", "16", "--cond-dim", "3", "--rows", "5", "--precision", "high")
+TINY_FLOW = ("--hidden", "16", "16", "--cond-dim", "3", "--rows", "5", "--precision", "high")
 
 PARTS: dict[str, tuple[Step, ...]] = {
     "check": (
         Step(
             "kernels",
-            160,
-            (*PYTEST, "-n", WORKERS, "--dist", "worksteal", *kernel_tests(), "-k", "not thousand"),
+            150,
+            (*PYTEST, "-n", WORKERS, "--dist", "worksteal", *HANGS, *kernel_tests(), "-k", "not thousand"),
             ("-k", "4x6 and penalty and triton and float32"),
             interpreted=True,
         ),
-        Step("sanitizer", 60, (*PYTEST, "-n", "4", "tests/kernels/test_sanitizer.py"), interpreted=True),
+        Step("sanitizer", 90, (*PYTEST, "-n", "4", "tests/kernels/test_sanitizer.py"), interpreted=True),
         Step(
             "races",
             40,
-            (*PYTEST, "-n", "4", "tests/kernels/test_flow.py", "-k", "thousand"),
+            (*PYTEST, "-n", "4", *HANGS, "tests/kernels/test_flow.py", "-k", "thousand"),
             ("-k", "dawdle"),
             interpreted=True,
         ),
-        train("quick", 20, "--preset", "quick", *WARM_UPS, small=(), keep=()),
-        train("profile", 50, "--profile", *FEW_UPDATES, small=("--steps=20",), keep=TRACE),
+        train("quick", 30, "--preset", "quick", *WARM_UPS, small=(), keep=()),
+        train("profile", 45, "--profile", *FEW_UPDATES, small=("--steps=20",), keep=TRACE),
     ),
     "tune": (
         Step(
-            "tune",
-            240,
-            # training's precision goes first: entries that are not reached stay as they are in the table
-            ("-m", "fdkernels.tune", "--ship", "--only", "flow", "penalty", "score", *TUNED_FLOW),
-            ("--dry-run", "--elements", "4096", *TINY_FLOW),
+            "tiles",
+            45,
+            ("-m", "fdkernels.tune", "--ship", "--only", "penalty", "score"),
+            ("--dry-run", "--elements", "4096", "--only", "score"),
             interpreted=True,
-            keep=("fdkernels/kernels/tuning/shipped.json",),
+            keep=(str(TABLE),),
+        ),
+        Step(
+            "flow",
+            170,
+            # training's precision goes first: entries that are not reached stay as they are in the table
+            ("-m", "fdkernels.tune", "--ship", "--only", "flow", *TUNED_FLOW),
+            ("--dry-run", *TINY_FLOW),
+            interpreted=True,
+            keep=(str(TABLE),),
         ),
     ),
     "bench": (
-        bench("update", 140, "ours-fql"),
-        bench("flow", 115, "ours-1x"),
-        bench("penalty", 60, "ours-256x4x6"),
-        bench("decorator", 60, "ours-256x4"),
-        bench("pullback", 55, "ours-256x2"),
-        bench("seeds", 55, "alone"),
+        bench("update", 105, "ours-fql", chosen="not JAX"),
+        bench("update", 55, "JAX-fql", name="jax", chosen="JAX"),  # in a process of its own, for it holds on to memory
+        bench("flow", 110, "ours-1x"),
+        bench("penalty", 55, "ours-256x4x6"),
+        bench("decorator", 55, "ours-256x4"),
+        bench("pullback", 50, "ours-256x2"),
+        bench("seeds", 50, "alone"),
         bench("acting", 35, "ours-fql"),
         bench("score", 25, "ours-256"),
         bench("sampling", 25, "ours-256"),
+        Step("bars", 5, ("benchmarks/bars.py", "{out}/bench.json"), shown=True),
     ),
     "train": (
         train(
@@ -166,14 +189,15 @@ class Outcome:
     part: str
     step: str
     outcome: str
-    """passed, failed or cut short; failed also if a test failed before the command was cut short."""
+    """passed, failed, skipped, cut short or stopped."""
     seconds: float
     returncode: int
 
 
-def environment(step: Step, out: Path, dry: bool, site: Path | None) -> dict[str, str]:
+def environment(step: Step, folders: dict[str, Path], dry: bool, site: Path | None) -> dict[str, str]:
     paths = [str(site)] * (site is not None) + [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    found = dict(os.environ) | {"OUT": str(out), "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    found = dict(os.environ) | {"OUT": str(folders["out"]), "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    found["FDKERNELS_CONFIGS"] = str(folders["work"] / TABLE.name)
     if dry:
         found |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}  # it times nothing, and may share the CPU
         found |= {"TRITON_INTERPRET": "1"} if step.interpreted else {}
@@ -233,7 +257,9 @@ def install(wheels: Path, log: TextIO) -> Path:
     if not found:
         refuse(f"--wheels: there are none in {wheels}")
     options = ["--quiet", "--no-index", "--no-deps", "--upgrade", "--target", str(site)]
-    subprocess.run([sys.executable, "-m", "pip", "install", *options, *found], check=True, stdout=log, stderr=log)
+    pip = subprocess.run([sys.executable, "-m", "pip", "install", *options, *found], stdout=log, stderr=log)
+    if pip.returncode:  # such as wheels for another version of Python; most commands do not need them
+        print(f"warning: --wheels: not installed, and {log.name} says why", file=sys.stderr, flush=True)
     return site
 
 
@@ -242,10 +268,19 @@ def table(outcomes: Sequence[Outcome]) -> str:
     return "\n".join(rows)
 
 
-def tail(log: Path, start: int, lines: int = 25) -> str:
+def printed_since(log: Path, start: int) -> str:
     with log.open("rb") as file:
         file.seek(start)
-        return "\n".join(file.read().decode(errors="replace").splitlines()[-lines:])
+        return file.read().decode(errors="replace")
+
+
+def seen_in(printed: str) -> str:
+    """What an exit code does not say: that a test failed before pytest was cut short, or that it skipped all tests."""
+    progress = re.findall(r"^(?:\S+\.py )?([.sxXFE]+) *(?:\[ *\d+%\])?$", printed, re.MULTILINE)
+    if any("F" in line or "E" in line for line in progress):
+        return "failed"
+    summary = "".join(re.findall(r"^=+ (.* in [\d.]+s.*) =+$", printed, re.MULTILINE)[-1:])
+    return "skipped" if "skipped" in summary and not re.search("passed|failed|error", summary) else ""
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -255,6 +290,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("parts", nargs="*", help=f"some of {', '.join(PARTS)}; all when none is named")
     parser.add_argument("--out", type=Path, help="folder of findings (default: $OUT, or runs/gpu/out)")
     parser.add_argument("--wheels", type=Path, help="folder of wheels to install for these commands")
+    text = "for the whole call; commands for which none are left fail (default: as long as its parts may take)"
+    parser.add_argument("--seconds", type=float, default=math.inf, metavar="S", help=text)
     parser.add_argument("--dry-run", action="store_true", help="on a CPU, in small")
     args = parser.parse_args(argv)
     if unknown := set(args.parts) - set(PARTS):
@@ -274,37 +311,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     out.mkdir(parents=True, exist_ok=True)
     folders = {"out": out, "work": work}
     outcomes: list[Outcome] = []
+    end = time.monotonic() + args.seconds
     with (out / "log.txt").open("a") as log:
         site = install(args.wheels, log) if args.wheels else None
         for part in args.parts or PARTS:
             begun = limit = time.monotonic()
             for step in PARTS[part]:
                 limit += step.seconds
+                environ = environment(step, folders, args.dry_run, site)
                 start, log_start = time.monotonic(), os.path.getsize(log.name)
-                environ = environment(step, out, args.dry_run, site)
-                outcome, code = run(step.arguments(folders, args.dry_run), limit - start, environ, log)
-                if failures(Path(log.name), log_start):
-                    outcome = "failed"
-                outcomes.append(Outcome(part, step.name, outcome, time.monotonic() - start, code))
+                outcome, code = "stopped", 130
+                try:
+                    outcome, code = run(step.arguments(folders, args.dry_run), min(limit, end) - start, environ, log)
+                finally:  # also where this call itself is stopped
+                    outcome = seen_in(printed_since(Path(log.name), log_start)) or outcome
+                    outcomes.append(Outcome(part, step.name, outcome, time.monotonic() - start, code))
+                    for source in (ROOT / path.format_map(folders) for path in step.keep):
+                        if source.exists():
+                            take_along(source, out)
+                    if part == "tune" and not args.dry_run:
+                        shutil.copy(ROOT / TABLE, work)
+                    write_summary(out / "summary.json", outcomes)
                 print(table(outcomes[-1:]), flush=True)
-                if outcome != "passed":
-                    print(tail(Path(log.name), log_start), flush=True)
-                for source in (ROOT / path.format_map(folders) for path in step.keep):
-                    if source.exists():
-                        take_along(source, out)
-                write_summary(out / "summary.json", outcomes)
+                if outcome != "passed" or step.shown:
+                    print("\n".join(printed_since(Path(log.name), log_start).splitlines()[-25:]), flush=True)
             print(f"{part}: {time.monotonic() - begun:.0f} s", flush=True)
     print(f"\n{table(outcomes)}\n\nin {out}: {', '.join(sorted(file.name for file in out.iterdir()))}")
     return int(any(o.outcome == "failed" for o in outcomes))
-
-
-def failures(log: Path, start: int) -> bool:
-    """Whether pytest printed a failure before it was cut short, and so without a summary."""
-    with log.open("rb") as file:
-        file.seek(start)
-        printed = file.read().decode(errors="replace")
-    progress = re.findall(r"^(?:\S+\.py )?([.sxXFE]+) *(?:\[ *\d+%\])?$", printed, re.MULTILINE)
-    return any("F" in line or "E" in line for line in progress)
 
 
 def has_gpu() -> bool:

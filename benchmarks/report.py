@@ -13,7 +13,7 @@ import tyro
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from benchmarks.results import ResultError, Results, device_of, load, merge_results
+from benchmarks.results import ResultError, Results, device_of, limit_seconds, load, merge_results
 from train import options
 from train.outputs import console
 from train.outputs.console import Ending, Output
@@ -105,17 +105,6 @@ def described(run: Results) -> list[str]:
         ", ".join(f"{name} {version}" for name, version in run["versions"].items()),
         f"copy {roofs['copy_bytes'] / 1e9:.1f} GB/s; products {', '.join(rates)}",
     ]
-
-
-def limit_seconds(results: Results, row: Row) -> float | None:
-    """The shortest time that the roofs measured in the row's run allow."""
-    roofs = results["runs"][row["run"]]["roofs"]
-    needed = []
-    if row["bytes"]:
-        needed.append(row["bytes"] / roofs["copy_bytes"])
-    if row["flops"]:
-        needed.append(row["flops"] / roofs[f"{row['precision']}_flops"])
-    return max(needed, default=None)
 
 
 def share_of_limit(results: Results, row: Row) -> float | None:

@@ -95,6 +95,17 @@ def device_of(results: Results) -> str:
     return next(iter(results["runs"].values()))["device"]
 
 
+def limit_seconds(results: Results, row: dict[str, Any]) -> float | None:
+    """The shortest time that the roofs measured in the row's run allow."""
+    roofs = results["runs"][row["run"]]["roofs"]
+    needed = []
+    if row["bytes"]:
+        needed.append(row["bytes"] / roofs["copy_bytes"])
+    if row["flops"]:
+        needed.append(row["flops"] / roofs[f"{row['precision']}_flops"])
+    return max(needed, default=None)
+
+
 class ResultFile:
     """Writes the rows of a run to ``path`` as they come, beside those of earlier runs on the same device.
 

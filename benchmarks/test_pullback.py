@@ -37,12 +37,12 @@ def eager(velocity: Networks, obs: Tensor, action: Tensor, displacement: Tensor,
             x = x + (1 - T) / STEPS * velocity.plain(torch.cat([obs, x, t]))
         return x
 
-    with torch.no_grad():
+    with torch.no_grad():  # linalg.inv would wait for the GPU, and so could not be captured in a graph
         view = ((1 - T) * noise + T * action.unsqueeze(1)).reshape(-1, d)
         rows = obs.repeat_interleave(num_samples, dim=0)
         jacobian = (1 - T) * torch.func.vmap(torch.func.jacfwd(end))(view, rows).float()
         covariance = jacobian @ jacobian.mT + DAMPING * torch.eye(d, device=jacobian.device)
-        metric = torch.linalg.inv(covariance).view(batch, num_samples, d, d).mean(1)
+        metric = torch.linalg.inv_ex(covariance).inverse.view(batch, num_samples, d, d).mean(1)
         metric = metric / (metric.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-6))[:, None, None]
     return torch.einsum("bi,bij,bj->b", displacement, metric, displacement) / d
 

@@ -47,8 +47,7 @@ def cases() -> list[Any]:
                 if variant == "ours, torch.compile" and not ON_GPU:
                     marks = [pytest.mark.long("compiling takes minutes")]
                 found.append(pytest.param(variant, case, table, id=f"{variant}-{case}-{table}", marks=marks))
-    # JAX last: its threads and memory stay in the process, and slow down later contestants by a tenth
-    return sorted(found, key=lambda case: case.values[0] == "JAX")
+    return found
 
 
 @pytest.mark.parametrize(("variant", "case", "table"), cases())

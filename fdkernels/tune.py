@@ -8,13 +8,15 @@ heuristics for GPUs that are not in it.
 
 Each of the flow's candidates takes seconds to compile. One process per core
 compiles them, one precision at a time, while the precision before is timed.
-Each winner is written as soon as it is known, so a run may be interrupted.
+A candidate whose actions are wrong, or that takes minutes to compile, is left
+out. Each winner is written as soon as it is known, so a run may be interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import copy
 import datetime
 import functools
 import itertools
@@ -24,11 +26,13 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import triton
+from torch import Tensor
 from triton.errors import TritonError
 
 import fdkernels
@@ -56,6 +60,10 @@ exit codes: 0 done, 1 failed, 2 refused, 130 stopped
 """
 SIZES = [(4, 6), (4, 17), (16, 60), (64, 256), (256, 1024)]  # (K, d)
 PRECISIONS = {"bf16": "half", "high": "high", "highest": "highest"}  # option -> name in the table
+TOLERANCES = {"bf16": 5e-2, "high": 1e-2, "highest": 1e-4}
+"""Largest relative error of the way that a flow's actions have come. Beyond it, a candidate is wrong, not imprecise."""
+PATIENCE = 120.0
+"""Seconds to wait for the candidates of one precision to compile."""
 
 TILES: list[Entry] = [
     {"tile_bytes": tile_bytes, "num_warps": num_warps}
@@ -70,10 +78,10 @@ def _flows(implementation: str, **choices: Sequence[int]) -> list[Entry]:
 
 
 ROWS = (16, 32, 64, 128)
-FLOWS: list[Entry] = [
-    *_flows("stationary", rows=ROWS, block_n=[0], block_inputs=(128, 256), num_stages=[1], num_warps=(4, 8)),
+FLOWS: list[Entry] = [  # stationary goes last: its programs wait for each other, and so could wait for ever
     *_flows("streamed", rows=ROWS, block_n=(64, 128), block_inputs=(32, 64), num_stages=(3, 4), num_warps=[8]),
     *_flows("gemm", rows=ROWS[:3], block_n=(64, 128), block_inputs=[64], num_stages=(2, 3), num_warps=[4]),
+    *_flows("stationary", rows=ROWS, block_n=[0], block_inputs=(128, 256), num_stages=[1], num_warps=(4, 8)),
 ]
 
 
@@ -85,6 +93,8 @@ class Workload(NamedTuple):
     run: Callable[[Entry], object]
     """Called with a candidate while the table holds it."""
     candidates: list[Entry]
+    problem_with: Callable[[Any], str] = lambda result: ""
+    """Says what is wrong with a candidate's result."""
 
 
 def _always(run: Callable[[], object]) -> Callable[[Entry], object]:
@@ -127,8 +137,20 @@ def flow_workloads(args: argparse.Namespace) -> Iterator[Workload]:
                 torch.set_float32_matmul_precision(precision)
             return integrate(implementation=candidate["implementation"])
 
+        @functools.cache
+        def way(x0: Tensor = x0, cond: Tensor | None = cond) -> tuple[Tensor, Tensor]:
+            """From where to where the float64 network brings the actions."""
+            exact = copy.deepcopy(velocity).double()
+            start, condition = x0.double(), cond if cond is None else cond.double()
+            return start.clamp(-1, 1), fdkernels.integrate_flow(exact, start, condition, backend="torch")
+
+        def problem_with(action: Tensor, way: Any = way, largest: float = TOLERANCES[precision]) -> str:
+            start, end = way()
+            error = ((action - end).norm() / (end - start).norm()).item()
+            return "" if error <= largest else f"wrong: off by {error:.1e} of the way"
+
         problem = {"precision": PRECISIONS[precision], "problem_rows": rows, "width": max(args.hidden)}
-        yield Workload("flow", problem, f"{precision} rows={rows}", run, FLOWS)
+        yield Workload("flow", problem, f"{precision} rows={rows}", run, FLOWS, problem_with)
 
 
 WORKLOADS = {"penalty": penalty_workloads, "score": score_workloads, "flow": flow_workloads}
@@ -138,14 +160,23 @@ def measure(workload: Workload, candidate: Entry, gpu: Gpu, timer: Timer) -> tup
     """The timer's milliseconds with this candidate, or infinity and the reason why it does not fit or serve."""
     with table.only(gpu, workload.kernel, workload.problem | candidate):
         try:
+            if problem := workload.problem_with(workload.run(candidate)):
+                return math.inf, problem
             return timer(lambda: workload.run(candidate)), ""
         except (TritonError, ValueError, RuntimeError) as error:
             return math.inf, (str(error) or type(error).__name__).splitlines()[0]
 
 
-def tune(workload: Workload, gpu: Gpu, timer: Timer) -> Entry | None:
-    """The fastest candidate, as an entry. All are printed."""
-    timings = [(*measure(workload, candidate, gpu, timer), candidate) for candidate in workload.candidates]
+def tune(workload: Workload, gpu: Gpu, timer: Timer, left_out: Mapping[int, str] | None = None) -> Entry | None:
+    """The fastest candidate, as an entry. All are printed.
+
+    Args:
+        left_out: why some candidates, by their place in the list, are not even tried.
+    """
+    timings = []
+    for i, candidate in enumerate(workload.candidates):
+        why_not = (left_out or {}).get(i, "")
+        timings.append((*((math.inf, why_not) if why_not else measure(workload, candidate, gpu, timer)), candidate))
     timings.sort(key=lambda timing: timing[0])
     for milliseconds, why_not, candidate in timings:
         settings = " ".join(f"{name}={value}" for name, value in candidate.items())
@@ -159,7 +190,21 @@ def _compile(args: argparse.Namespace, precision: str, index: int) -> None:
     """Compile a candidate into Triton's cache, in a separate process. One number of rows serves for all."""
     args.rows, args.precision = args.rows[:1], [precision]
     for workload in flow_workloads(args):
-        measure(workload, FLOWS[index], table.gpu_of(args.device), _once)
+        measure(workload._replace(problem_with=lambda result: ""), FLOWS[index], table.gpu_of(args.device), _once)
+
+
+def _not_compiled(jobs: Sequence[concurrent.futures.Future[None]]) -> dict[int, str]:
+    """The candidates that hang, or that took the process with them, and why they are not tried in this one."""
+    concurrent.futures.wait(jobs, PATIENCE)
+    found = {}
+    for i, job in enumerate(jobs):
+        if not job.done():
+            found[i] = f"left out: not compiled in {PATIENCE:.0f} s"
+        elif isinstance(job.exception(), BrokenProcessPool):
+            found[i] = "left out: it, or one that was compiled beside it, ended its process"
+        else:
+            job.result()  # raises errors that no candidate may cause
+    return found
 
 
 def _once(run: Callable[[], object]) -> float:
@@ -174,8 +219,11 @@ def _wall_time(run: Callable[[], object]) -> float:
 
 
 def _graph_time(run: Callable[[], object]) -> float:
-    """Median milliseconds on the GPU in a graph, without the host's work or the copies around a recorded solve."""
-    return triton.testing.do_bench_cudagraph(run, return_mode="median")
+    """Milliseconds on the GPU in a graph, without the host's work or the copies around a recorded solve.
+
+    The least of ten measurements, because other candidates may be compiled, and run once, beside it.
+    """
+    return triton.testing.do_bench_cudagraph(run, rep=5, return_mode="min")
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -227,25 +275,27 @@ def main() -> None:
         initializer=signal.signal,
         initargs=(signal.SIGINT, signal.SIG_IGN),
     )
-    with pool:
-        try:
-            compiling = {
-                PRECISIONS[precision]: [pool.submit(_compile, args, precision, i) for i in range(len(FLOWS))]
-                for precision in args.precision
-                if "flow" in args.only
-            }
-            for workload in itertools.chain.from_iterable(WORKLOADS[name](args) for name in args.only):
-                for job in compiling.get(workload.problem.get("precision", ""), []):
-                    job.result()  # raises errors that no candidate may cause
-                best = tune(workload, gpu, timer)
-                if best and not args.dry_run:
-                    table.write(file, key, {workload.kernel: [best | {"source": source}]})
-        except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for worker in multiprocessing.active_children():
-                worker.terminate()
-            print("stopped; the winners so far are kept", file=sys.stderr)
-            raise SystemExit(130) from None
+    left_out: dict[str, dict[int, str]] = {}
+    try:
+        compiling = {
+            PRECISIONS[precision]: [pool.submit(_compile, args, precision, i) for i in range(len(FLOWS))]
+            for precision in args.precision
+            if "flow" in args.only
+        }
+        for workload in itertools.chain.from_iterable(WORKLOADS[name](args) for name in args.only):
+            precision = workload.problem.get("precision", "")
+            if precision in compiling:
+                left_out[precision] = _not_compiled(compiling.pop(precision))
+            best = tune(workload, gpu, timer, left_out.get(precision))
+            if best and not args.dry_run:
+                table.write(file, key, {workload.kernel: [best | {"source": source}]})
+    except KeyboardInterrupt:
+        print("stopped; the winners so far are kept", file=sys.stderr)
+        raise SystemExit(130) from None
+    finally:  # also of workers that hang
+        pool.shutdown(wait=False, cancel_futures=True)
+        for worker in multiprocessing.active_children():
+            worker.kill()
     if not args.dry_run:
         print(f"wrote {file}")
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import compare, report, results
+from benchmarks import bars, compare, report, results
 from benchmarks.harness import Entry, Race, WrongResult, allocations_at_peak, gate
 
 ROOT = Path(__file__).parent.parent
@@ -309,3 +309,55 @@ def test_runs_of_two_devices_are_not_compared(
         part["device"] = "another"
     assert compare.main([str(RECORDED), str(save(tmp_path / "new.json", recorded))]) == 2
     assert "the new one of another" in capsys.readouterr().err
+
+
+def test_what_a_gpu_promises_and_keeps(
+    recorded: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    like, (run,) = recorded["rows"][0], recorded["runs"]
+    recorded["runs"][run]["roofs"] = {"copy_bytes": 1e12, "tf32_flops": 1e14, "fp32_flops": 1e13}
+
+    def row(op: str, variant: str, seconds: float, **fields: Any) -> dict[str, Any]:
+        sizes = {name: fields.pop(name) for name in list(fields) if name in ("rows", "obs", "K", "d", "states")}
+        own = {"op": op, "variant": variant, "sizes": sizes, "seconds": {"median": seconds}, "run": run}
+        return {**like, "detail": "forward and backward", "bytes": None, "flops": None, **own, **fields}
+
+    flow = {"rows": 256, "obs": 17, "precision": "tf32"}
+    rows = [
+        row("fisher_penalty", "ours", 1e-3, rows=2**20, timing="graph", bytes=0.9e9),
+        row("fisher_penalty", "ours", 1e-3, rows=2**18, timing="graph", bytes=0.8e9),
+        row("fisher_penalty", "ours", 1e-3, rows=2**18, timing="graph", bytes=0.1e9, detail="forward"),
+        row("integrate_flow", "eager", 9e-3, **flow),
+        row("integrate_flow", "eager", 4e-3, **flow, timing="graph"),
+        row("integrate_flow", "eager, max-autotune", 3e-3, **flow),
+        row("integrate_flow", "ours", 1e-3, **flow),
+        row("integrate_flow", "ours", 0.5e-3, **{**flow, "rows": 1}, timing="graph"),
+        row("integrate_flow", "ours", 2e-3, **{**flow, "rows": 16384}, timing="graph", flops=1.6e11),
+        row("fidec update", "ours, captured", 0.8e-3, K=4, obs=17),
+        row("fidec update", "JAX", 1.5e-3, K=4, obs=17),
+    ]
+    path = save(tmp_path / "bench.json", {**recorded, "rows": rows})
+    assert bars.main([str(path)]) == 0
+    found = {
+        bar.promise: ([round(value, 3) for value in bar.measured], bar.verdict) for bar in bars.bars(results.load(path))
+    }
+    assert found["fisher_penalty, large: share of the copy bandwidth"] == ([0.9, 0.8], "missed")
+    assert found["integrate_flow, 256 and 1,536 rows: times eager"] == ([9.0], "kept")
+    assert found["integrate_flow, 256 and 1,536 rows: times max-autotune or a graph"] == ([3.0], "kept")
+    assert found["integrate_flow, 16,384 rows: share of the matrix rate"] == ([0.8], "kept")
+    assert found["FiDec update: times JAX"] == ([1.875], "missed")
+    assert found["FiDec updates per second"] == ([1250.0], "kept")
+    assert found["FiDec update: times eager, torch.compile"] == ([], "not measured")
+    printed = capsys.readouterr().out
+    assert "| fisher_penalty, large: share of the copy bandwidth | 0.85 | 0.8 to 0.9 in 2 cases | missed |" in printed
+    assert bars.main([str(tmp_path / "none.json")]) == 2
+
+
+def test_the_promises_name_what_the_benchmarks_measure() -> None:
+    """An operator, contestant or size that is renamed would leave its promise unmeasured for ever."""
+    text = "".join((ROOT / "benchmarks" / f"test_{suite}.py").read_text() for suite in ("penalty", "flow", "decorator"))
+    text += "".join((ROOT / "benchmarks" / f"test_{suite}.py").read_text() for suite in ("update", "seeds"))
+    for name in re.findall(r'variant="([^"]+)"', (ROOT / "benchmarks" / "bars.py").read_text()):
+        assert f'"{name}"' in text, name
+    for op in ("fisher_penalty", "integrate_flow", "flow_fisher_penalty", "eight seeds of fidec, one update each"):
+        assert f'op="{op}"' in text

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,10 @@ import torch
 from fdkernels import tune
 from fdkernels.kernels.flow import launch
 from fdkernels.kernels.tuning import plans, table
-from tests.kernels.device import DEVICE
+from tests.kernels.device import DEVICE, INTERPRETED
 
 SMALL = ["--cond-dim", "0", "--action-dim", "3", "--hidden", "24", "24", "--rows", "5"]
+PRECISION = "high" if INTERPRETED else "bf16"  # bfloat16 is wrong in the interpreter
 CANDIDATES = [
     {"implementation": "stationary", "rows": 16, "block_n": 0, "block_inputs": 32, "num_stages": 1, "num_warps": 4},
     {"implementation": "streamed", "rows": 16, "block_n": 64, "block_inputs": 32, "num_stages": 3, "num_warps": 4},
@@ -29,7 +32,7 @@ def test_the_fastest_is_used_from_then_on(
     fastest: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr(tune, "FLOWS", CANDIDATES)
-    args = tune.parse([*SMALL, "--precision", "bf16", "highest"])
+    args = tune.parse([*SMALL, "--precision", PRECISION, "highest"])
     args.device = DEVICE
     gpu, chosen = table.gpu_of(DEVICE), []
     flow_plan = plans.flow_plan
@@ -51,7 +54,7 @@ def test_the_fastest_is_used_from_then_on(
     finally:
         torch.set_float32_matmul_precision(setting)
     assert before == table.TABLE
-    assert len(chosen) == 2 * 3  # stationary groups do not support this width
+    assert len(chosen) == 2 * 3 * 2  # checked, then timed; stationary groups do not support this width
     assert len(set(chosen)) == 3
     assert "stationary" in (printed := capsys.readouterr().out)
     assert "serves two or more hidden layers of one width, a power of two" in printed
@@ -60,7 +63,7 @@ def test_the_fastest_is_used_from_then_on(
     table.write(file, "this GPU", {"flow": [entry for entry in found if entry]})
     monkeypatch.setattr(table, "TABLE", table.read(file))
     named = table.Gpu("this GPU", "unknown family")
-    for precision in ("half", "highest"):
+    for precision in (tune.PRECISIONS[PRECISION], "highest"):
         problem = plans.Problem(named, 8, (24, 24), 3, False, precision, states=7, num_samples=1, models=1)
         plan = flow_plan.__wrapped__(problem, None, True)
         assert plan.implementation == CANDIDATES[fastest]["implementation"]
@@ -69,9 +72,48 @@ def test_the_fastest_is_used_from_then_on(
 
 def test_nothing_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tune, "FLOWS", CANDIDATES[:1])
-    args = tune.parse([*SMALL, "--precision", "bf16"])
+    args = tune.parse([*SMALL, "--precision", PRECISION])
     args.device = DEVICE
     (workload,) = tune.flow_workloads(args)
     gpu = table.gpu_of(DEVICE)
     assert tune.tune(workload, gpu, lambda run: run() or 0.0) is None
     assert tune.measure(workload, CANDIDATES[0], gpu, lambda run: run() or 0.0)[0] == math.inf
+
+
+def test_the_fastest_may_not_be_wrong(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(tune, "FLOWS", CANDIDATES[1:3])
+    args = tune.parse([*SMALL, "--precision", PRECISION])
+    args.device = DEVICE
+    (workload,) = tune.flow_workloads(args)
+
+    def run(candidate: table.Entry) -> Any:
+        action = workload.run(candidate)
+        return action + 0.01 if candidate == CANDIDATES[1] else action
+
+    times = iter([1.0, 2.0])
+    found = tune.tune(workload._replace(run=run), table.gpu_of(DEVICE), lambda run: next(times))
+    assert found is not None
+    assert {name: found[name] for name in CANDIDATES[2]} == CANDIDATES[2]
+    assert "wrong: off by" in capsys.readouterr().out
+    assert next(times) == 2.0, "the wrong one was timed"
+
+
+def test_what_hangs_or_crashes_while_it_compiles_is_not_tried(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(tune, "PATIENCE", 0.01)
+    jobs: list[Future[None]] = [Future() for _ in range(4)]
+    jobs[0].set_result(None)
+    jobs[2].set_exception(BrokenProcessPool())
+    jobs[3].set_result(None)
+    left_out = tune._not_compiled(jobs)
+    assert sorted(left_out) == [1, 2]
+    tried: list[table.Entry] = []
+    workload = tune.Workload("flow", {}, "", tried.append, CANDIDATES)
+    assert tune.tune(workload, table.gpu_of(DEVICE), lambda run: 1.0, left_out) == CANDIDATES[0]
+    assert tried == [CANDIDATES[0], CANDIDATES[3]]
+    assert "left out: not compiled in" in capsys.readouterr().out
+    jobs[0] = Future()
+    jobs[0].set_exception(AssertionError("ours"))
+    with pytest.raises(AssertionError, match="ours"):
+        tune._not_compiled(jobs)
