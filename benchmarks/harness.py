@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import gc
 import itertools
 import json
 import os
@@ -349,6 +350,7 @@ def resident_peak() -> int:
 
 def allocations_at_peak(run: Callable[[], Any]) -> int:
     """The peak of PyTorch's allocations and frees, summed in the order of the profiler's trace."""
+    gc.collect()  # what earlier calls left would count as freed
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
     with tempfile.NamedTemporaryFile(suffix=".json") as file:

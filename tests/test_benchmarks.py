@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import bars, compare, report, results
+from benchmarks import bars, compare, harness, report, results
 from benchmarks.harness import Entry, Race, WrongResult, allocations_at_peak, gate
 
 ROOT = Path(__file__).parent.parent
@@ -34,6 +34,11 @@ def save(path: Path, content: dict[str, Any]) -> Path:
 
 
 # -- the gate and the race -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def _on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "ON_GPU", False)
 
 
 class Benchmark:

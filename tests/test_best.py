@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,8 +24,15 @@ FREQUENT = [*TINY, "--eval-every", "3"]
 def finished(datasets: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose best evaluation is in the middle."""
     out = tmp_path_factory.mktemp("best") / "run"
+
+    def worse_at_the_end(*args: Any, episodes: int, **options: Any) -> Any:
+        played = evaluate(*args, episodes=episodes, **options)
+        worse = 1e3 if episodes == 2 else 0.0  # as many as the last one plays; the others play five
+        return {role: outcomes._replace(returns=outcomes.returns - worse) for role, outcomes in played.items()}
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("train.outputs.curve.draw_curve", lambda *args: None)
+        patch.setattr("train.member.evaluate", worse_at_the_end)
         assert main([*FREQUENT, "--out", str(out)]) == 0
     return out
 

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from tests.read_errors import PASSING, SAID, fail, files_in
-from tests.waiting import PATIENCE, wait_for
+from tests.waiting import PATIENCE, descendants, wait_for
 from train import collect as command
 from train.behaviour import scripted
 from train.behaviour.scripted import CannotPlay, Episode
@@ -500,10 +500,6 @@ def test_a_failing_worker_is_reported(folder, monkeypatch) -> None:
         collected._generate(MAZE, {0: folder / "part-00000.npz"}, 2)
 
 
-def children_of(process: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
-
-
 def lives(process: int) -> bool:
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
@@ -519,10 +515,11 @@ COLLECT = "from train.data import collected; collected.collect('pointmaze-large-
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT])
 def test_a_kill_leaves_whole_parts_and_no_processes(folder, kill: signal.Signals) -> None:
     run = subprocess.Popen([sys.executable, "-c", COLLECT], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    children: list[int] = []
     try:
         first = folder / "pointmaze-large-navigate-v0" / "part-00000.npz"
         wait_for(first.exists, "no part was written")
-        children = children_of(run.pid)
+        children = descendants(run.pid)
         assert len([child for child in children if lives(child)]) >= 2
     finally:
         run.send_signal(kill)

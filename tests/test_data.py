@@ -45,7 +45,7 @@ def cache(tmp_path, monkeypatch) -> Path:
     """An empty Minari cache, tiny datasets, and a hub that refuses the connection."""
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
     monkeypatch.setattr(generated, "EPISODES", {"default": 5, "full": 9})
-    for name in ("http_proxy", "https_proxy", "all_proxy"):
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
     with socket.socket() as unused:

@@ -277,7 +277,7 @@ def test_sizes_may_be_computed_in_place() -> None:
     torch.testing.assert_close(fdkernels.pack_mlp(net).run(rows), net(rows))
 
 
-def test_wrappers_are_taken_off() -> None:
+def test_wrappers_are_taken_off(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = torch.randn(4, 2), torch.rand(4, 1), torch.randn(4, 3)
     net, flow = zoo.ByHand(), fdkernels.VelocityMLP(0, 2, hidden=(8,))
     wanted, without = net(rows[2], rows[0], rows[1]), flow(*rows[:2])
@@ -287,6 +287,9 @@ def test_wrappers_are_taken_off() -> None:
         torch.testing.assert_close(fdkernels.pack_mlp(wrapped)(*rows), wanted)
     finally:
         torch.distributed.destroy_process_group()
+    monkeypatch.setattr(
+        torch.cuda, "is_available", lambda: False
+    )  # on the only GPU there is, it would move the network
     torch.testing.assert_close(fdkernels.pack_mlp(nn.DataParallel(net))(*rows), wanted)
     torch.testing.assert_close(fdkernels.pack_mlp(torch.compile(flow, backend="eager"))(*rows[:2]), without)
 

@@ -58,6 +58,7 @@ def test_films(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     import gymnasium as gym
     import imageio.v3 as imageio
 
+    monkeypatch.delenv("MUJOCO_GL", raising=False)  # which playing sets
     run = finished(tmp_path / "run")
     shades = itertools.cycle(range(0, 250, 10))
 

@@ -389,6 +389,15 @@ def plain(value: Any, dtype: torch.dtype) -> Any:
     return value
 
 
+def nudged(value: Any, off: float, generator: torch.Generator) -> Any:
+    """The value, or the list of values, with each number larger or smaller by that part of it."""
+    if isinstance(value, list):
+        return [nudged(item, off, generator) for item in value]
+    if not isinstance(value, Tensor) or not value.dtype.is_floating_point or value.is_nested:
+        return value
+    return value * (1 + off * torch.randn(value.shape, generator=generator, dtype=torch.float64).sign())
+
+
 def within(t: Any) -> Any:
     """A tensor of times outside of [0, 1] gives NaN."""
     return torch.where((t >= 0) & (t <= 1), t, torch.nan) if isinstance(t, Tensor) else t

@@ -186,6 +186,7 @@ def strictly() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", "In CPU autocast|.*is in beta|.*prototype stage|.*deprecated")
+        warnings.simplefilter("ignore", ResourceWarning)  # of what an earlier test left to the garbage collector
         yield
 
 
@@ -272,10 +273,7 @@ class Wanted:
             self.dtype = max(given["dtype"], torch.float32, key=lambda dtype: torch.finfo(dtype).eps)  # made in float32
         if off:
             generator = torch.Generator().manual_seed(0)
-            for name, value in given.items():
-                if isinstance(value, Tensor) and value.dtype.is_floating_point and not value.is_nested:
-                    signs = torch.randn(value.shape, generator=generator, dtype=torch.float64).sign()
-                    given[name] = value * (1 + off * signs)
+            given = {name: calls.nudged(value, off, generator) for name, value in given.items()}
         return self.public.reference(**given)
 
     def judge(self, out: Any, call: str) -> None:
@@ -284,7 +282,9 @@ class Wanted:
             return self.judge_module(out, call)
         if name == "pack_mlp":
             return self.judge_packed(out, call)
-        for ours, truth, near, plain in zip(*map(leaves, map(listed, (out, self.truth, self.near, self.plain)))):
+        for ours, truth, near, plain in zip(
+            *map(leaves, map(listed, (out, self.truth, self.near, self.plain))), strict=True
+        ):
             assert ours.shape == truth.shape, f"{call}\nshape {tuple(ours.shape)}, wanted {tuple(truth.shape)}"
             if ours.device.type != "meta":
                 self.judge_tensor(ours, truth, near, plain, call)

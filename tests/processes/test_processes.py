@@ -8,7 +8,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -244,25 +243,19 @@ def test_online_all_processes_see_the_same(tmp_path: Path) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-@pytest.fixture
-def port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-def node(port: int, rank: int) -> list[str]:
+def node(meeting: Path, rank: int) -> list[str]:
+    """One of two nodes. They meet by a file, because a port that is free now may be taken when it is used."""
     return torchrun(
         1,
-        *("--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "test"),
-        *("--local-addr", "127.0.0.1", "--node-rank", str(rank)),
+        *("--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", str(meeting), "--rdzv-id", "test"),
+        *("--rdzv-conf", "store_type=file", "--local-addr", "127.0.0.1", "--node-rank", str(rank)),
     )
 
 
 @pytest.mark.long("a run on two nodes")
-def test_two_nodes(together: tuple[Path, str], tmp_path: Path, port: int) -> None:
+def test_two_nodes(together: tuple[Path, str], tmp_path: Path) -> None:
     out = tmp_path / "run"
-    nodes = [started([*node(port, rank), *training("--out", str(out))]) for rank in (0, 1)]
+    nodes = [started([*node(tmp_path / "meeting", rank), *training("--out", str(out))]) for rank in (0, 1)]
     outputs = [process.communicate(timeout=PATIENCE) for process in nodes]
     assert [process.returncode for process in nodes] == [0, 0], outputs
     ours, theirs = weights(out), weights(together[0])
@@ -271,9 +264,9 @@ def test_two_nodes(together: tuple[Path, str], tmp_path: Path, port: int) -> Non
 
 @pytest.mark.long("a run on two nodes")
 @pytest.mark.skipif(sys.platform != "linux", reason="finds torchrun's processes by Linux's /proc")
-def test_a_lost_node_ends_the_other(tmp_path: Path, port: int) -> None:
+def test_a_lost_node_ends_the_other(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    nodes = [started([*node(port, rank), *training("--out", str(out), *LONGER)]) for rank in (0, 1)]
+    nodes = [started([*node(tmp_path / "meeting", rank), *training("--out", str(out), *LONGER)]) for rank in (0, 1)]
     wait_for_checkpoint(out, nodes[0])
     for pid in [*processes_of(nodes[1].pid), nodes[1].pid]:
         os.kill(pid, signal.SIGKILL)
@@ -288,9 +281,11 @@ def test_a_lost_node_ends_the_other(tmp_path: Path, port: int) -> None:
 
 @pytest.mark.long("two starts")
 @pytest.mark.parametrize("more", [["--lr", "2e-3"], ["--resume"]])
-def test_processes_that_differ_are_refused(tmp_path: Path, port: int, more: list[str]) -> None:
+def test_processes_that_differ_are_refused(tmp_path: Path, more: list[str]) -> None:
     out = tmp_path / "run"
-    nodes = [started([*node(port, rank), *training("--out", str(out), *more[: rank * 2])]) for rank in (0, 1)]
+    nodes = [
+        started([*node(tmp_path / "meeting", rank), *training("--out", str(out), *more[: rank * 2])]) for rank in (0, 1)
+    ]
     errors = [process.communicate(timeout=PATIENCE)[1] for process in nodes]
     assert all(process.returncode != 0 for process in nodes)
     assert any("the processes of this run have different settings" in text for text in errors), errors
