@@ -152,6 +152,19 @@ def a_run(device: str, date: str = "2026-01-01") -> dict[str, Any]:
     return {"device": device, "date": date, "commit": "0123456789abcdef", "not_measured": []}
 
 
+def test_rates_of_a_moment_ago_serve_again(tmp_path: Path) -> None:
+    def another(time: str, **more: Any) -> results.ResultFile:
+        run = a_run("H100", f"2026-01-01T{time}+00:00") | {"versions": {"torch": "2"}, "threads": 1} | more
+        return results.ResultFile(tmp_path / "bench.json", run)
+
+    first = another("12:00:00", roofs={"copy_bytes": 1e12})
+    assert first.recent_roofs() is None
+    first.add(a_row("H100"))
+    assert another("12:10:00").recent_roofs() == {"copy_bytes": 1e12}
+    assert another("12:20:00").recent_roofs() is None
+    assert another("12:10:00", threads=2).recent_roofs() is None
+
+
 def a_row(device: str, label: str = "ours", **more: Any) -> dict[str, Any]:
     return {"op": "penalty", "group": "penalty rows=1", "label": label, "device": device, **more}
 
