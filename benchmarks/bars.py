@@ -32,24 +32,31 @@ class Bar(NamedTuple):
         return "kept" if min(self.measured) >= self.least else "missed"
 
 
-def find(results: Results, op: str, **wanted: Any) -> list[Row]:
-    """The rows of an operator with these fields or sizes."""
-    rows = (row for row in results["rows"] if row["op"] == op)
-    return [row for row in rows if all({**row["sizes"], **row}.get(name) == value for name, value in wanted.items())]
+def find(results: Results, **wanted: Any) -> list[Row]:
+    """The rows with these fields and sizes."""
+    rows = ({**row["sizes"], **row} for row in results["rows"])
+    return [row for row in rows if all(row.get(name) == value for name, value in wanted.items())]
 
 
-def ratios(theirs: Sequence[Row], ours: Sequence[Row], same: Sequence[str]) -> list[float]:
-    """Their time over ours in each case, the fastest of each; ``same`` names the fields and sizes that make a case."""
+def ratios(rivals: Sequence[Sequence[Row]], ours: Sequence[Row], same: Sequence[str], clock: str) -> list[float]:
+    """The best rival's time over ours in each case in which all were measured.
+
+    Args:
+        rivals: the rows of each.
+        same: the fields and sizes that make a case, of which the fastest row counts.
+        clock: "seconds", in which graphs are timed on the device, or "wall_seconds".
+    """
 
     def best(rows: Sequence[Row]) -> dict[tuple[Any, ...], float]:
         found: dict[tuple[Any, ...], float] = {}
         for row in rows:
-            case = tuple({**row["sizes"], **row}[name] for name in same)
-            found[case] = min(row["seconds"]["median"], found.get(case, float("inf")))
+            case = tuple(row[name] for name in same)
+            found[case] = min(row[clock]["median"], found.get(case, float("inf")))
         return found
 
-    fastest, own = best(theirs), best(ours)
-    return [fastest[case] / own[case] for case in own if case in fastest]
+    theirs, own = [best(rows) for rows in rivals], best(ours)
+    cases = [case for case in own if all(case in rival for rival in theirs)]
+    return [min(rival[case] for rival in theirs) / own[case] for case in cases]
 
 
 def shares(results: Results, rows: Sequence[Row]) -> list[float]:
@@ -57,49 +64,59 @@ def shares(results: Results, rows: Sequence[Row]) -> list[float]:
     return [limit / row["seconds"]["median"] for row in rows if (limit := limit_seconds(results, row)) is not None]
 
 
-def bars(results: Results) -> Iterator[Bar]:
-    penalty, flow, chain = "fisher_penalty", "integrate_flow", "flow_fisher_penalty"
-    ours = {"variant": "ours"}
-    large = [row for row in find(results, penalty, **ours, timing="graph") if row["sizes"]["rows"] >= LARGE]
-    large = [row for row in large if "backward" in row["detail"]]
+def of_penalty(results: Results) -> Iterator[Bar]:
+    both = {"op": "fisher_penalty", "detail": "forward and backward, GPU time"}
+    large = [row for row in find(results, **both, variant="ours") if row["rows"] >= LARGE]
     yield Bar("fisher_penalty, large: share of the copy bandwidth", 0.85, shares(results, large))
     small = {"rows": 256, "K": 4, "d": 6}
-    for timing, least in (("graph", 5.0), ("eager", 1.5)):
-        rows = find(results, penalty, **small, timing=timing)
-        rows = [row for row in rows if "backward" in row["detail"]]
-        theirs, own = ([row for row in rows if row["variant"] == name] for name in ("eager", "ours"))
-        how = {"graph": "GPU time", "eager": "wall time"}[timing]
-        yield Bar(f"fisher_penalty, 256 rows, {how}: times the matrix form", least, ratios(theirs, own, ["rows"]))
-        if timing == "graph":
-            compiled = [row for row in rows if row["variant"] == "eager, torch.compile"]
-            text = f"fisher_penalty, 256 rows, {how}: times torch.compile of it"
-            yield Bar(text, 1.5, ratios(compiled, own, ["rows"]))
+    eager, compiled, ours = (
+        find(results, **both, **small, variant=variant) for variant in ("eager", "eager, torch.compile", "ours")
+    )
+    text = "fisher_penalty, 256 rows, GPU time: times"
+    yield Bar(f"{text} the matrix form", 5.0, ratios([eager], ours, ["rows"], "seconds"))
+    yield Bar(f"{text} torch.compile of it", 1.5, ratios([compiled], ours, ["rows"], "seconds"))
+    both |= {"detail": "forward and backward"}
+    eager, ours = (find(results, **both, **small, variant=variant) for variant in ("eager", "ours"))
+    text = "fisher_penalty, 256 rows, wall time: times the matrix form"
+    yield Bar(text, 1.5, ratios([eager], ours, ["rows"], "wall_seconds"))
 
-    case = ["rows", "obs", "precision"]
-    own = [row for row in find(results, flow, **ours) if row["sizes"]["rows"] in (256, 1536)]
-    issued = [row for row in own if row["timing"] == "eager"]
-    text = "integrate_flow, 256 and 1,536 rows: times eager"
-    yield Bar(text, 6.0, ratios(find(results, flow, variant="eager", timing="eager"), issued, case))
-    theirs = find(results, flow, variant="eager, max-autotune") + find(results, flow, variant="eager", timing="graph")
-    yield Bar("integrate_flow, 256 and 1,536 rows: times max-autotune or a graph", 1.5, ratios(theirs, own, case))
-    many = [row for row in find(results, flow, **ours, timing="graph") if row["sizes"]["rows"] >= LARGE]
+
+def of_flow(results: Results) -> Iterator[Bar]:
+    flow, case = {"op": "integrate_flow"}, ["rows", "obs", "precision"]
+    everything = find(results, **flow, variant="ours")
+    ours = [row for row in everything if row["rows"] in (256, 1536)]
+    issued, looped = (find(results, **flow, variant="eager", timing=timing) for timing in ("eager", "graph"))
+    text, one_by_one = "integrate_flow, 256 and 1,536 rows: times", [row for row in ours if row["timing"] == "eager"]
+    yield Bar(f"{text} eager", 6.0, ratios([issued], one_by_one, case, "wall_seconds"))
+    tuned = find(results, **flow, variant="eager, max-autotune")
+    text += " the better of max-autotune and a graph of the loop"
+    yield Bar(text, 1.5, ratios([tuned, looped], ours, case, "wall_seconds"))
+    many = [row for row in everything if row["rows"] >= LARGE and row["timing"] == "graph"]
     yield Bar("integrate_flow, 16,384 rows: share of the matrix rate", 0.6, shares(results, many))
-
+    parts, whole = (find(results, op="flow_fisher_penalty", variant=variant) for variant in ("our parts", "ours"))
     case = ["states", "K", "precision", "timing"]
-    parts, whole = find(results, chain, variant="our parts"), find(results, chain, **ours)
-    yield Bar("flow_fisher_penalty: times its parts one by one", 1.0, ratios(parts, whole, case))
+    yield Bar("flow_fisher_penalty: times its parts one by one", 1.0, ratios([parts], whole, case, "seconds"))
 
-    update, case = "fidec update", ["K", "obs", "detail"]
-    captured = find(results, update, variant="ours, captured")
-    for variant, least in (("eager, torch.compile", 3.0), ("JAX", 2.0)):
-        yield Bar(
-            f"FiDec update: times {variant}", least, ratios(find(results, update, variant=variant), captured, case)
-        )
-    yield Bar("FiDec updates per second", 1000, [1 / row["seconds"]["median"] for row in captured])
 
-    seeds, case = "eight seeds of fidec, one update each", ["K", "obs"]
-    one, eight = (find(results, seeds, variant=f"ours, {name}") for name in ("one seed alone", "together"))
-    yield Bar("a seed's time over that of eight together", 1 / 1.5, ratios(one, eight, case))
+def of_update(results: Results) -> Iterator[Bar]:
+    """In TF32, with the published number of samples."""
+    update = {"op": "fidec update", "K": 4, "detail": "tf32"}
+    compiled, jax, ours = (
+        find(results, **update, variant=variant) for variant in ("eager, torch.compile", "JAX", "ours, captured")
+    )
+    yield Bar("FiDec update: times eager with torch.compile", 3.0, ratios([compiled], ours, ["obs"], "seconds"))
+    yield Bar("FiDec update: times JAX", 2.0, ratios([jax], ours, ["obs"], "seconds"))
+    yield Bar("FiDec updates per second", 1000, [1 / row["seconds"]["median"] for row in ours])
+    one, eight = (
+        find(results, op="eight seeds of fidec, one update each", variant=variant)
+        for variant in ("ours, one seed alone", "ours, together")
+    )
+    yield Bar("a seed's time over that of eight together", 1 / 1.5, ratios([one], eight, ["obs"], "seconds"))
+
+
+def bars(results: Results) -> Iterator[Bar]:
+    for part in (of_penalty, of_flow, of_update):
+        yield from part(results)
 
 
 def table(results: Results) -> list[str]:

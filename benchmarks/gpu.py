@@ -55,11 +55,13 @@ WORK = ROOT / "runs" / "gpu"
 """Kept between calls, so that one call can continue another's work."""
 GRACE = 45.0
 """Seconds between the interrupt and the kill, in which to finish an evaluation and write a checkpoint."""
+LEAST = 2.0
+"""Seconds that must be left for a command to begin."""
 PYTEST = ("-m", "pytest", "-p", "no:cacheprovider")
 LARGE = re.compile("checkpoints|policy[.]safetensors")
 TABLE = Path("fdkernels/kernels/tuning/shipped.json")
 HANGS = ("-o", "faulthandler_timeout=90", "-o", "faulthandler_exit_on_timeout=true")
-"""A test that hangs ends its process and says where it was; the others go on."""
+"""A test that hangs says where it is, and with pytest 9 ends its process, so that the others go on."""
 WORKERS = str(min(12, os.cpu_count() or 1))
 
 
@@ -189,7 +191,7 @@ class Outcome:
     part: str
     step: str
     outcome: str
-    """passed, failed, skipped, cut short or stopped."""
+    """passed, failed, skipped, cut short, stopped, or no time."""
     seconds: float
     returncode: int
 
@@ -197,7 +199,7 @@ class Outcome:
 def environment(step: Step, folders: dict[str, Path], dry: bool, site: Path | None) -> dict[str, str]:
     paths = [str(site)] * (site is not None) + [str(ROOT), os.environ.get("PYTHONPATH", "")]
     found = dict(os.environ) | {"OUT": str(folders["out"]), "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    found["FDKERNELS_CONFIGS"] = str(folders["work"] / TABLE.name)
+    found.setdefault("FDKERNELS_CONFIGS", str(folders["work"] / TABLE.name))
     if dry:
         found |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}  # it times nothing, and may share the CPU
         found |= {"TRITON_INTERPRET": "1"} if step.interpreted else {}
@@ -290,7 +292,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("parts", nargs="*", help=f"some of {', '.join(PARTS)}; all when none is named")
     parser.add_argument("--out", type=Path, help="folder of findings (default: $OUT, or runs/gpu/out)")
     parser.add_argument("--wheels", type=Path, help="folder of wheels to install for these commands")
-    text = "for the whole call; commands for which none are left fail (default: as long as its parts may take)"
+    text = "for the whole call; commands for which none are left do not begin (default: as long as its parts may take)"
     parser.add_argument("--seconds", type=float, default=math.inf, metavar="S", help=text)
     parser.add_argument("--dry-run", action="store_true", help="on a CPU, in small")
     args = parser.parse_args(argv)
@@ -308,7 +310,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.dry_run:
         shutil.rmtree(work, ignore_errors=True)
     out: Path = (args.out or Path(os.environ.get("OUT") or work / "out")).resolve()
-    out.mkdir(parents=True, exist_ok=True)
+    for folder in (out, work):
+        folder.mkdir(parents=True, exist_ok=True)
     folders = {"out": out, "work": work}
     outcomes: list[Outcome] = []
     end = time.monotonic() + args.seconds
@@ -316,10 +319,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         site = install(args.wheels, log) if args.wheels else None
         for part in args.parts or PARTS:
             begun = limit = time.monotonic()
+            if part == "tune" and not args.dry_run and (work / TABLE.name).exists():
+                shutil.copy(work / TABLE.name, ROOT / TABLE)  # go on from what an earlier call has found
             for step in PARTS[part]:
                 limit += step.seconds
                 environ = environment(step, folders, args.dry_run, site)
                 start, log_start = time.monotonic(), os.path.getsize(log.name)
+                if end - start < LEAST:
+                    outcomes.append(Outcome(part, step.name, "no time", 0.0, 0))
+                    write_summary(out / "summary.json", outcomes)
+                    print(table(outcomes[-1:]), flush=True)
+                    continue
                 outcome, code = "stopped", 130
                 try:
                     outcome, code = run(step.arguments(folders, args.dry_run), min(limit, end) - start, environ, log)

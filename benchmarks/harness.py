@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.utils.benchmark import Timer
 
 from fdkernels.cpu.processor import multiplies
-from fdkernels.torch_private import clear_cublas_workspaces
+from fdkernels.torch_private import own_cublas_workspace
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
@@ -288,11 +288,9 @@ def round_of(call: Call, calls: int, *, graph: bool) -> Callable[[], Any]:
             call(i % calls)
     torch.cuda.current_stream().wait_stream(stream)
     captured = torch.cuda.CUDAGraph()
-    clear_cublas_workspaces()  # so that the graph gets one of its own, which nothing frees
-    with torch.cuda.graph(captured):
+    with own_cublas_workspace(), torch.cuda.graph(captured):
         for i in range(calls):
             out = call(i)
-    clear_cublas_workspaces()
 
     def replay() -> Any:
         captured.replay()

@@ -57,7 +57,7 @@ def markdown(results: Results, sources: Iterable[Path]) -> str:
         "Times are per call: the median of the rounds, and their quartiles in brackets. The speed-up is over the first "
         "line of each table, which is timed in every round right before the contestant; it is the median of these "
         "paired ratios with their quartiles, and that of the first line over itself is the noise of the machine. The "
-        "limit is the time that the measured copy bandwidth and matrix rate of the same run allow for the bytes and "
+        "limit is the time that the copy bandwidth and matrix rate measured beside them allow for the bytes and "
         "operations that the task needs. The error is relative to a float64 reference.",
         "",
     ]
@@ -214,7 +214,7 @@ def draw_roofline(results: Results, path: Path) -> None:
     axes.set_yscale("log")
     axes.set_xlabel("operations per byte that the task needs")
     axes.set_ylabel("operations per second")
-    axes.set_title(f"Roofline of {device_of(results)}, roofs measured in the same run", color=INK)
+    axes.set_title(f"Roofline of {device_of(results)}, roofs measured beside it", color=INK)
     handles = dict(zip(*reversed(axes.get_legend_handles_labels())))
     axes.legend(handles.values(), handles, fontsize=8, frameon=False, loc="lower right")
     _save(figure, path)

@@ -99,7 +99,7 @@ def device_of(results: Results) -> str:
 
 
 def limit_seconds(results: Results, row: dict[str, Any]) -> float | None:
-    """The shortest time that the roofs measured in the row's run allow."""
+    """The shortest time that the roofs of the row's run allow."""
     roofs = results["runs"][row["run"]]["roofs"]
     needed = []
     if row["bytes"]:
@@ -125,13 +125,14 @@ class ResultFile:
                 raise ResultError(f"{path} holds results of {theirs}, and this is {run['device']}: give another file")
         self.run_id = f"{run['date']} {(run['commit'] or 'unknown')[:10]}"
 
-    def recent_roofs(self) -> dict[str, float] | None:
-        """The rates that another process measured here within the last quarter of an hour."""
+    def recent_roofs(self) -> Results | None:
+        """The rates that another process measured here within the last quarter of an hour, and when."""
         now = datetime.datetime.fromisoformat(self.run["date"])
         for run in self.results["runs"].values():
-            age = now - datetime.datetime.fromisoformat(run["date"])
-            if age < RECENT and all(run.get(name) == self.run[name] for name in ("versions", "threads")):
-                return run.get("roofs")
+            measured = run.get("roofs_date", run["date"])
+            recent = now - datetime.datetime.fromisoformat(measured) < RECENT
+            if recent and "roofs" in run and all(run[name] == self.run[name] for name in ("versions", "threads")):
+                return {"roofs": run["roofs"], "roofs_date": measured}
         return None
 
     def add(self, row: Results) -> None:

@@ -3,8 +3,9 @@
     pytest benchmarks --benchmark-only -k penalty
 
 On CUDA all calls are issued from Python in one table, and captured in a CUDA graph in another. Small sizes are bound by
-launches, large ones by memory: the limit is the time to read every input and write every output once, which with the
-gradient are δ, the scores and the upstream gradient, and the penalty and the gradient of δ.
+launches, large ones by memory. Their limit is the time to read and write once what each pass must: forward δ, the
+scores and the penalty, and for the backward pass at least d numbers a row, which are the gradient but for a factor; and
+backward these, the upstream gradient and the gradient of δ.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def step(penalty: Penalty, backward: bool, displacement: Tensor, score: Tensor, 
 @pytest.mark.parametrize("variant", ["eager", "eager, torch.compile", "ours", "ours, torch.compile"])
 def test_penalty(race: Race, variant: str, size: tuple[int, int, int], backward: bool, timing: str) -> None:
     rows, num_samples, d = size
-    numbers = rows * (d * (num_samples + 1) + 1 + backward * (d + 1))
+    numbers = rows * (d * (num_samples + 1) + 1 + backward * (3 * d + 1))
     entry = Entry(
         op="fisher_penalty",
         variant=variant,

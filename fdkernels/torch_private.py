@@ -6,7 +6,8 @@ the names exist, from the oldest supported PyTorch to the newest.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -62,11 +63,20 @@ def runs_forwards_alone(module: nn.Module) -> bool:
     return all([child is None or runs_forwards_alone(child) for child in module._modules.values()])
 
 
-clear_cublas_workspaces: Callable[[], None] = getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)
-"""Free cuBLAS's workspaces, so that a CUDA graph gets one of its own. No public function does so.
+_clear_cublas_workspaces: Callable[[], None] = getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)
 
-Instead: nothing. PyTorch without CUDA lacks the name and does not need it.
-"""
+
+@contextlib.contextmanager
+def own_cublas_workspace() -> Iterator[None]:
+    """Around the recording of a CUDA graph: the graph gets a cuBLAS workspace that nothing else uses or frees.
+
+    No public function does so. Instead: nothing. PyTorch without CUDA lacks the name and does not need it.
+    """
+    _clear_cublas_workspaces()
+    try:
+        yield
+    finally:
+        _clear_cublas_workspaces()
 
 
 def linear_gelu(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -8,8 +8,9 @@ heuristics for GPUs that are not in it.
 
 Each of the flow's candidates takes seconds to compile. One process per core
 compiles them, one precision at a time, while the precision before is timed.
-A candidate whose actions are wrong, or that takes minutes to compile, is left
-out. Each winner is written as soon as it is known, so a run may be interrupted.
+A candidate whose actions are wrong, or that hangs or crashes its process while
+it is compiled, is left out. Each winner is written as soon as it is known, so a
+run may be interrupted.
 """
 
 from __future__ import annotations
@@ -62,8 +63,8 @@ SIZES = [(4, 6), (4, 17), (16, 60), (64, 256), (256, 1024)]  # (K, d)
 PRECISIONS = {"bf16": "half", "high": "high", "highest": "highest"}  # option -> name in the table
 TOLERANCES = {"bf16": 5e-2, "high": 1e-2, "highest": 1e-4}
 """Largest relative error of the way that a flow's actions have come. Beyond it, a candidate is wrong, not imprecise."""
-PATIENCE = 120.0
-"""Seconds to wait for the candidates of one precision to compile."""
+PATIENCE = 60.0
+"""Seconds in which at least one candidate must be compiled. If none was, those that have begun hang."""
 
 TILES: list[Entry] = [
     {"tile_bytes": tile_bytes, "num_warps": num_warps}
@@ -176,35 +177,86 @@ def tune(workload: Workload, gpu: Gpu, timer: Timer, left_out: Mapping[int, str]
     timings = []
     for i, candidate in enumerate(workload.candidates):
         why_not = (left_out or {}).get(i, "")
-        timings.append((*((math.inf, why_not) if why_not else measure(workload, candidate, gpu, timer)), candidate))
-    timings.sort(key=lambda timing: timing[0])
-    for milliseconds, why_not, candidate in timings:
-        settings = " ".join(f"{name}={value}" for name, value in candidate.items())
-        result = f"{milliseconds:.4f} ms" if not why_not else "-"
-        print(f"{workload.kernel:24}{workload.label:16}{result:>12}  {settings}  {why_not}", flush=True)
-    milliseconds, why_not, best = timings[0]
-    return None if why_not else workload.problem | best
+        milliseconds, why_not = (math.inf, why_not) if why_not else measure(workload, candidate, gpu, timer)
+        _print(workload, candidate, f"{milliseconds:.4f} ms" if not why_not else "-", why_not)
+        timings.append((milliseconds, i))
+    milliseconds, i = min(timings)
+    if math.isinf(milliseconds):
+        return None
+    _print(workload, workload.candidates[i], f"{milliseconds:.4f} ms", "<- the fastest")
+    return workload.problem | workload.candidates[i]
+
+
+def _print(workload: Workload, candidate: Entry, result: str, note: str) -> None:
+    settings = " ".join(f"{name}={value}" for name, value in candidate.items())
+    print(f"{workload.kernel:24}{workload.label:16}{result:>12}  {settings}  {note}", flush=True)
+
+
+# -- compiling ---------------------------------------------------------------------------------------------------------
 
 
 def _compile(args: argparse.Namespace, precision: str, index: int) -> None:
     """Compile a candidate into Triton's cache, in a separate process. One number of rows serves for all."""
+    _begun[index] = True
     args.rows, args.precision = args.rows[:1], [precision]
     for workload in flow_workloads(args):
         measure(workload._replace(problem_with=lambda result: ""), FLOWS[index], table.gpu_of(args.device), _once)
 
 
-def _not_compiled(jobs: Sequence[concurrent.futures.Future[None]]) -> dict[int, str]:
-    """The candidates that hang, or that took the process with them, and why they are not tried in this one."""
-    concurrent.futures.wait(jobs, PATIENCE)
-    found = {}
-    for i, job in enumerate(jobs):
-        if not job.done():
-            found[i] = f"left out: not compiled in {PATIENCE:.0f} s"
-        elif isinstance(job.exception(), BrokenProcessPool):
-            found[i] = "left out: it, or one that was compiled beside it, ended its process"
-        else:
-            job.result()  # raises errors that no candidate may cause
-    return found
+_begun: Any = None
+"""In a process that compiles: which candidates any of them has begun with."""
+
+
+def _start(begun: Any) -> None:
+    global _begun
+    _begun = begun
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes; the main one ends the others
+
+
+class Compiler:
+    """Compiles all candidates of a precision in as many processes as there are cores."""
+
+    def __init__(self, job: Callable[..., None] = _compile) -> None:
+        self._job, self._stopped = job, False
+
+    def stop(self) -> None:
+        self._stopped = True
+        self._end()
+
+    def compile(self, args: argparse.Namespace, precision: str) -> dict[int, str]:
+        """The candidates that hang or crash, and so are not to be tried in this process, and the reason."""
+        found: dict[int, str] = {}
+        waiting = set(range(len(FLOWS)))
+        spawn = multiprocessing.get_context("spawn")
+        while waiting and not self._stopped:
+            begun = spawn.Array("b", len(FLOWS), lock=False)
+            pool = concurrent.futures.ProcessPoolExecutor(os.cpu_count(), spawn, _start, (begun,))
+            jobs = {pool.submit(self._job, args, precision, i): i for i in sorted(waiting)}
+            pending = set(jobs)
+            problem = "hangs"
+            while pending:
+                done, pending = concurrent.futures.wait(pending, PATIENCE, concurrent.futures.FIRST_COMPLETED)
+                crashed = [job for job in done if isinstance(job.exception(), BrokenProcessPool)]
+                for job in done.difference(crashed):
+                    job.result()  # raises errors that no candidate may cause
+                    waiting.remove(jobs[job])
+                if crashed:
+                    problem = "ends its process, or one that was compiled beside it does"
+                if crashed or (not done and any(begun[jobs[job]] for job in pending)):
+                    break
+            pool.shutdown(wait=False, cancel_futures=True)
+            self._end()
+            culprits = {i for i in waiting if begun[i]}
+            if waiting and not culprits and not self._stopped:
+                raise RuntimeError("the processes that should compile end before they begin")
+            found |= dict.fromkeys(culprits, f"left out: {problem}")
+            waiting -= culprits
+        return found
+
+    @staticmethod
+    def _end() -> None:
+        for worker in multiprocessing.active_children():
+            worker.kill()
 
 
 def _once(run: Callable[[], object]) -> float:
@@ -268,35 +320,29 @@ def main() -> None:
     gpu = table.gpu_of(args.device)
     source = f"timed on {gpu.name}, {datetime.date.today()}, torch {torch.__version__}, triton {triton.__version__}"
     file, key = (table.SHIPPED_FILE, gpu.family) if args.ship else (table.user_file(), gpu.name)
-    pool = concurrent.futures.ProcessPoolExecutor(
-        os.cpu_count(),
-        mp_context=multiprocessing.get_context("spawn"),
-        # Ctrl-C goes to all processes; this one ends the others
-        initializer=signal.signal,
-        initargs=(signal.SIGINT, signal.SIG_IGN),
-    )
-    left_out: dict[str, dict[int, str]] = {}
+    compiler, thread, wrote = Compiler(), concurrent.futures.ThreadPoolExecutor(1), False
     try:
         compiling = {
-            PRECISIONS[precision]: [pool.submit(_compile, args, precision, i) for i in range(len(FLOWS))]
+            PRECISIONS[precision]: thread.submit(compiler.compile, args, precision)
             for precision in args.precision
             if "flow" in args.only
         }
         for workload in itertools.chain.from_iterable(WORKLOADS[name](args) for name in args.only):
-            precision = workload.problem.get("precision", "")
-            if precision in compiling:
-                left_out[precision] = _not_compiled(compiling.pop(precision))
-            best = tune(workload, gpu, timer, left_out.get(precision))
+            compiled = compiling.get(workload.problem.get("precision", ""))
+            best = tune(workload, gpu, timer, compiled.result() if compiled else None)
             if best and not args.dry_run:
                 table.write(file, key, {workload.kernel: [best | {"source": source}]})
+                wrote = True
     except KeyboardInterrupt:
         print("stopped; the winners so far are kept", file=sys.stderr)
         raise SystemExit(130) from None
-    finally:  # also of workers that hang
-        pool.shutdown(wait=False, cancel_futures=True)
-        for worker in multiprocessing.active_children():
-            worker.kill()
+    finally:
+        thread.shutdown(wait=False, cancel_futures=True)
+        compiler.stop()
     if not args.dry_run:
+        if not wrote:
+            print("error: no candidate serves; nothing was written", file=sys.stderr)
+            raise SystemExit(1)
         print(f"wrote {file}")
 
 

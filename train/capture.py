@@ -18,7 +18,7 @@ from typing import Generic, TypeVar
 
 import torch
 
-from fdkernels.torch_private import clear_cublas_workspaces
+from fdkernels.torch_private import own_cublas_workspace
 from train.agents.base import Parts
 
 Output = TypeVar("Output")
@@ -76,16 +76,12 @@ class CapturedUpdate(Generic[Output]):
         graph = torch.cuda.CUDAGraph()
         for generator in self._generators:
             graph.register_generator_state(generator)
-        # The graph gets a cuBLAS workspace of its own. One from outside could be freed while graphs still write there.
-        clear_cublas_workspaces()
         try:
-            with torch.cuda.graph(graph, stream=self._stream):
+            with own_cublas_workspace(), torch.cuda.graph(graph, stream=self._stream):
                 output = self._update(parts, log)
         except RuntimeError as error:
             raise CaptureError(
                 f"the update ({', '.join(parts)}) cannot be recorded as a CUDA graph: {str(error).splitlines()[0]}\n"
                 "--capture off runs it without graphs"
             ) from error
-        finally:
-            clear_cublas_workspaces()  # so that nothing else uses the graph's
         return graph, output

@@ -20,7 +20,6 @@ from train.environments import resolve
 from train.exits import Exit
 from train.outputs import console
 from train.outputs.console import Ending, Output
-from train.outputs.curve import draw_comparison
 from train.outputs.files import write_whole
 from train.outputs.report import cloning_title, with_interval
 from train.outputs.statistics import Middle, interquartile_mean
@@ -149,6 +148,8 @@ def compare(config: CompareConfig, extra: Sequence[str]) -> Ending:
         lines = lines_of(results)
         write_whole(config.folder / "compare.md", table(lines, results, config.env) + "\n")
         bars = {line.name: (*line.middle, line.scores) for line in lines}
+        from train.outputs.curve import draw_comparison  # takes a second to import
+
         draw_comparison(config.folder / "compare.png", config.env, bars, summary["dataset_score"], summary["label"])
     text = f"\n{(config.folder / 'compare.md').read_text()}\nin {config.folder}: compare.md, compare.png"
     rows = [line._asdict() | dict(zip(("middle", "interval"), line.middle)) for line in lines]

@@ -53,7 +53,6 @@ from train.outputs.console import Ending, Output
 from train.outputs.files import write_whole
 from train.outputs.folder import check_folder, lock_folders
 from train.outputs.scores import Scores, Trial, is_finished
-from train.outputs.scores_picture import draw_scores
 from train.plan import check_choices, options_behind, plan
 from train.settings import PresetName, RunError
 from train.signals import handle_stops
@@ -331,6 +330,8 @@ def outcome_of(task: Any) -> Outcome:
 
 
 def write_tables(folder: Path, scores: Scores) -> None:
+    from train.outputs.scores_picture import draw_scores  # takes a second to import
+
     write_whole(folder / "sweep.md", scores.markdown())
     write_whole(folder / "sweep.csv", scores.csv())
     write_whole(folder / "sweep.png", draw_scores(scores))

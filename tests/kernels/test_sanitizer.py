@@ -27,15 +27,20 @@ SANITIZER = shutil.which("compute-sanitizer", path=os.pathsep.join([os.environ["
 def test_sanitizer(file: str, chosen: str, tool: str, tmp_path: Path) -> None:
     values = Path(__file__).with_name(file)
     suite = [sys.executable, "-m", "pytest", str(values), "-q", "-p", "no:cacheprovider", "-k", chosen]
-    log = Path(os.environ.get("OUT") or tmp_path) / "sanitizer.txt"  # kept if it takes too long
-    with log.open("a") as file:
-        run = subprocess.run(
-            [str(SANITIZER), "--tool", tool, "--error-exitcode", "99", *suite],
-            cwd=values.parents[2],
-            # each tensor gets memory of its own, whose end can be overrun
-            env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            timeout=300,
-        )
+    log = tmp_path / "log.txt"
+    try:
+        with log.open("w") as output:
+            run = subprocess.run(
+                [str(SANITIZER), "--tool", tool, "--error-exitcode", "99", *suite],
+                cwd=values.parents[2],
+                # each tensor gets memory of its own, whose end can be overrun
+                env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                timeout=300,
+            )
+    finally:  # also if it takes too long
+        if "OUT" in os.environ:
+            with (Path(os.environ["OUT"]) / "sanitizer.txt").open("a") as together:
+                together.write(f"==== {tool} {file}\n{log.read_text()}\n")
     assert run.returncode == 0, log.read_text()[-8000:]

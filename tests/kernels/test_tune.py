@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import time
 from collections.abc import Callable
-from concurrent.futures import Future
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -98,22 +98,34 @@ def test_the_fastest_may_not_be_wrong(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert next(times) == 2.0, "the wrong one was timed"
 
 
+def compiles_one_of_four(args: None, precision: str, index: int) -> None:
+    """The second crashes at once, the third hangs."""
+    tune._begun[index] = True
+    if index == 1:
+        os._exit(1)
+    time.sleep(600 if index == 2 else 0)
+
+
 def test_what_hangs_or_crashes_while_it_compiles_is_not_tried(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(tune, "PATIENCE", 0.01)
-    jobs: list[Future[None]] = [Future() for _ in range(4)]
-    jobs[0].set_result(None)
-    jobs[2].set_exception(BrokenProcessPool())
-    jobs[3].set_result(None)
-    left_out = tune._not_compiled(jobs)
-    assert sorted(left_out) == [1, 2]
+    monkeypatch.setattr(tune, "PATIENCE", 2.0)
+    monkeypatch.setattr(tune, "FLOWS", CANDIDATES)
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    left_out = tune.Compiler(compiles_one_of_four).compile(None, "high")  # type: ignore[arg-type]
+    assert left_out == {1: "left out: ends its process, or one that was compiled beside it does", 2: "left out: hangs"}
     tried: list[table.Entry] = []
     workload = tune.Workload("flow", {}, "", tried.append, CANDIDATES)
     assert tune.tune(workload, table.gpu_of(DEVICE), lambda run: 1.0, left_out) == CANDIDATES[0]
     assert tried == [CANDIDATES[0], CANDIDATES[3]]
-    assert "left out: not compiled in" in capsys.readouterr().out
-    jobs[0] = Future()
-    jobs[0].set_exception(AssertionError("ours"))
+    assert "left out: hangs" in capsys.readouterr().out
+
+
+def fails(*args: object) -> None:
+    raise AssertionError("ours")
+
+
+def test_an_error_of_ours_is_not_a_candidates() -> None:
     with pytest.raises(AssertionError, match="ours"):
-        tune._not_compiled(jobs)
+        tune.Compiler(fails).compile(None, "high")  # type: ignore[arg-type]
+    tune.Compiler().stop()

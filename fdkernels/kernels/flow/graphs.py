@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fdkernels.backend import float32_products
-from fdkernels.torch_private import clear_cublas_workspaces
+from fdkernels.torch_private import own_cublas_workspace
 
 Function: TypeAlias = Callable[[Any, Any, Any], tuple[Tensor, ...]]
 MAX_RECORDINGS = 16
@@ -91,11 +91,9 @@ def _record(function: Function, inputs: Any, parameters: Sequence[Tensor | None]
         side.wait_stream(current)
         with torch.cuda.stream(side):  # run once first: nothing may be compiled while recording
             function(places, parameters, settings)
-        # The graph must have a cuBLAS workspace that nothing else uses.
-        clear_cublas_workspaces()
         # "thread_local" lets other threads go on using the GPU.
-        with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
+        recording = torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local")
+        with own_cublas_workspace(), recording:
             outputs = function(places, parameters, settings)
-        clear_cublas_workspaces()
         current.wait_stream(side)
     return Recording(graph, places, outputs)
