@@ -42,7 +42,8 @@ from train.worker import Board, Site, problem_of_node, version  # noqa: E402
 
 REPOSITORY = Path(__file__).parents[1]
 ENV = "hopper-medium"  # whose episodes are short, if nobody has learned to walk
-ASKED = ["--envs", ENV, "--agents", "fidec", "fql", "--seeds", "0", "1", "--preset", "quick"]
+TWO = ["--envs", ENV, "--agents", "fidec", "--seeds", "0", "1", "--preset", "quick"]
+ASKED = [*TWO, "--agents", "fidec", "fql"]
 SHORT = (  # noqa: SIM905 (reads as typed)
     "--actor-hidden 16 16 --critic-hidden 16 --flow-steps 2 --batch-size 32 --flow-warmup 6 --critic-warmup 4 "
     "--steps 300 --log-every 5 --eval-every 150 --eval-episodes 2 --checkpoint-every 10 --dataset-size 2 "
@@ -214,8 +215,8 @@ def nothing_runs(mark: str) -> None:
         raise AssertionError(f"left running: {left}") from None
 
 
-def start(out: Path, *arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, str(REPOSITORY / "train" / "sweep.py"), *ASKED, "--out", str(out), *arguments]
+def start(out: Path, *arguments: str, asked: list[str] = ASKED) -> subprocess.Popen[str]:
+    command = [sys.executable, str(REPOSITORY / "train" / "sweep.py"), *asked, "--out", str(out), *arguments]
     return subprocess.Popen([*command, "--", *SHORT], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -375,11 +376,22 @@ def test_what_dies_is_made_up_for_to_the_last_bit(swept: tuple[Path, str], tmp_p
         assert_same_bits(ours, theirs)
 
 
-@pytest.mark.long("two sweeps of four runs")
+@pytest.fixture(scope="module")
+def two_of_them(swept: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The undisturbed sweep, had it been asked for FiDec alone."""
+    out = tmp_path_factory.mktemp("two") / "sweep"
+    shutil.copytree(swept[0], out)
+    for folder in out.glob(f"{ENV}/fql-*"):
+        shutil.rmtree(folder)
+    assert sweep.main([*TWO, "--out", str(out), "--", *SHORT]) == 0
+    return out
+
+
+@pytest.mark.long("two sweeps of two runs")
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda how: how.name)
-def test_a_stopped_sweep_goes_on(swept: tuple[Path, str], tmp_path: Path, mark: str, how: signal.Signals) -> None:
+def test_a_stopped_sweep_goes_on(two_of_them: Path, tmp_path: Path, mark: str, how: signal.Signals) -> None:
     out = tmp_path / "sweep"
-    process = start(out)
+    process = start(out, asked=TWO)
     wait_for(lambda: training(out), "no trial has a checkpoint")
     process.send_signal(how)
     _, errors = process.communicate(timeout=PATIENCE)
@@ -388,9 +400,9 @@ def test_a_stopped_sweep_goes_on(swept: tuple[Path, str], tmp_path: Path, mark: 
     if how != signal.SIGKILL:
         assert errors.endswith("stopped; the same command continues\n")
         assert "| unfinished | step | score |" in tables(out)[0]
-    ended(start(out), 0)
-    assert tables(out) == tables(swept[0])
-    for ours, theirs in zip(folders(out), folders(swept[0]), strict=True):
+    ended(start(out, asked=TWO), 0)
+    assert tables(out) == tables(two_of_them)
+    for ours, theirs in zip(folders(out), folders(two_of_them), strict=True):
         assert_same_bits(ours, theirs)
 
 

@@ -1,8 +1,13 @@
-"""What a sweep runs on Ray's nodes: a check of the node, and trials."""
+"""What a sweep runs on Ray's nodes: a check of the node, a board, and trials.
+
+Each has a process of its own, and only trials import PyTorch and the training loop, which takes seconds.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
+import importlib.util
 import itertools
 import os
 import signal
@@ -14,13 +19,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import ray
-import torch
 
-import fdkernels
-from train import run
 from train.exits import Exit
-from train.outputs.checkpoint import newest_step
-from train.outputs.folder import LOG
 
 PATIENCE = 180.0
 """Seconds that a trial waits for its predecessor to leave its folder. NFS gives a dead node's locks back after 90."""
@@ -45,11 +45,12 @@ class Site(NamedTuple):
 
 def version() -> str:
     """Identifies the code that trains: this project's and PyTorch."""
-    packages = [Path(module.__file__).parent for module in (fdkernels, run) if module.__file__]
+    found = (importlib.util.find_spec(name) for name in ("fdkernels", "train.run"))
+    packages = [Path(spec.origin).parent for spec in found if spec and spec.origin]
     checksum = 0
     for file in sorted(file for package in packages for file in package.rglob("*.py")):
         checksum = zlib.crc32(file.read_bytes(), checksum)
-    return f"{checksum:08x}, torch {torch.__version__}"
+    return f"{checksum:08x}, torch {importlib.metadata.version('torch')}"
 
 
 def problem_of_node(site: Site) -> str:
@@ -104,6 +105,11 @@ def train_trial(name: str, options: Sequence[str], folder: Path, site: Site, thr
     """Train in this process, so that the training dies with it. What is printed goes to the folder's log."""
     if problem := problem_of_node(site):
         return Outcome(UNFIT, problem)
+    import torch
+
+    from train.outputs.checkpoint import newest_step
+    from train.outputs.folder import LOG
+
     # not waited for: while a task waits, Ray gives its core to another
     board.begin.remote(name, ray.get_runtime_context().get_node_id(), newest_step(folder / "checkpoints"))
     torch.set_num_threads(threads)
@@ -115,16 +121,18 @@ def train_trial(name: str, options: Sequence[str], folder: Path, site: Site, thr
         with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
             print(f"== on {socket.gethostname()}, process {os.getpid()}", flush=True)
             start = log.tell()
-            return _outcome(options, folder, start)
+            return _outcome(options, folder / LOG, start)
 
 
-def _outcome(options: Sequence[str], folder: Path, start: int) -> Outcome:
+def _outcome(options: Sequence[str], file: Path, start: int) -> Outcome:
+    from train import run
+
     try:
         code = run.main(options, patience=PATIENCE)
     except Exception as error:  # not a way for a run to end, but the sweep goes on with the others
         traceback.print_exc()
         return Outcome(Exit.FAILED, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
-    with (folder / LOG).open(errors="replace") as log:
+    with file.open(errors="replace") as log:
         log.seek(start)
         errors = [line.removeprefix("error: ").rstrip() for line in log if line.startswith("error: ")]
     return Outcome(code, errors[-1] if errors and code not in (Exit.DONE, Exit.STOPPED) else "")

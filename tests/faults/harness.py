@@ -97,7 +97,7 @@ class Command:
         argv = [str(RUN), *self.arguments, "--out", str(self.out), "--resume", *more]
         if self.prefix is None:
             context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload(["train.run"])
+            context.set_forkserver_preload(["train.run", "train.outputs.curve", "scipy.stats"])
             process = context.Process(target=_live, args=(log, dict(os.environ), fault, argv))
             process.start()
             return Life(process, log)
