@@ -35,6 +35,10 @@ TINY = (  # noqa: SIM905 (reads as typed)
 ).split()
 
 
+IMPORTED_LATER = ("torch._dynamo", "train.outputs.curve", "scipy.stats")
+"""Modules that the first optimiser and the first pictures of a run import, which takes seconds."""
+
+
 class Life:
     """A process of a run, from its start to its end, with all the processes that it starts."""
 
@@ -97,7 +101,7 @@ class Command:
         argv = [str(RUN), *self.arguments, "--out", str(self.out), "--resume", *more]
         if self.prefix is None:
             context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload(["train.run", "train.outputs.curve", "scipy.stats"])
+            context.set_forkserver_preload(["train.run", *IMPORTED_LATER])
             process = context.Process(target=_live, args=(log, dict(os.environ), fault, argv))
             process.start()
             return Life(process, log)
