@@ -89,8 +89,7 @@ def choose_fused(
     If ``backend`` and ``implementation`` are None, the kernels serve a packed MLP on CUDA. The plain path serves
     everything else, such as a velocity that is not an MLP (``packed`` is None).
     """
-    check_choice(op, "implementation", implementation, (None, "stationary", "streamed", "gemm"))
-    check_choice(op, "backend", backend, BACKENDS)
+    check_way(op, backend, implementation)
     if backend == "torch":
         if implementation is not None:
             raise ValueError(
@@ -107,6 +106,12 @@ def choose_fused(
         return False
     tensors = (*tensors, *(layer.linear.weight for layer in packed.layers))
     return choose_backend(op, "triton" if insisted else None, *tensors, asked=asked) == "triton"
+
+
+def check_way(op: str, backend: Backend | None, implementation: Implementation | None) -> None:
+    """Check that there are such a backend and such an implementation."""
+    check_choice(op, "implementation", implementation, (None, "stationary", "streamed", "gemm"))
+    check_choice(op, "backend", backend, BACKENDS)
 
 
 def _why_not_fused(packed: PackedMLP | None, differentiable: bool) -> str | None:

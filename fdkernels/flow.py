@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fdkernels import groups
-from fdkernels.backend import Backend, Implementation, Precision, choose_fused
+from fdkernels.backend import Backend, Implementation, Precision, check_precision, check_way, choose_fused
 from fdkernels.condition import Condition
 from fdkernels.cpu import field as cpu_field
 from fdkernels.events import check_event_dim, flat, shaped
@@ -173,7 +173,9 @@ def integrate_flow_groups(
     given, conds, event = _check_groups(op, x0s, conds, event_dim)
     check_flag(op, "differentiable", differentiable)
     solver = check_solver(op, num_steps, time_grid, method, clip, clip_each_step, path)
-    if not given:
+    if not given:  # nothing to do, but options are refused as ever
+        check_way(op, backend, implementation)
+        check_precision(op, precision)
         return ()
     x0s = [flat(x0, event_dim) for x0 in given]
     bound = bind(op, velocity, x0s[0], precision, event)

@@ -551,6 +551,8 @@ BAD = {
     "triton": (lambda: solve(backend="triton"), RuntimeError, "integrate_flow: backend='triton'"),
     "one tensor": (lambda: solve_groups(X, C), ValueError, "must be sequences of one length"),
     "lengths": (lambda: solve_groups([X], [C, C]), ValueError, "must be sequences of one length"),
+    "precision of no group": (lambda: solve_groups([], [], precision=[1.0]), ValueError, "precision must be"),
+    "backend of no group": (lambda: solve_groups([], [], backend=0), ValueError, "backend must be"),
     "groups": (lambda: solve_groups([X] * 65537, [C] * 65537), ValueError, "at most 65536 groups, got more"),
     "group's cond": (lambda: solve_groups([X, X], [C, C[:3]]), ValueError, r"conds\[1\] must broadcast"),
     "group's width": (lambda: solve_groups([X, X[:, :2]], [C, C]), ValueError, r"6 dimensions, got x0s\[1\] with d=2"),
