@@ -122,6 +122,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def compare(config: CompareConfig, extra: Sequence[str]) -> Ending:
+    from train.outputs.curve import draw_comparison  # takes a second to import
+
     # check all of them before any runs
     plans = {
         agent: plan(
@@ -148,8 +150,6 @@ def compare(config: CompareConfig, extra: Sequence[str]) -> Ending:
         lines = lines_of(results)
         write_whole(config.folder / "compare.md", table(lines, results, config.env) + "\n")
         bars = {line.name: (*line.middle, line.scores) for line in lines}
-        from train.outputs.curve import draw_comparison  # takes a second to import
-
         draw_comparison(config.folder / "compare.png", config.env, bars, summary["dataset_score"], summary["label"])
     text = f"\n{(config.folder / 'compare.md').read_text()}\nin {config.folder}: compare.md, compare.png"
     rows = [line._asdict() | dict(zip(("middle", "interval"), line.middle)) for line in lines]
